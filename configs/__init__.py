@@ -1,0 +1,1 @@
+"""Recipes (`recipes/*.yaml`) and DeepSpeed settings (`deepspeed/*.json`), shipped with the package."""

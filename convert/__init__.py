@@ -1,0 +1,23 @@
+"""Turns pretrained softmax checkpoints into DiJiang checkpoints."""
+
+from .converter import convert_model
+from .folders import new_folder
+from .lineage import refuse_other_source
+from .loader import load_source
+from .overrides import parse_overrides
+from .precision import fastest_dtype
+from .presets import PRESETS
+from .provenance import add_stage, read_provenance, write_provenance
+
+__all__ = [
+    "PRESETS",
+    "add_stage",
+    "convert_model",
+    "fastest_dtype",
+    "load_source",
+    "new_folder",
+    "parse_overrides",
+    "read_provenance",
+    "refuse_other_source",
+    "write_provenance",
+]

@@ -1,0 +1,149 @@
+"""Converts a pretrained softmax checkpoint into a DiJiang checkpoint on disk, shard by shard."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+import dijiang.modeling
+
+from .families import dijiang_config
+from .folders import new_folder
+from .mapping import MappedWeights, build_on_meta, check_shapes, dtype_named, fill_new_modules
+from .overrides import check_keys
+from .presets import PRESETS
+from .provenance import add_stage, hash_files, versions, write_provenance
+from .source import Source, load_tokenizer, open_source
+from .weights import DequantisedFile, SafetensorsFile, WeightFile, open_weights
+from .writer import ShardWriter
+
+# files of a source that decide what its model says, besides the weights
+HASHED = (
+    "config.json",
+    "generation_config.json",
+    "*.index.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
+
+
+def convert_model(
+    source: str | Path,
+    output: str | Path,
+    preset: str = "recommended",
+    *,
+    dtype: str = "auto",
+    progress: bool = True,
+    **config_overrides,
+) -> Path:
+    """
+    Convert `source` into a DiJiang checkpoint: its weights, linear layers with fresh kernel parameters, tokenizer, the
+    model's code and `provenance.json`. One shard is in memory at a time (a GGUF file: all of it).
+
+    Args:
+        source: a hub id, a folder or a GGUF file, of a family in `FAMILIES`.
+        output: a folder that does not exist yet, or is empty. It appears only when it is complete.
+        preset: a key of `PRESETS`.
+        dtype: of the source's weights in the output: `float32`, `bfloat16`, `float16` or `auto`, as stored. New parameters
+            are always float32.
+        progress: show a progress bar on stderr.
+        config_overrides: settings on top of the preset, see `OVERRIDABLE`; `layer_types` may be one name for all layers.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ValueError: if the source, the settings or the output folder do not allow it; nothing is left on disk then.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is unknown; choose from {', '.join(PRESETS)}")
+    check_keys(config_overrides)
+    target_dtype = dtype_named(dtype)
+    with new_folder(output) as folder:
+        found = open_source(source)
+        if found.is_dijiang:
+            raise ValueError(f"{source} is a DiJiang checkpoint already; convert the softmax model it was made from")
+        load_tokenizer(found).save_pretrained(folder)
+        config = dijiang_config(found.config, {"layer_types": "linear_attention"} | PRESETS[preset] | config_overrides)
+        model = build_on_meta(config)
+        files = open_weights(found, progress=progress)
+        weights = MappedWeights(found, files, model)
+        config.dtype = target_dtype or weights.stored_dtype
+
+        write_weights(folder, weights, target_dtype, fill_new_modules(model), model, progress)
+        config.save_pretrained(folder)
+        copy_generation_config(found, files, folder)
+        code = copy_code(folder)
+        record = {
+            "source": found.name,
+            **({"commit": found.commit} if found.commit else {}),
+            "source_files": hash_source(found, files, progress),
+            "versions": versions(),
+            "preset": preset,
+            "overrides": config_overrides,
+            "seed": config.feature_seed,
+            "code": hash_files(code),
+            "stages": [],
+        }
+        write_provenance(folder, add_stage(record, "convert", preset=preset, overrides=config_overrides, dtype=dtype))
+    return Path(output)
+
+
+def write_weights(folder: Path, weights: MappedWeights, dtype, new_parameters: dict, model, progress: bool) -> None:
+    """Write the source's shards one by one, the new parameters into the last, and check what is in the files then."""
+    writer = ShardWriter(folder)
+    current = None
+    with progress_bar("Converting", weights.n_bytes, progress) as advance:
+        for file, name, tensor in weights.stream(dtype):
+            if current not in (None, file):
+                writer.cut()
+            current = file
+            writer.add(name, tensor)
+            advance(weights.found[name].nbytes)
+        for name, tensor in new_parameters.items():
+            writer.add(name, tensor)
+        written = {}
+        for path in writer.finish():
+            written |= {name: tuple(header.shape) for name, header in SafetensorsFile(path).headers.items()}
+    expected = weights.expected | {name: tuple(model.get_parameter(name).shape) for name in new_parameters}
+    check_shapes(written, expected, str(folder))
+
+
+def copy_generation_config(source: Source, files: list[WeightFile], folder: Path) -> None:
+    path = source.folder / "generation_config.json"
+    if isinstance(files[0], DequantisedFile):
+        files[0].generation_config.save_pretrained(folder)
+    elif path.is_file():
+        shutil.copyfile(path, folder / path.name)
+
+
+def copy_code(folder: Path) -> list[Path]:
+    """Put the model's code beside the weights, so that they load where `dijiang` is not installed."""
+    room = Path(dijiang.modeling.__file__).parent
+    files = sorted(path for path in room.glob("*.py") if path.name != "__init__.py")
+    return [Path(shutil.copyfile(path, folder / path.name)) for path in files]
+
+
+def hash_source(source: Source, files: list[WeightFile], progress: bool) -> dict[str, str]:
+    """SHA-256 of the files that the conversion read, by name."""
+    paths = {file.path for file in files}
+    if not source.gguf:
+        paths |= {path for pattern in HASHED for path in source.folder.glob(pattern) if path.is_file()}
+    with progress_bar("Hashing the source", sum(path.stat().st_size for path in paths), progress) as advance:
+        return hash_files(sorted(paths), advance)
+
+
+@contextmanager
+def progress_bar(title: str, total_bytes: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; yields a function that is told how many bytes are done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task(title, total=total_bytes)
+        yield lambda n_bytes: bar.advance(task, n_bytes)

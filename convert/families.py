@@ -1,0 +1,71 @@
+"""
+The source families. A new one is a file with `config_arguments` and `map_tensor`, and a line in `FAMILIES`.
+
+What every family's config spells alike (sizes, RoPE, special tokens) is read here; `config_arguments` adds the rest.
+"""
+
+from copy import deepcopy
+from types import ModuleType
+
+from dijiang.modeling import DiJiangConfig
+
+from . import gpt_neox, llama
+
+# by the source's model_type
+FAMILIES: dict[str, ModuleType] = {
+    "gpt_neox": gpt_neox,
+    "llama": llama,
+    "mistral": llama,
+}
+
+SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "tie_word_embeddings",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "dtype",
+)
+
+
+def dijiang_config(source, settings: dict) -> DiJiangConfig:
+    """
+    The `DiJiangConfig` of the transformers config `source`, with `settings` on top. `layer_types` may be one name for all
+    layers; without it all layers attend as the source's do.
+
+    Raises:
+        ValueError: on settings that contradict one another or the source.
+    """
+    arguments = {key: getattr(source, key) for key in SHARED}
+    arguments["rope_parameters"] = deepcopy(dict(source.rope_parameters))
+    arguments |= FAMILIES[source.model_type].config_arguments(source)
+
+    own_type = "sliding_attention" if arguments.get("sliding_window") else "full_attention"
+    settings = {"layer_types": own_type} | settings
+    if isinstance(settings["layer_types"], str):
+        settings["layer_types"] = [settings["layer_types"]] * arguments["num_hidden_layers"]
+    if own_type == "sliding_attention" and "full_attention" in (settings["layer_types"] or ()):
+        raise ValueError(
+            f"layer_types holds full_attention, but the source attends to its last sliding_window="
+            f"{arguments['sliding_window']} tokens only; use sliding_attention"
+        )
+    try:
+        config = DiJiangConfig(**(arguments | settings))
+    except Exception as error:  # huggingface_hub's strict dataclasses have their own, which hold ours as the cause
+        raise ValueError(one_line(error.__cause__ or error)) from None
+    config.architectures = ["DiJiangForCausalLM"]
+    return config
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The message of someone else's exception, fit for one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,55 @@
+"""Output folders that appear whole or not at all."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_folder(output: str | Path) -> Iterator[Path]:
+    """
+    Yield a temporary folder beside `output` that takes its name when the block ends well, and that is removed, with any
+    parents made for it, when the block raises anything (KeyboardInterrupt included).
+
+    Raises:
+        ValueError: if `output` is a file or a folder that is not empty, or its parent cannot be made or written.
+    """
+    output = Path(os.path.abspath(Path(output).expanduser()))
+    refuse_occupied(output)
+    made = []
+    temporary = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
+    try:
+        try:
+            for parent in reversed(output.parents):
+                if not parent.exists():
+                    parent.mkdir()
+                    made.append(parent)
+            temporary.mkdir()
+        except OSError as error:
+            raise ValueError(f"cannot write to {output.parent} ({error.strerror}); choose another output folder") from None
+        yield temporary
+        refuse_occupied(output)
+        if output.exists():
+            output.rmdir()
+        temporary.rename(output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in reversed(made):
+            try:
+                parent.rmdir()
+            except OSError:  # someone else uses it by now
+                break
+        raise
+
+
+def refuse_occupied(output: Path) -> None:
+    """Raise ValueError unless `output` is free: absent or an empty folder."""
+    if output.is_symlink() and not output.exists():
+        raise ValueError(f"output {output} is a link to nothing; choose a new folder")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is a file; choose a new folder")
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"output folder {output} is not empty; choose a new one or empty it")

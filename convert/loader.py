@@ -1,0 +1,82 @@
+"""Loads a source straight into memory as a DiJiang model, for use as the teacher."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from dijiang.modeling import DiJiangForCausalLM
+
+from .families import dijiang_config, one_line
+from .mapping import MappedWeights, build_on_meta, dtype_named, fill_new_modules
+from .overrides import check_keys
+from .source import Source, load_tokenizer, open_source
+from .weights import DequantisedFile, open_weights
+
+
+def load_source(
+    source: str | Path, *, dtype: torch.dtype | str = torch.float32, **config_overrides
+) -> tuple[DiJiangForCausalLM, PreTrainedTokenizerBase]:
+    """
+    Load a hub id, a folder or a GGUF file as a DiJiang model that computes what the source does: all layers keep the source's
+    softmax attention unless `layer_types` says otherwise. A DiJiang checkpoint is loaded as it is.
+
+    Args:
+        source: as for `convert_model`.
+        dtype: of the weights; `auto` keeps the stored one. New parameters are float32.
+        config_overrides: settings of the linear layers, as for `convert_model`.
+
+    Returns:
+        The model, on the CPU and in eval mode, and its tokenizer.
+
+    Raises:
+        ValueError: whatever `convert_model` refuses, and overrides for a checkpoint that is DiJiang already.
+    """
+    check_keys(config_overrides)
+    target_dtype = dtype_named(dtype)
+    found = open_source(source)
+    tokenizer = load_tokenizer(found)
+    if found.is_dijiang:
+        if config_overrides:
+            raise ValueError(f"{source} is a DiJiang checkpoint, so {', '.join(config_overrides)} cannot be set any more")
+        return load_dijiang(found, target_dtype), tokenizer
+
+    config = dijiang_config(found.config, config_overrides)
+    model = build_on_meta(config)
+    files = open_weights(found)
+    weights = MappedWeights(found, files, model)
+    config.dtype = target_dtype or weights.stored_dtype
+    fill_new_modules(model)
+    for _, name, tensor in weights.stream(target_dtype, copy=True):
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
+    fill_rotary(model)
+    model.tie_weights()
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    if isinstance(files[0], DequantisedFile):
+        model.generation_config = files[0].generation_config
+    elif (found.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(found.folder)
+    else:
+        model.generation_config = GenerationConfig.from_model_config(config)
+    return model.eval(), tokenizer
+
+
+def fill_rotary(model: DiJiangForCausalLM) -> None:
+    """Compute the rotary tables of a model built on meta; no checkpoint holds them."""
+    model.model.rotary_emb.to_empty(device="cpu")
+    with torch.no_grad():
+        model._init_weights(model.model.rotary_emb)
+
+
+def load_dijiang(source: Source, dtype: torch.dtype | None) -> DiJiangForCausalLM:
+    """A DiJiang checkpoint as it is, or ValueError if its weights do not fit its config."""
+    try:
+        model, report = DiJiangForCausalLM.from_pretrained(source.folder, dtype=dtype or "auto", output_loading_info=True)
+    except Exception as error:
+        raise ValueError(f"{source.folder} cannot be loaded: {one_line(error)}") from None
+    for problem in ("missing_keys", "unexpected_keys"):
+        if names := sorted(report[problem]):
+            raise ValueError(f"{source.folder} has {len(names)} {problem.replace('_', ' ')}, such as {names[0]}; make it anew")
+    return model.eval()

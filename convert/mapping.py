@@ -1,0 +1,192 @@
+"""The source's tensors under our names: which there must be, whether they are sound, and a stream of them."""
+
+from collections.abc import Iterator
+
+import torch
+
+from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
+from dijiang.modeling.layers import ProjectedAttention
+from dijiang.modeling.linear_layer import DiJiangLinearAttention
+
+from .families import FAMILIES, one_line
+from .source import Source
+from .weights import WeightFile
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_named(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The torch dtype, or None for `auto` (as stored). Raises ValueError on others."""
+    name = str(dtype).removeprefix("torch.")
+    if name != "auto" and name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is unknown; choose auto, {', '.join(DTYPES)}")
+    return DTYPES.get(name)
+
+
+def build_on_meta(config: DiJiangConfig) -> DiJiangForCausalLM:
+    """The model of `config` without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return DiJiangForCausalLM(config)
+    except (AssertionError, ArithmeticError, KeyError, RuntimeError) as error:
+        raise ValueError(f"the source's config makes no model: {type(error).__name__}: {one_line(error)}") from None
+
+
+def new_modules(model: DiJiangForCausalLM) -> dict[str, torch.nn.Module]:
+    """The modules, by name, that linear layers have and the source's attention has not."""
+    shared = set()
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, DiJiangLinearAttention):
+            if not shared:
+                with torch.device("meta"):
+                    shared = {child for child, _ in ProjectedAttention(model.config, 0).named_children()}
+            found |= {f"{name}.{child}": part for child, part in module.named_children() if child not in shared}
+    return found
+
+
+def fill_new_modules(model: DiJiangForCausalLM) -> dict[str, torch.Tensor]:
+    """
+    Give the new modules of a model on meta memory and their initial values, float32 and the same for the same
+    `feature_seed`. Returns their parameters by name.
+    """
+    filled = {}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(model.config.feature_seed)  # torch.manual_seed would reseed GPUs too
+        for name, module in new_modules(model).items():
+            module.to_empty(device="cpu").float()
+            for part in module.modules():
+                model._init_weights(part)
+            filled |= {f"{name}.{key}": parameter.detach() for key, parameter in module.named_parameters()}
+    return filled
+
+
+class MappedWeights:
+    """
+    The weights of a source under our names. Reads headers only when made; raises ValueError if names or shapes do not fit
+    `model` (on meta), or the weights are quantised. If the source's head differs from its embedding although its config
+    ties them, `model.config.tie_word_embeddings` is set to False, as transformers does.
+    """
+
+    def __init__(self, source: Source, files: list[WeightFile], model: DiJiangForCausalLM):
+        self.source, self.files, self.config = source, files, model.config
+        self.expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        for name in new_modules(model):
+            self.expected = {key: shape for key, shape in self.expected.items() if not key.startswith(f"{name}.")}
+        self.found: dict[str, torch.Tensor] = {}
+        self.our_names: dict[str, list[str]] = {}
+        for file in files:
+            for name, header in file.headers.items():
+                self.add(file, name, header)
+        self.skipped = self.settle_tying()
+        self.check()
+
+    def map(self, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        try:
+            return list(FAMILIES[self.source.config.model_type].map_tensor(name, tensor, self.config))
+        except RuntimeError:
+            raise ValueError(
+                f"{self.source.name}: {name} has shape {tuple(tensor.shape)}, which does not fit its config; "
+                "weights and config.json must come from one model"
+            ) from None
+
+    def add(self, file: WeightFile, name: str, header: torch.Tensor) -> None:
+        for our_name, part in self.map(name, header):
+            if our_name in self.found:
+                raise ValueError(f"{self.source.name} holds {our_name} twice, once as {name} in {file.path.name}")
+            if not part.dtype.is_floating_point or part.dtype.itemsize == 1:
+                raise ValueError(
+                    f"{self.source.name}: {name} is not a float tensor, so the source is quantised; convert the "
+                    "model it was made from"
+                )
+            self.found[our_name] = part
+            self.our_names.setdefault(name, []).append(our_name)
+
+    def settle_tying(self) -> set[str]:
+        """Compare head and embedding if both are stored though tied; returns the names to leave out."""
+        if not self.config.tie_word_embeddings:
+            return set()
+        self.expected.pop(HEAD)
+        if HEAD not in self.found or EMBEDDING not in self.found:
+            return set()
+        stored = {}
+        for file in self.files:
+            wanted = [name for name in file.headers if {HEAD, EMBEDDING} & set(self.our_names.get(name, ()))]
+            stored |= {self.our_names[name][0]: tensor for name, tensor in file.tensors(wanted)}
+        if torch.equal(stored[HEAD], stored[EMBEDDING]):
+            return {HEAD}
+        self.config.tie_word_embeddings = False
+        self.expected[HEAD] = self.expected[EMBEDDING]
+        return set()
+
+    def check(self) -> None:
+        """Raise ValueError on missing, unexpected or mis-shaped tensors."""
+        check_shapes(
+            {name: tuple(header.shape) for name, header in self.found.items() if name not in self.skipped},
+            self.expected,
+            self.source.name,
+        )
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the source: as its config says, else of its embedding."""
+        return self.source.config.dtype or self.found[EMBEDDING].dtype
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(header.nbytes for name, header in self.found.items() if name not in self.skipped)
+
+    def stream(self, dtype: torch.dtype | None, *, copy: bool = False) -> Iterator[tuple[WeightFile, str, torch.Tensor]]:
+        """
+        Every tensor once, file by file, with our name.
+
+        Args:
+            dtype: to cast to; None keeps each as stored.
+            copy: give memory of its own also to what is mapped from disk.
+
+        Raises:
+            ValueError: on values that are not finite, stored so or after the cast.
+        """
+        for file in self.files:
+            for name, tensor in file.tensors([name for name in file.headers if name in self.our_names]):
+                for our_name, part in self.map(name, tensor):
+                    if our_name in self.skipped:
+                        continue
+                    if not is_finite(part):
+                        raise ValueError(f"{self.source.name}: {name} in {file.path.name} holds NaN or infinite values")
+                    if dtype and part.dtype != dtype:
+                        part = part.to(dtype)
+                        if not is_finite(part):
+                            raise ValueError(f"{self.source.name}: {name} overflows {dtype}; choose bfloat16 or float32")
+                    elif copy and not file.in_memory:
+                        part = part.clone()
+                    yield file, our_name, part
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.numel():
+        return True
+    low, high = tensor.aminmax()  # both are NaN if any value is; needs no memory, unlike isfinite(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def check_shapes(found: dict[str, tuple], expected: dict[str, tuple], where: str) -> None:
+    """Raise ValueError on missing, unexpected or mis-shaped tensors, naming up to three and their count."""
+    advice = "; the files are incomplete or belong to another model"
+    for problem, names in (("lacks", expected.keys() - found.keys()), ("holds unexpected", found.keys() - expected.keys())):
+        if names:
+            raise ValueError(f"{where} {problem} {count(names)}: {listed(names)}{advice}")
+    wrong = [name for name in found if found[name] != expected[name]]
+    if wrong:
+        details = [f"{name} {list(found[name])}, expected {list(expected[name])}" for name in sorted(wrong)]
+        raise ValueError(f"{where} holds {count(wrong)} of a wrong shape: {listed(details, '; ')}{advice}")
+
+
+def count(names) -> str:
+    return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+
+
+def listed(names, separator: str = ", ") -> str:
+    names = sorted(names)
+    return separator.join(names[:3]) + (separator + "..." if len(names) > 3 else "")

@@ -1,0 +1,72 @@
+"""Settings that a user may change on conversion: their names, and how `KEY=VALUE` words are read."""
+
+import difflib
+from collections.abc import Iterable
+
+import yaml
+
+from dijiang.modeling import DiJiangConfig
+
+from .families import SHARED
+
+# the source's weights decide these
+GIVEN_BY_SOURCE = frozenset(SHARED) | {
+    "num_key_value_heads",
+    "head_dim",
+    "mlp_type",
+    "mlp_bias",
+    "norm_type",
+    "norm_eps",
+    "parallel_residual",
+    "attention_bias",
+    "rope_parameters",
+}
+OVERRIDABLE = tuple(name for name in DiJiangConfig.__annotations__ if name not in GIVEN_BY_SOURCE)
+
+
+def parse_overrides(words: Iterable[str]) -> dict:
+    """
+    Read `KEY=VALUE` words, values as YAML: `["decay=retnet", "attention_window=32"]` gives `{"decay": "retnet",
+    "attention_window": 32}`.
+
+    Raises:
+        ValueError: on a word without `=`, a value that is not YAML, a key given twice or one that cannot be set.
+    """
+    overrides = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise ValueError(f"{word!r} is not KEY=VALUE; write for example attention_window=64")
+        if key in overrides:
+            raise ValueError(f"{key} is set twice; keep one of them")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"the value of {word!r} is not valid YAML; quote it, or write lists as [a, b]") from None
+        overrides[key] = as_number(value) if isinstance(value, str) else value
+    check_keys(overrides)
+    return overrides
+
+
+def as_number(text: str) -> float | str:
+    """YAML 1.1 takes 1e4 for a word; a word that starts like a number and reads as one is one."""
+    if text[:1] in "+-.0123456789":
+        try:
+            return float(text)
+        except ValueError:
+            pass
+    return text
+
+
+def check_keys(overrides: Iterable[str]) -> None:
+    """Raise ValueError on the first key that is unknown, or that the source's weights decide."""
+    for key in overrides:
+        if key in OVERRIDABLE:
+            continue
+        allowed = f"these can be set: {', '.join(OVERRIDABLE)}"
+        if key in GIVEN_BY_SOURCE:
+            raise ValueError(f"{key} is given by the source model and cannot be changed on conversion; {allowed}")
+        close = difflib.get_close_matches(key, OVERRIDABLE, n=1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"unknown setting {key!r}{meant}; {allowed}")

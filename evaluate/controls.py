@@ -1,0 +1,47 @@
+"""Controls: the same model with one part of its attention taken away."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from dijiang.modeling import DiJiangForCausalLM
+from dijiang.modeling.linear_layer import DiJiangLinearAttention
+
+
+SILENT = -1e4  # log-scale at which the linear branch has no weight in float32
+
+
+def linear_layers(model: DiJiangForCausalLM) -> list[DiJiangLinearAttention]:
+    return [layer.self_attn for layer in model.model.layers if isinstance(layer.self_attn, DiJiangLinearAttention)]
+
+
+@contextmanager
+def window_only(model: DiJiangForCausalLM) -> Iterator[DiJiangForCausalLM]:
+    """Within the block no linear layer uses its linear branch: what is left is softmax on window and sinks."""
+    scales = [layer.branch_scale for layer in linear_layers(model) if layer.branch_scale is not None]
+    saved = [(scale.weight.detach().clone(), scale.bias.detach().clone()) for scale in scales]
+    with torch.no_grad():
+        try:
+            for scale in scales:
+                scale.weight.zero_()
+                scale.bias.fill_(SILENT)
+            yield model
+        finally:
+            for scale, (weight, bias) in zip(scales, saved, strict=True):
+                scale.weight.copy_(weight)
+                scale.bias.copy_(bias)
+
+
+@contextmanager
+def linear_only(model: DiJiangForCausalLM) -> Iterator[DiJiangForCausalLM]:
+    """Within the block every linear layer attends through its feature map to all tokens, without window and sinks."""
+    layers = linear_layers(model)
+    saved = [(layer.window, layer.sinks) for layer in layers]
+    try:
+        for layer in layers:
+            layer.window = layer.sinks = 0
+        yield model
+    finally:
+        for layer, (window, sinks) in zip(layers, saved, strict=True):
+            layer.window, layer.sinks = window, sinks

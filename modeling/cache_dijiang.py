@@ -1,0 +1,90 @@
+"""The cache: constant-size states for linear layers beside transformers' own growing or sliding layers for softmax ones."""
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+
+class LinearStateLayer(CacheLayerMixin):
+    """One linear layer's `LinearState`. It cannot forget single tokens, so `crop` is refused."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self):
+        super().__init__()
+        self.reset()
+
+    def lazy_initialization(self, *args, **kwargs):
+        pass
+
+    def update(self, *args, **kwargs):
+        raise RuntimeError("a linear layer's cache takes update_state(state, tokens), not keys and values")
+
+    def update_state(self, state, tokens: int) -> None:
+        """Replace the state by the one after `tokens` more tokens."""
+        self.state, self.seen, self.is_initialized = state, self.seen + tokens, True
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name up to transformers 5.9
+
+    def crop(self, *args, **kwargs):
+        raise ValueError("a linear-attention state cannot be cropped: tokens already in it cannot be taken out")
+
+    def reset(self) -> None:
+        self.state, self.seen, self.is_initialized = None, 0, False
+
+    def _map(self, fn) -> None:
+        if self.state is not None:
+            self.state = self.state.map(fn)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def offload(self) -> None:
+        if self.state is not None:
+            self.device = self.state.state.device
+            self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.state is not None and getattr(self, "device", None) is not None:
+            self._map(lambda x: x.to(self.device, non_blocking=True))
+
+
+class DiJiangCache(Cache):
+    """One cache layer per decoder layer, by `config.layer_types`."""
+
+    def __init__(self, config):
+        layers = []
+        for layer_type in config.layer_types:
+            if layer_type == "linear_attention":
+                layers.append(LinearStateLayer())
+            elif layer_type == "sliding_attention":
+                layers.append(DynamicSlidingWindowLayer(sliding_window=config.sliding_window))
+            else:
+                layers.append(DynamicLayer())
+        super().__init__(layers=layers)
+
+    def memory_bytes(self) -> int:
+        """Bytes of every tensor held, for all layers and sequences of the batch."""
+        tensors = []
+        for layer in self.layers:
+            if isinstance(layer, LinearStateLayer):
+                layer._map(lambda x: tensors.append(x) or x)
+            elif layer.is_initialized:
+                tensors += [layer.keys, layer.values]
+        return sum(x.numel() * x.element_size() for x in tensors)

@@ -1,0 +1,151 @@
+"""Configuration of a DiJiang model: one decoder shape for every source family, and what each linear layer is made of."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PretrainedConfig
+
+LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
+AUTO_MAP = {
+    "AutoConfig": "configuration_dijiang.DiJiangConfig",
+    "AutoModel": "modeling_dijiang.DiJiangModel",
+    "AutoModelForCausalLM": "modeling_dijiang.DiJiangForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_dijiang.DiJiangForSequenceClassification",
+}
+CHOICES = {
+    "norm_type": ("rms_norm", "layer_norm"),
+    "mlp_type": ("gated", "plain"),
+    "feature_map": ("wdcf", "wpff", "pff", "prf", "hedgehog", "elu"),
+    "feature_activation": ("softmax", "exp"),
+    "radial": ("normal", "chi"),
+    "dct_direction": ("forward", "inverse"),
+    "decay": ("none", "retnet", "learned"),
+    "output_norm": ("none", "group_norm"),
+}
+
+
+@strict
+class DiJiangConfig(PretrainedConfig):
+    """
+    Shape of the decoder (`norm_type`, `mlp_type`, `parallel_residual`, biases, `rope_parameters`) and of its layers.
+
+    `layer_types` has one entry per layer: `linear_attention`, `full_attention` or `sliding_attention`; by default all are
+    linear. A linear layer attends exactly (softmax) to the last `attention_window` tokens, itself included, and to the
+    first `attention_sinks` tokens, and through its feature map to every token in between.
+
+    Args (of a linear layer):
+        feature_map: name in the registry of `feature_maps.py`.
+        feature_dim: m, features per head before pairing; `None` means the head size.
+        feature_activation: `exp` (the paper's, equation 12) or `softmax` over the features of one row.
+        feature_pairs: use [z, -z] instead of z, which doubles the feature size.
+        key_scale: weigh each key in the state by exp(u.k + b), learnt per key/value head: features normalised by a softmax
+            cannot tell an important key from an unimportant one.
+        feature_seed: seed of the maps' initial weights; layer i draws from `feature_seed + i`.
+        scale_features: scale queries and keys by head_dim**-0.25 each before the map, so that it faces softmax's own logits.
+        radial: law of the initial radii: `normal` (the paper's) or `chi` (unbiased for d > 1).
+        dct_direction: `forward` (the paper's text) or `inverse` (its released code).
+        decay: `none`, `retnet` (fixed per head) or `learned` (per head, from the same start).
+        normalize: divide by the sum of the weights; needed whenever there is a window or sinks.
+        branch_scale_init: start of the bias b in the linear branch's log-scale c(q) = w.q + b. The default keeps the branch
+            silent, so that an unaligned model is exactly window + sinks.
+        output_norm, output_gate: GroupNorm and SiLU gate on the heads' output, as in RetNet and the paper's code.
+
+    Raises:
+        ValueError: on an unknown choice or settings that contradict one another.
+    """
+
+    model_type = "dijiang"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    mlp_type: str = "gated"
+    mlp_bias: bool = False
+    norm_type: str = "rms_norm"
+    norm_eps: float | int = 1e-6
+    parallel_residual: bool = False
+    attention_bias: bool = False
+    max_position_embeddings: int = 2048
+    rope_parameters: dict | None = None
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    initializer_range: float | int = 0.02
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    feature_map: str = "wdcf"
+    feature_dim: int | None = None
+    feature_activation: str = "softmax"
+    feature_pairs: bool = True
+    key_scale: bool = True
+    feature_seed: int = 0
+    scale_features: bool = True
+    radial: str = "normal"
+    dct_direction: str = "forward"
+    decay: str = "none"
+    attention_window: int = 64
+    attention_sinks: int = 4
+    normalize: bool = True
+    branch_scale_init: float | int = -1e4
+    output_norm: str = "none"
+    output_gate: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.feature_dim is None:
+            self.feature_dim = self.head_dim
+        if self.layer_types is None:
+            self.layer_types = ["linear_attention"] * self.num_hidden_layers
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        super().__post_init__(**kwargs)
+
+    # dataclass equality would ignore attributes that transformers keeps outside the fields
+    __eq__ = PretrainedConfig.__eq__
+
+    def validate_choices(self):
+        """Raise ValueError on a value outside its list, or on sizes that do not fit."""
+        for key, allowed in CHOICES.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"{key}={getattr(self, key)!r} is unknown; choose one of {', '.join(allowed)}")
+        unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
+        if unknown:
+            raise ValueError(f"layer_types holds {', '.join(unknown)}; choose from {', '.join(LAYER_TYPES)}")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.feature_dim < 1:
+            raise ValueError(f"feature_dim={self.feature_dim} must be at least 1")
+        if "sliding_attention" in self.layer_types and not self.sliding_window:
+            raise ValueError("layer_types holds sliding_attention, but sliding_window is not set")
+
+    def validate_branches(self):
+        """Raise ValueError where window, sinks and normalisation contradict one another."""
+        if self.attention_window < 0 or self.attention_sinks < 0:
+            raise ValueError(
+                f"attention_window={self.attention_window} and attention_sinks={self.attention_sinks} must not be negative"
+            )
+        if self.attention_sinks and not self.attention_window:
+            raise ValueError(f"attention_sinks={self.attention_sinks} needs attention_window of at least 1")
+        if self.attention_window and not self.normalize:
+            raise ValueError("normalize=false needs attention_window=0: the softmax window shares the denominator")
+
+    @property
+    def has_linear_layers(self) -> bool:
+        return "linear_attention" in self.layer_types
+
+
+__all__ = ["DiJiangConfig"]

@@ -1,0 +1,325 @@
+"""
+The DiJiang decoder: one class for LLaMA- and GPT-NeoX-type models, each layer linear, full or sliding attention.
+
+With every layer `full_attention` its logits are those of the source model.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_dijiang import DiJiangCache
+from .configuration_dijiang import DiJiangConfig
+from .feature_maps import FeatureMap
+from .layers import DiJiangMLP, DiJiangRotaryEmbedding, ProjectedAttention, build_norm
+from .linear_layer import Decay, DiJiangLinearAttention, LogScale, OutputGate
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling: float, dropout: float = 0.0, **kwargs):
+    """Softmax attention in plain torch: query (B, H, T, d), key and value (B, G, S, d), attention_mask added to the logits."""
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class DiJiangSoftmaxAttention(ProjectedAttention):
+    """The source model's own attention, full or with a sliding window."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.is_causal = True
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        q, k, v = (x.transpose(1, 2) for x in self.project(hidden_states, position_embeddings))
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        o, weights = attention(
+            self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, sliding_window=self.sliding_window, **kwargs
+        )
+        return self.o_proj(o.flatten(2)), weights
+
+
+class DiJiangDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP, one after the other or, if `parallel_residual`, side by side (GPT-NeoX)."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        linear = config.layer_types[layer_idx] == "linear_attention"
+        self.self_attn = (DiJiangLinearAttention if linear else DiJiangSoftmaxAttention)(config, layer_idx)
+        self.mlp = DiJiangMLP(config)
+        self.input_layernorm, self.post_attention_layernorm = build_norm(config), build_norm(config)
+        self.parallel_residual = config.parallel_residual
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        attention, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        if self.parallel_residual:
+            return self.mlp(self.post_attention_layernorm(hidden_states)) + attention + hidden_states
+        hidden_states = hidden_states + attention
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class DiJiangPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by all heads."""
+
+    config_class = DiJiangConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DiJiangDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["feature_map_q", "feature_map_k", "branch_scale", "key_scale", "decay"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": DiJiangDecoderLayer, "attentions": DiJiangSoftmaxAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        # buffers made in __init__ do not survive loading either, so the maps are refilled here
+        if isinstance(module, FeatureMap | LogScale | Decay | OutputGate):
+            module.reset_parameters()
+
+
+class DiJiangModel(DiJiangPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: DiJiangConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DiJiangDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = build_norm(config)
+        self.rotary_emb = DiJiangRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        # a state cannot be rolled back, so generate() must refuse modes that guess tokens and take them back
+        self._is_stateful = config.has_linear_layers
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: DiJiangCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: (B, T), or inputs_embeds: (B, T, hidden).
+            attention_mask: (B, past + T), 1 for tokens and 0 for padding on either side.
+            position_ids: (B, T). Default: counted over real tokens, so padding does not shift them.
+            past_key_values: a `DiJiangCache` of the tokens before; made here if `use_cache`.
+
+        Raises:
+            ValueError: on neither or both inputs, a foreign cache, or inputs that linear layers cannot honour: masks that
+                are not (B, past + T), and several documents packed into one row.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DiJiangCache(self.config)
+        if self.config.has_linear_layers:
+            refuse_what_linear_layers_cannot_honour(attention_mask, position_ids, past_key_values, kwargs)
+
+        T = inputs_embeds.shape[1]
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if position_ids is None and torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -T:]
+        elif position_ids is None:
+            position_ids = torch.arange(past, past + T, device=inputs_embeds.device).unsqueeze(0)
+
+        masks = self.masks_by_layer_type(inputs_embeds, attention_mask, past_key_values, position_ids)
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds
+        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[layer_type],
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def masks_by_layer_type(self, inputs_embeds, attention_mask, past_key_values, position_ids) -> dict:
+        """What each layer type takes as its mask: (B, T) bool for linear layers, transformers' own for softmax ones."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        arguments = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        masks = {}
+        if "linear_attention" in self.config.layer_types:
+            T = inputs_embeds.shape[1]
+            masks["linear_attention"] = None if attention_mask is None else attention_mask[:, -T:].bool()
+        if "full_attention" in self.config.layer_types:
+            masks["full_attention"] = create_causal_mask(**arguments)
+        if "sliding_attention" in self.config.layer_types:
+            masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
+        return masks
+
+
+def refuse_what_linear_layers_cannot_honour(attention_mask, position_ids, past_key_values, kwargs) -> None:
+    """Raise ValueError on inputs that would silently give wrong results."""
+    if past_key_values is not None and not hasattr(past_key_values, "memory_bytes"):
+        raise ValueError(f"past_key_values is a {type(past_key_values).__name__}; linear layers need a DiJiangCache")
+    if torch.is_tensor(attention_mask) and attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; linear layers need (batch, tokens)")
+    packed = kwargs.get("cu_seq_lens_q") is not None
+    if attention_mask is None and position_ids is not None and position_ids.shape[-1] > 1:
+        packed = packed or (not torch.compiler.is_compiling() and bool((position_ids.diff(dim=-1) != 1).any()))
+    if packed:
+        raise ValueError("several documents packed into one row are not supported by linear layers; pad them instead")
+
+
+class DiJiangForCausalLM(DiJiangPreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: DiJiangConfig):
+        super().__init__(config)
+        self.model = DiJiangModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._is_stateful = config.has_linear_layers
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: DiJiangCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Arguments as `DiJiangModel`; labels (B, T) with -100 where no loss is wanted; logits (B, logits_to_keep or T, V)."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            if generation_config.cache_implementation not in (None, "dynamic"):
+                raise ValueError(
+                    f"cache_implementation={generation_config.cache_implementation!r} is not supported; leave it unset"
+                )
+            model_kwargs["past_key_values"] = DiJiangCache(self.config)
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+class DiJiangForSequenceClassification(DiJiangPreTrainedModel):
+    """The decoder with a linear head on the last real token of each row."""
+
+    def __init__(self, config: DiJiangConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = DiJiangModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: DiJiangCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """
+        Arguments as `DiJiangModel`; labels (B,) or (B, num_labels); logits (B, num_labels).
+
+        Raises:
+            ValueError: if rows cannot be told from their padding: several rows, no attention_mask and no pad_token_id.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        B, T = hidden_states.shape[:2]
+        if attention_mask is not None:
+            real = attention_mask[:, -T:].bool()
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        elif B == 1:
+            real = torch.ones(1, T, dtype=torch.bool, device=hidden_states.device)
+        else:
+            raise ValueError("several rows need an attention_mask, or a pad_token_id in the config")
+        last = (real * torch.arange(T, device=real.device)).argmax(-1)
+        logits = self.score(hidden_states[torch.arange(B, device=real.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["DiJiangForCausalLM", "DiJiangForSequenceClassification", "DiJiangModel", "DiJiangPreTrainedModel"]

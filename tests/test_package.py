@@ -1,0 +1,195 @@
+"""The package as a whole: the front door, the rooms' import arrows, the wheel and the demo's text."""
+
+import ast
+import shutil
+import statistics
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES = {folder: package for package, folder in PYPROJECT["tool"]["setuptools"]["package-dir"].items()}
+
+# Which rooms each room may import; `dijiang`, the front door, may import them all.
+ARROWS = {
+    "modeling": set(),
+    "convert": {"modeling"},
+    "train": {"modeling", "convert"},
+    "evaluate": {"modeling", "convert"},
+    "configs": set(),
+}
+
+
+def python(code: str, cwd: Path) -> str:
+    """Runs code in a fresh process, away from the source tree, and returns what it printed."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# --- the front door ---
+
+
+def test_import_is_quick(tmp_path):
+    code = "import time; start = time.perf_counter(); import dijiang; print(time.perf_counter() - start)"
+    assert statistics.median(float(python(code, tmp_path)) for _ in range(3)) < 0.5
+
+
+def test_import_needs_no_torch(tmp_path):
+    code = "import sys, dijiang; print([m for m in ('torch', 'transformers', 'dijiang.modeling') if m in sys.modules])"
+    assert python(code, tmp_path) == "[]"
+
+
+def test_public_names(tmp_path):
+    code = "import dijiang; [getattr(dijiang, name) for name in dijiang.__all__]; assert {*dijiang.__all__} <= {*dir(dijiang)}"
+    python(code, tmp_path)
+
+
+def test_unknown_name():
+    import dijiang
+
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dijiang.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import dijiang, transformers",
+        "import transformers, dijiang",
+        "import dijiang; from transformers import AutoModelForCausalLM",  # modeling_auto is the outermost import
+        "import dijiang; from transformers import LlamaForCausalLM",  # the auto classes are loaded in passing
+        "from transformers import AutoConfig; import dijiang",  # they are loaded already
+        "import dijiang.modeling",  # our own import loads them
+        "from dijiang import DiJiangConfig",
+    ],
+)
+def test_auto_classes_know_dijiang(imports, tmp_path):
+    code = f"""{imports}
+import sys, transformers
+config = transformers.AutoConfig.for_model("dijiang")
+print(type(config).__name__, transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)
+assert not any(type(finder).__module__ == "dijiang._register" for finder in sys.meta_path)
+"""
+    assert python(code, tmp_path) == "DiJiangConfig DiJiangForCausalLM"
+
+
+def test_transformers_alone_stays_light(tmp_path):
+    assert python("import dijiang, transformers, sys; print('dijiang.modeling' in sys.modules)", tmp_path) == "False"
+
+
+# --- the rooms ---
+
+
+def imports(tree: ast.AST, package: str):
+    """Yields (absolute name, is inside `try`, node) for every import; `from a import b` gives a.b."""
+    tried = {id(node) for t in ast.walk(tree) if isinstance(t, ast.Try) for s in t.body for node in ast.walk(s)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            home = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            names = [".".join([*home, *filter(None, [node.module]), alias.name]) for alias in node.names]
+        else:
+            continue
+        yield from ((name, id(node) in tried, node) for name in names)
+
+
+def against_the_arrows(source: str, room: str, package: str) -> list[str]:
+    """Names the imports by which a file of `room`, lying in `package`, goes against the table."""
+    allowed = {room, *ARROWS[room]}
+    found = []
+    for name, tried, node in imports(ast.parse(source), package):
+        top, *rest = name.split(".")
+        if top == "dijiang" and (not rest or rest[0] not in allowed):
+            found.append(name)
+        elif room == "modeling":  # copied into checkpoints, where there is no `dijiang`
+            if top == "dijiang":
+                flat = isinstance(node, ast.ImportFrom) and node.level == 1 and node.module and "." not in node.module
+                fine = flat and (ROOT / "modeling" / f"{node.module}.py").exists()
+            else:
+                fine = top in {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names or (top == "fla" and tried)
+            if not fine:
+                found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("room", ARROWS)
+def test_room_imports_along_the_arrows(room):
+    files = sorted((ROOT / room).rglob("*.py"))
+    assert files, f"{room}/ has no Python file"
+    for file in files:
+        package = ".".join([PACKAGES[room], *file.relative_to(ROOT / room).parent.parts])
+        assert against_the_arrows(file.read_text(encoding="utf-8"), room, package) == [], file.relative_to(ROOT)
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("modeling", "import dijiang.modeling.feature_maps"),
+        ("modeling", "from dijiang.convert import convert_model"),
+        ("modeling", "from ..convert import convert_model"),
+        ("modeling", "from . import feature_maps"),
+        ("modeling", "from .maps.cosine import Cosine"),
+        ("modeling", "def f():\n    import numpy"),
+        ("modeling", "import fla"),
+        ("modeling", "try:\n    pass\nexcept ImportError:\n    import fla"),
+        ("convert", "from dijiang import __version__"),
+        ("convert", "from dijiang import train"),
+        ("convert", "from ..train.align import align"),
+        ("train", "from dijiang.evaluate import perplexity"),
+        ("evaluate", "if True:\n    import dijiang.train"),
+    ],
+)
+def test_arrows_are_seen_to_be_broken(room, source):
+    assert against_the_arrows(source, room, PACKAGES[room])
+
+
+def test_modeling_is_flat():
+    assert [p.name for p in (ROOT / "modeling").iterdir() if p.is_dir() and p.name != "__pycache__"] == []
+
+
+# --- the wheel ---
+
+
+def test_wheel_holds_every_room_the_configs_and_the_data(tmp_path):
+    assert {init.parent.name for init in ROOT.glob("*/__init__.py")} - {"tests"} == set(PACKAGES)
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == set(PACKAGES.values())
+    assert set(PACKAGES) == {*ARROWS, "dijiang"}
+
+    tree = tmp_path / "tree"  # a copy: the build leaves litter
+    tree.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    expected = set()
+    for folder, package in PACKAGES.items():
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        files = [p.relative_to(tree / folder) for p in (tree / folder).rglob("*") if p.is_file()]
+        expected |= {f"{package.replace('.', '/')}/{file.as_posix()}" for file in files}
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path), "."]
+    done = subprocess.run(build, cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert held == expected
+    assert {"dijiang/modeling/__init__.py", "dijiang/configs/__init__.py", "dijiang/data/jargon_train.txt"} <= held
+
+
+# --- the demo's text ---
+
+
+def test_held_out_text_is_held_out():
+    sides = {}
+    for side in ("train", "heldout"):
+        text = (ROOT / "dijiang" / "data" / f"jargon_{side}.txt").read_text(encoding="utf-8")
+        sides[side] = [p.strip() for p in text.split("\n\n")]
+        assert all(sides[side]), "an empty paragraph"
+    assert not set(sides["train"]) & set(sides["heldout"])
+    share = sum(map(len, sides["heldout"])) / sum(len(p) for side in sides.values() for p in side)
+    assert 0.08 < share < 0.12

@@ -1,0 +1,84 @@
+"""
+Attention transfer: every linear layer learns to give the output that the teacher's softmax attention gives on the teacher's
+own hidden states (LoLCATs, arXiv 2410.10254; RADLADS, arXiv 2505.03005). Layers do not depend on one another, so one teacher
+pass trains all of them, and each layer's graph is freed before the next one is built.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from dijiang.modeling import DiJiangForCausalLM
+from dijiang.modeling.linear_layer import DiJiangLinearAttention
+
+KERNEL_PARTS = ("feature_map_q", "feature_map_k", "branch_scale", "key_scale", "decay")
+
+
+def linear_layers(model: DiJiangForCausalLM) -> dict[int, DiJiangLinearAttention]:
+    """The linear layers of `model` by their index."""
+    layers = {i: layer.self_attn for i, layer in enumerate(model.model.layers)}
+    return {i: layer for i, layer in layers.items() if isinstance(layer, DiJiangLinearAttention)}
+
+
+def kernel_parameters(model: DiJiangForCausalLM) -> dict[str, torch.nn.Parameter]:
+    """The parameters that conversion added to the linear layers' kernels, by name; fixed decays are not among them."""
+    found = {}
+    for i, attention in linear_layers(model).items():
+        for part in KERNEL_PARTS:
+            if (module := getattr(attention, part)) is not None:
+                prefix = f"model.layers.{i}.self_attn.{part}"
+                found |= {f"{prefix}.{name}": p for name, p in module.named_parameters() if p.requires_grad}
+    return found
+
+
+@dataclass
+class TeacherPass:
+    """
+    What one teacher pass leaves for the student.
+
+    Attributes:
+        inputs: by layer, the hidden states (B, T, hidden) that enter attention, after the norm.
+        outputs: by layer, what attention gives before its output projection, (B, T, H * d).
+        position_embeddings: cos and sin, as the layers take them.
+    """
+
+    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+@torch.no_grad()
+def run_teacher(teacher: DiJiangForCausalLM, input_ids: torch.Tensor) -> TeacherPass:
+    """Run `teacher`, a softmax model in our own decoder, on input_ids (B, T), and keep every layer's attention in and out."""
+    kept, handles = TeacherPass(), []
+    for i, layer in enumerate(teacher.model.layers):
+
+        def keep_input(module, args, kwargs, i=i):
+            kept.inputs[i] = args[0]
+            kept.position_embeddings = kwargs["position_embeddings"]
+
+        def keep_output(module, args, i=i):
+            kept.outputs[i] = args[0]
+
+        handles.append(layer.self_attn.register_forward_pre_hook(keep_input, with_kwargs=True))
+        handles.append(layer.self_attn.o_proj.register_forward_pre_hook(keep_output))
+    try:
+        teacher.model(input_ids=input_ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return kept
+
+
+def layer_losses(student: DiJiangForCausalLM, teacher_pass: TeacherPass) -> Iterator[tuple[int, torch.Tensor]]:
+    """
+    Yield (layer, loss) for every linear layer of `student`: the squared error of its attention output, before the output
+    projection, over the squared target. The caller calls `backward` before it asks for the next one.
+    """
+    for i, attention in linear_layers(student).items():
+        with torch.no_grad():
+            q, k, v = attention.project(teacher_pass.inputs[i], teacher_pass.position_embeddings)
+            target = teacher_pass.outputs[i].float()
+        output, _ = attention.attend(q, k, v)
+        yield i, (output.flatten(2) - target).square().mean() / target.square().mean()

@@ -1,0 +1,85 @@
+"""
+Closed-form start of a linear layer from a few thousand tokens, before any gradient step.
+
+With m_q, m_k the mean query and key of a head, q.k = (q - m_q).(k - m_k) + m_q.k + q.m_k - m_q.m_k. So the feature map only
+has to stand in for the exponential of the centred product, whose norms are much smaller; exp(m_q.k) is a weight per key,
+which the state can hold; exp(q.m_k) is a factor per query, which the branch scale c(q) = w.q + b takes over, and is fitted,
+with what the map still misses, by least squares to log(sum of exp(q.k) over far keys) - log(phi(q).sum of phi(k)).
+"""
+
+import torch
+import torch.nn.functional as F
+
+from dijiang.modeling.linear_layer import DiJiangLinearAttention
+
+QUERIES_AT_ONCE = 256
+RIDGE = 1e-3
+
+
+@torch.no_grad()
+def calibrate_layer(attention: DiJiangLinearAttention, q: torch.Tensor, k: torch.Tensor, quiet: float) -> float | None:
+    """
+    Set the layer's map, key scale and branch scale in place.
+
+    Args:
+        attention: a freshly converted layer.
+        q: (B, T, H, d) queries, k: (B, T, G, d) keys of some text, after rotary positions.
+        quiet: subtracted from the fitted b. The linear branch then starts below its share of the softmax's mass, which costs
+            less than an unfit map at full weight does.
+
+    Returns:
+        R^2 of the fit of c(q), the mean over heads; None without a window, where nothing is fitted.
+    """
+    q, k = q.float(), k.float()
+    scaled_q, scaled_k = q * attention.feature_scale, k * attention.feature_scale
+    mean_q, mean_k = scaled_q.mean((0, 1)), scaled_k.mean((0, 1))
+    attention.feature_map_q.center(mean_q)
+    attention.feature_map_k.center(mean_k)
+    if attention.key_scale is not None:
+        groups = attention.num_key_value_groups
+        weight = mean_q.view(-1, groups, mean_q.shape[-1]).mean(1)  # the query heads of a group share one state
+        attention.key_scale.weight.copy_(weight)
+        attention.key_scale.bias.copy_(-(weight * mean_k).sum(-1))
+    if not attention.window:
+        return None
+
+    start = attention.window + attention.sinks  # the first query with a far key
+    if q.shape[1] < 2 * start:
+        raise ValueError(f"blocks of {q.shape[1]} tokens are too short for a window of {attention.window}; use longer blocks")
+    gap = far_log_sum(attention, q, k) - linear_log_sum(attention, scaled_q, k)
+    design = F.pad(scaled_q, (0, 1), value=1.0)[:, start:].flatten(0, 1).double()
+    wanted = gap[:, start:].flatten(0, 1).double()
+    fit = []
+    for head in range(design.shape[1]):
+        x, y = design[:, head], wanted[:, head]
+        ridge = RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        solution = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
+        attention.branch_scale.weight[head] = solution[:-1].float()
+        attention.branch_scale.bias[head] = solution[-1].float() - quiet
+        fit.append(1.0 - ((y - x @ solution).var() / y.var()).item())
+    return sum(fit) / len(fit)
+
+
+def far_log_sum(attention: DiJiangLinearAttention, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """log of the sum of exp(q.k / sqrt(d)) over the keys that are neither in the window nor sinks, (B, T, H)."""
+    T = q.shape[1]
+    k = k.repeat_interleave(attention.num_key_value_groups, dim=2)
+    key_index = torch.arange(T, device=q.device)
+    sums = []
+    for part in q.split(QUERIES_AT_ONCE, dim=1):
+        first = sum(x.shape[2] for x in sums)
+        query_index = torch.arange(first, first + part.shape[1], device=q.device)
+        far = (key_index <= query_index[:, None] - attention.window) & (key_index >= attention.sinks)
+        scores = torch.einsum("bihd,bjhd->bhij", part, k) * attention.scaling
+        sums.append(scores.masked_fill(~far, -torch.inf).logsumexp(-1))
+    return torch.cat(sums, dim=2).transpose(1, 2)
+
+
+def linear_log_sum(attention: DiJiangLinearAttention, scaled_q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """log of the linear branch's sum of weights over the same keys, (B, T, H)."""
+    B, T, G, _ = k.shape
+    delayed = F.pad(k, (0, 0, 0, 0, attention.window, 0))[:, :T]
+    index = torch.arange(T, device=k.device) - attention.window
+    far = (index >= attention.sinks).expand(B, T)
+    no_values = k.new_zeros(B, T, G, 0)
+    return attention.far_branch(scaled_q, delayed, no_values, far, None)[0][..., -1].clamp_min(1e-30).log()

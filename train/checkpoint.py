@@ -1,0 +1,37 @@
+"""Writes a checkpoint that differs from another one in a few tensors only."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+def copy_with_parameters(checkpoint: str | Path, folder: Path, parameters: dict[str, torch.Tensor]) -> None:
+    """
+    Copy every file of `checkpoint` into `folder`, with `parameters` in place of the stored tensors of the same names. All
+    other tensors keep their bits, whatever dtype the model was loaded in; one shard is in memory at a time.
+
+    Raises:
+        ValueError: if a parameter is not finite or the checkpoint has no tensor of its name.
+    """
+    for name, value in parameters.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name} is not finite after training; lower learning_rate")
+    left = {name: value.detach().cpu() for name, value in parameters.items()}
+    for path in sorted(Path(checkpoint).iterdir()):
+        if path.is_dir():
+            continue
+        if path.suffix != ".safetensors":
+            shutil.copyfile(path, folder / path.name)
+            continue
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {}
+            for name in file.keys():
+                stored = file.get_tensor(name)
+                tensors[name] = left.pop(name).to(stored.dtype).contiguous() if name in left else stored
+        save_file(tensors, folder / path.name, metadata=metadata)
+    if left:
+        raise ValueError(f"{checkpoint} has no tensor {min(left)}; convert the source again")
