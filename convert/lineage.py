@@ -5,6 +5,8 @@ from pathlib import Path
 from .provenance import hash_files, read_provenance
 from .source import open_source
 
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
+
 
 def refuse_other_source(provenance: dict, source: str | Path) -> None:
     """
@@ -12,15 +14,19 @@ def refuse_other_source(provenance: dict, source: str | Path) -> None:
     DiJiang checkpoint made from the same ones.
     """
     found = open_source(source)
-    recorded = set(provenance.get("source_files", {}).values())
     if found.is_dijiang:
-        theirs = set(read_provenance(found.folder).get("source_files", {}).values())
-    elif found.gguf:
-        theirs = set(hash_files([found.gguf]).values())
+        theirs = weight_hashes(read_provenance(found.folder))
     else:
-        theirs = set(hash_files([*found.folder.glob("*.safetensors"), *found.folder.glob("*.bin")]).values())
-    if not recorded & theirs:
+        files = [found.gguf] if found.gguf else [path for path in found.folder.iterdir() if path.suffix in WEIGHT_SUFFIXES]
+        theirs = set(hash_files(files).values())
+    if not weight_hashes(provenance) & theirs:
         raise ValueError(
-            f"{source} is not the model that this checkpoint was converted from ({provenance.get('source', 'unknown')}): their "
-            "weights differ; give that one"
+            f"{source} is not the model that this checkpoint was converted from ({provenance.get('source', 'unknown')}): "
+            "their weights differ; give that one"
         )
+
+
+def weight_hashes(provenance: dict) -> set[str]:
+    """The recorded hashes of the source's weight files; sister models may share all other files."""
+    recorded = provenance.get("source_files", {})
+    return {digest for name, digest in recorded.items() if Path(name).suffix in WEIGHT_SUFFIXES}

