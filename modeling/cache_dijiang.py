@@ -84,7 +84,7 @@ class DiJiangCache(Cache):
         tensors = []
         for layer in self.layers:
             if isinstance(layer, LinearStateLayer):
-                layer._map(lambda x: tensors.append(x) or x)
+                tensors += [] if layer.state is None else layer.state.tensors()
             elif layer.is_initialized:
                 tensors += [layer.keys, layer.values]
         return sum(x.numel() * x.element_size() for x in tensors)

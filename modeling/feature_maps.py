@@ -18,7 +18,7 @@ MAX_EXPONENT = 30.0
 
 
 def dct_matrix(size: int) -> torch.Tensor:
-    """Orthonormal DCT-II matrix C, (size, size) float64, row r the r-th frequency: `C @ x` is `scipy.fft.dct(x, norm="ortho")`."""
+    """Orthonormal DCT-II matrix C, (size, size) float64, row r the r-th frequency, as scipy.fft.dct(norm="ortho")."""
     n = torch.arange(size, dtype=torch.float64)
     matrix = torch.cos(math.pi / size * n[:, None] * (n + 0.5)) * math.sqrt(2.0 / size)
     matrix[0] /= math.sqrt(2.0)

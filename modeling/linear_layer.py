@@ -41,8 +41,12 @@ class LinearState:
 
     def map(self, fn) -> "LinearState":
         """The same state with `fn` applied to every tensor (select rows, move, detach)."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: fn(x) for name, x in tensors.items() if isinstance(x, torch.Tensor)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: fn(x) for name, x in values.items() if isinstance(x, torch.Tensor)})
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor of the state."""
+        return [x for f in fields(self) if isinstance(x := getattr(self, f.name), torch.Tensor)]
 
 
 class LogScale(nn.Module):
@@ -151,15 +155,18 @@ class DiJiangLinearAttention(ProjectedAttention):
         Returns:
             o (B, T, H, d) float32 and the state after the last token.
         """
-        B, T = k.shape[:2]
+        T = k.shape[1]
         state = self.empty_state(k) if state is None else state
-        valid = torch.ones(B, T, dtype=torch.bool, device=k.device) if valid is None else valid
-        arrived = state.tokens[:, None] + valid.long().cumsum(1)
-        rank = torch.where(valid, arrived - 1, -1)
+        if valid is None:
+            rank = state.tokens[:, None] + torch.arange(T, device=k.device)
+            tokens = state.tokens + T
+        else:
+            arrived = state.tokens[:, None] + valid.long().cumsum(1)
+            rank, tokens = torch.where(valid, arrived - 1, -1), arrived[:, -1]
         # rows t of `all_*` leave the window when query t arrives
         all_k, all_v = torch.cat((state.window_k, k), dim=1), torch.cat((state.window_v, v), dim=1)
         all_rank = torch.cat((state.window_rank, rank), dim=1)
-        new = replace(state, window_k=all_k[:, T:], window_v=all_v[:, T:], window_rank=all_rank[:, T:], tokens=arrived[:, -1])
+        new = replace(state, window_k=all_k[:, T:], window_v=all_v[:, T:], window_rank=all_rank[:, T:], tokens=tokens)
 
         q_scaled = q.float() * self.feature_scale
         far, new.state = self.far_branch(q_scaled, all_k[:, :T], all_v[:, :T], all_rank[:, :T] >= self.sinks, state.state)
@@ -180,8 +187,8 @@ class DiJiangLinearAttention(ProjectedAttention):
 
     def far_branch(self, q, k, v, visible, state):
         """
-        Linear attention of scaled queries to the keys that left the window, those in `visible` (B, T) alone. Returns (B, T, H, d), or with a
-        window (B, T, H, d + 1) not normalised, the sum of weights last; and the new state.
+        Linear attention of scaled queries to the keys that left the window, those in `visible` (B, T) alone. Returns
+        (B, T, H, d), or with a window (B, T, H, d + 1), not normalised and the sum of weights last; and the new state.
         """
         phi_k = self.key_features(k.float() * self.feature_scale) * visible[..., None, None]
         # a key decays once for every key that enters the state after it, so padding does not age it

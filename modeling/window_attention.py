@@ -46,11 +46,14 @@ def window_attention(
     pad = N * C - T
     lowest = torch.finfo(torch.float32).min
 
-    q = F.pad(q.float() * scale, (0, 0, 0, 0, 0, pad)).view(B, N, C, G, R, d).permute(0, 3, 1, 4, 2, 5)
-    q = q.reshape(B, G, N, R * C, d)
+    q, k, v = q.float() * scale, k.float(), v.float()
+    if pad:
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)) for x in (q, k, v))
+        valid = F.pad(valid, (0, pad))
+    q = q.view(B, N, C, G, R, d).permute(0, 3, 1, 4, 2, 5).reshape(B, G, N, R * C, d)
     # every block of C queries meets the W + C keys that any of them can see
-    k, v = (F.pad(x.float(), (0, 0, 0, 0, 0, pad)).transpose(1, 2).unfold(2, W + C, C) for x in (k, v))
-    seen = F.pad(valid, (0, pad)).unfold(1, W + C, C)
+    k, v = (x.transpose(1, 2).unfold(2, W + C, C) for x in (k, v))
+    seen = valid.unfold(1, W + C, C)
     age = torch.arange(C, device=q.device)[:, None] + W - torch.arange(W + C, device=q.device)
     visible = seen[:, None, :, None, None, :] & ((age >= 0) & (age < W))
     scores = (q @ k).view(B, G, N, R, C, W + C).masked_fill(~visible, lowest)

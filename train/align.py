@@ -59,9 +59,9 @@ class AlignConfig:
     tokens: int = 100_000
     block_size: int = 1024
     batch_size: int = 1
-    learning_rate: float = 1e-2
+    learning_rate: float = 5e-2
     calibration_blocks: int = 2
-    quiet: float = 2.0
+    quiet: float = 0.5
     dtype: str = "auto"
     device: str = "auto"
     seed: int = 0
@@ -71,7 +71,7 @@ class AlignConfig:
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key}={getattr(self, key)} must be greater than 0")
         for key in ("calibration_blocks", "quiet"):
-            if getattr(self, key) < 0:
+            if not getattr(self, key) >= 0:  # NaN too
                 raise ValueError(f"{key}={getattr(self, key)} must not be negative")
         if self.tokens < self.tokens_per_step:
             raise ValueError(f"tokens={self.tokens} is less than one step of {self.tokens_per_step} (batch_size * block_size)")
@@ -117,8 +117,10 @@ def align(
         dtype = fastest_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
         student, tokenizer = load_source(checkpoint, dtype=dtype)
         blocks = token_blocks(tokenizer, data, config.block_size)
-        if not linear_layers(student):
-            raise ValueError(f"{checkpoint} has no linear-attention layer, so there is nothing to align")
+        if not kernel_parameters(student):
+            raise ValueError(
+                f"{checkpoint} has no linear-attention layer with kernel parameters, so there is nothing to align"
+            )
         refuse_other_source(provenance, teacher)
         teacher_model, _ = load_source(teacher, dtype=dtype)
         refuse_misfit(student, teacher_model, teacher)
@@ -166,14 +168,15 @@ def block_order(count: int, seed: int) -> Iterator[int]:
         yield from torch.randperm(count, generator=generator).tolist()
 
 
+@torch.no_grad()
 def calibrate(student: DiJiangForCausalLM, teacher: DiJiangForCausalLM, input_ids: torch.Tensor, quiet: float) -> float | None:
     """Closed-form start of all linear layers on input_ids (B, T); returns the mean R^2 of the branch scales' fit."""
     kept = run_teacher(teacher, input_ids)
     fits = []
     for i, attention in linear_layers(student).items():
-        with torch.no_grad():
-            q, k, _ = attention.project(kept.inputs[i], kept.position_embeddings)
-        fits.append(calibrate_layer(attention, q, k, quiet))
+        q, k, v = attention.project(kept.inputs[i], kept.position_embeddings)
+        target = kept.outputs[i].float().view_as(q)
+        fits.append(calibrate_layer(attention, q, k, v, target, quiet))
     fits = [fit for fit in fits if fit is not None]
     return sum(fits) / len(fits) if fits else None
 

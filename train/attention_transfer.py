@@ -26,9 +26,11 @@ def kernel_parameters(model: DiJiangForCausalLM) -> dict[str, torch.nn.Parameter
     found = {}
     for i, attention in linear_layers(model).items():
         for part in KERNEL_PARTS:
+            if part == "decay" and attention.config.decay != "learned":  # loading sets requires_grad on it all the same
+                continue
             if (module := getattr(attention, part)) is not None:
                 prefix = f"model.layers.{i}.self_attn.{part}"
-                found |= {f"{prefix}.{name}": p for name, p in module.named_parameters() if p.requires_grad}
+                found |= {f"{prefix}.{name}": parameter for name, parameter in module.named_parameters()}
     return found
 
 

@@ -14,50 +14,78 @@ from dijiang.modeling.linear_layer import DiJiangLinearAttention
 
 QUERIES_AT_ONCE = 256
 RIDGE = 1e-3
+# the radii T are tried at these multiples of their start; which one a layer wants depends on the norms of its q and k
+RADIUS_SCALES = (1.0, 2.0, 3.0, 4.0)
 
 
 @torch.no_grad()
-def calibrate_layer(attention: DiJiangLinearAttention, q: torch.Tensor, k: torch.Tensor, quiet: float) -> float | None:
+def calibrate_layer(
+    attention: DiJiangLinearAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, target: torch.Tensor, quiet: float
+) -> float | None:
     """
-    Set the layer's map, key scale and branch scale in place.
+    Set the layer's map, key scale and branch scale in place, with the multiple of the radii that fits `target` best.
 
     Args:
         attention: a freshly converted layer.
-        q: (B, T, H, d) queries, k: (B, T, G, d) keys of some text, after rotary positions.
+        q: (B, T, H, d) queries; k, v: (B, T, G, d) keys and values of some text, after rotary positions.
+        target: (B, T, H, d), what softmax attention gives for them.
         quiet: subtracted from the fitted b. The linear branch then starts below its share of the softmax's mass, which costs
             less than an unfit map at full weight does.
 
     Returns:
         R^2 of the fit of c(q), the mean over heads; None without a window, where nothing is fitted.
-    """
-    q, k = q.float(), k.float()
-    scaled_q, scaled_k = q * attention.feature_scale, k * attention.feature_scale
-    mean_q, mean_k = scaled_q.mean((0, 1)), scaled_k.mean((0, 1))
-    attention.feature_map_q.center(mean_q)
-    attention.feature_map_k.center(mean_k)
-    if attention.key_scale is not None:
-        groups = attention.num_key_value_groups
-        weight = mean_q.view(-1, groups, mean_q.shape[-1]).mean(1)  # the query heads of a group share one state
-        attention.key_scale.weight.copy_(weight)
-        attention.key_scale.bias.copy_(-(weight * mean_k).sum(-1))
-    if not attention.window:
-        return None
 
+    Raises:
+        ValueError: if T leaves too few queries with keys beyond window and sinks.
+    """
     start = attention.window + attention.sinks  # the first query with a far key
     if q.shape[1] < 2 * start:
         raise ValueError(f"blocks of {q.shape[1]} tokens are too short for a window of {attention.window}; use longer blocks")
-    gap = far_log_sum(attention, q, k) - linear_log_sum(attention, scaled_q, k)
-    design = F.pad(scaled_q, (0, 1), value=1.0)[:, start:].flatten(0, 1).double()
-    wanted = gap[:, start:].flatten(0, 1).double()
-    fit = []
+    q, k, v = q.float(), k.float(), v.float()
+    scaled_q, scaled_k = q * attention.feature_scale, k * attention.feature_scale
+    far = far_log_sum(attention, q, k) if attention.window else None
+    radii = [part.T for part in (attention.feature_map_q, attention.feature_map_k) if "T" in part._parameters]
+    starts = [radius.clone() for radius in radii]
+    best_error, best_state, best_fit = float("inf"), None, None
+    for scale in RADIUS_SCALES if radii else (1.0,):
+        for radius, value in zip(radii, starts, strict=True):
+            radius.copy_(value * scale)
+        center(attention, scaled_q.mean((0, 1)), scaled_k.mean((0, 1)))
+        fit = None
+        if far is not None:
+            gap = far - linear_log_sum(attention, scaled_q, k)
+            fit = fit_branch_scale(attention, scaled_q[:, start:], gap[:, start:], quiet)
+        error = (attention.attend(q, k, v)[0] - target).square().mean().item()
+        if error < best_error:
+            best_error, best_fit = error, fit
+            best_state = {name: value.clone() for name, value in attention.state_dict().items() if "_proj" not in name}
+    attention.load_state_dict(best_state, strict=False)
+    return best_fit
+
+
+def center(attention: DiJiangLinearAttention, mean_q: torch.Tensor, mean_k: torch.Tensor) -> None:
+    """Move the maps' origin to the mean scaled query (H, d) and key (G, d), and what that leaves over into the key scale."""
+    attention.feature_map_q.center(mean_q)
+    attention.feature_map_k.center(mean_k)
+    if attention.key_scale is not None:
+        # the query heads of a group share one state, hence one weight per key
+        weight = mean_q.view(-1, attention.num_key_value_groups, mean_q.shape[-1]).mean(1)
+        attention.key_scale.weight.copy_(weight)
+        attention.key_scale.bias.copy_(-(weight * mean_k).sum(-1))
+
+
+def fit_branch_scale(attention: DiJiangLinearAttention, q: torch.Tensor, wanted: torch.Tensor, quiet: float) -> float:
+    """Least squares of wanted (B, T, H) on scaled queries q (B, T, H, d), head by head; returns the mean R^2."""
+    design, wanted = F.pad(q, (0, 1), value=1.0).flatten(0, 1).double(), wanted.flatten(0, 1).double()
+    fits = []
     for head in range(design.shape[1]):
         x, y = design[:, head], wanted[:, head]
         ridge = RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         solution = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
         attention.branch_scale.weight[head] = solution[:-1].float()
         attention.branch_scale.bias[head] = solution[-1].float() - quiet
-        fit.append(1.0 - ((y - x @ solution).var() / y.var()).item())
-    return sum(fit) / len(fit)
+        fits.append(1.0 - ((y - x @ solution).var() / y.var()).item())
+    return sum(fits) / len(fits)
 
 
 def far_log_sum(attention: DiJiangLinearAttention, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

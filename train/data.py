@@ -14,7 +14,8 @@ def read_text(path: str | Path) -> str:
         ValueError: if it cannot be read, is empty, or is not UTF-8 (with the position of the first wrong byte).
     """
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        # not utf-8-sig, which counts bytes from behind the byte-order mark
+        text = Path(path).read_bytes().decode().removeprefix("\ufeff")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:

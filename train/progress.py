@@ -49,7 +49,5 @@ class TokenProgress:
         if self.lines and (now - self.last_line > LINE_EVERY_SECONDS or self.done >= self.total):
             self.last_line = now
             left = (self.total - self.done) / speed
-            self.console.print(
-                f"{self.title}: {self.done:,}/{self.total:,} tokens, {speed:,.0f} tokens/s, loss {loss:.4f}, {left:.0f} s left",
-                highlight=False,
-            )
+            done = f"{self.done:,}/{self.total:,} tokens, {speed:,.0f} tokens/s"
+            self.console.print(f"{self.title}: {done}, loss {loss:.4f}, {left:.0f} s left", highlight=False, soft_wrap=True)

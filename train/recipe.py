@@ -1,6 +1,7 @@
 """Recipes: YAML files that set a stage's configuration."""
 
 import dataclasses
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,8 +29,9 @@ def load_recipe(path: str | Path, kind: type[T], **overrides: Any) -> T:
     if unknown := sorted(map(str, content.keys() - fields.keys())):
         raise ValueError(f"recipe {path} has unknown keys {', '.join(unknown)}; known are {', '.join(fields)}")
     for key, value in content.items():
-        if fields[key] is float and type(value) is int:
-            content[key] = value = float(value)
+        if fields[key] is float and type(value) in (int, str):
+            with suppress(ValueError):  # YAML 1.1 takes 1e-3 for a word
+                content[key] = value = float(value)
         if type(value) is not fields[key]:
             raise ValueError(f"recipe {path}: {key} is {value!r}, expected a value of type {fields[key].__name__}")
     return kind(**content | {key: value for key, value in overrides.items() if value is not None})

@@ -1,0 +1,106 @@
+"""Controls equal models built without the part that they take away, and leave the model as it was."""
+
+import pytest
+import torch
+
+from dijiang.convert import convert_model, load_source
+from dijiang.evaluate import linear_only, window_only
+from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
+
+WINDOW, SINKS, LENGTH = 4, 2, 25
+
+
+@pytest.fixture
+def model(pair):
+    """The converted model, its kernels moved from their start."""
+    model = load_source(pair.checkpoint)[0]
+    assert {(layer.self_attn.window, layer.self_attn.sinks) for layer in model.model.layers} == {(WINDOW, SINKS)}
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dtype == torch.float32 and any(part in name for part in ("feature_map", "_scale")):
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def rebuilt(model, **config) -> DiJiangForCausalLM:
+    """A model of another config with all of `model`'s weights that fit."""
+    made = DiJiangForCausalLM(DiJiangConfig(**{**model.config.to_diff_dict(), **config})).eval()
+    report = made.load_state_dict(model.state_dict(), strict=False)
+    assert not report.missing_keys
+    return made
+
+
+@torch.no_grad()
+def logits(model, ids, **kwargs) -> torch.Tensor:
+    return model(ids, use_cache=False, **kwargs).logits
+
+
+def test_window_only_is_softmax_on_window_and_sinks(model, tokens):
+    ids = tokens(LENGTH)
+    softmax = rebuilt(model, layer_types=["full_attention"] * 2, attn_implementation="eager")
+    query, key = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
+    seen = (key <= query) & ((query - key < WINDOW) | (key < SINKS))
+    mask = torch.zeros(2, 1, LENGTH, LENGTH).masked_fill(~seen, torch.finfo(torch.float32).min)
+    with window_only(model) as control:
+        found = logits(control, ids)
+    assert (found - logits(softmax, ids, attention_mask={"full_attention": mask})).abs().max() < 1e-4
+    assert (found - logits(softmax, ids)).abs().max() > 0.1  # the window matters
+    assert (found - logits(model, ids)).abs().max() > 0.1  # the linear branch was heard
+
+
+def test_linear_only_is_a_model_without_window(model, tokens):
+    ids = tokens(LENGTH)
+    without = rebuilt(model, attention_window=0, attention_sinks=0)
+    with linear_only(model) as control:
+        found = logits(control, ids)
+    assert torch.equal(found, logits(without, ids))
+    assert (found - logits(model, ids)).abs().max() > 0.1
+    with window_only(model) as control:
+        assert (found - logits(control, ids)).abs().max() > 0.1
+
+
+def test_linear_only_of_a_fresh_conversion(pair, tokens, tmp_path):
+    settings = {"attention_window": 0, "attention_sinks": 0}
+    without = load_source(convert_model(pair.teacher, tmp_path / "out", progress=False, **settings))[0]
+    with linear_only(load_source(pair.checkpoint)[0]) as control:
+        assert torch.equal(logits(control, tokens(LENGTH)), logits(without, tokens(LENGTH)))
+
+
+@pytest.mark.parametrize("control", [window_only, linear_only])
+def test_the_model_is_itself_again(model, tokens, control):
+    ids = tokens(LENGTH)
+    before, weights = logits(model, ids), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def check():
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+        assert {(layer.self_attn.window, layer.self_attn.sinks) for layer in model.model.layers} == {(WINDOW, SINKS)}
+        assert torch.equal(logits(model, ids), before)
+
+    with control(model) as controlled:
+        assert controlled is model and not torch.equal(logits(model, ids), before)
+    check()
+    with pytest.raises(KeyError), control(model):
+        raise KeyError
+    check()
+
+
+def test_controls_hold_while_decoding(model, tokens):
+    """Token by token through the cache, as all at once."""
+    ids = tokens(LENGTH)
+    for control in (window_only, linear_only):
+        with control(model), torch.no_grad():
+            whole, cache, steps = logits(model, ids), None, []
+            for t in range(LENGTH):
+                output = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+                steps.append(output.logits)
+                cache = output.past_key_values
+        assert (torch.cat(steps, dim=1) - whole).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("control", [window_only, linear_only])
+def test_softmax_models_have_nothing_to_take_away(pair, tokens, control):
+    teacher = load_source(pair.teacher)[0]
+    expected = logits(teacher, tokens(LENGTH))
+    with control(teacher):
+        assert torch.equal(logits(teacher, tokens(LENGTH)), expected)

@@ -1,0 +1,56 @@
+"""The README's commands and snippets, run as they stand beside a tiny model that bears the name they use."""
+
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def run(command: list[str], folder: Path) -> str:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, f"{shlex.join(command)}: {done.stderr[-2000:]}"
+    return done.stdout
+
+
+def test_commands_and_snippets_work_as_written(make_source, tmp_path):
+    make_source(name="HuggingFaceTB/SmolLM2-135M", num_key_value_heads=2)
+    words = random.Random(0).choices("the cat sat on mat and rat".split(), k=5000)
+    (tmp_path / "book.txt").write_text(" ".join(words), encoding="utf-8")
+
+    commands = [shlex.split(line) for block in blocks("bash") for line in block.splitlines() if line.startswith("dijiang ")]
+    assert [command[1] for command in commands] == ["convert", "align"]
+    for command in commands:
+        run([str(Path(sys.executable).with_name("dijiang")), *command[1:]], tmp_path)
+
+    use, convert = blocks("python")
+    (tmp_path / "use.py").write_text("import sys\nsys.modules['dijiang'] = None\n" + use, encoding="utf-8")
+    assert run([sys.executable, "use.py"], tmp_path).startswith("A hacker is")
+
+    for folder in ("smollm2-dijiang", "smollm2-aligned"):
+        (tmp_path / folder).rename(tmp_path / f"{folder}-by-command")
+    (tmp_path / "convert.py").write_text(convert, encoding="utf-8")
+    run([sys.executable, "convert.py"], tmp_path)
+    assert '"attention_window": 128' in (tmp_path / "smollm2-aligned" / "config.json").read_text(encoding="utf-8")
+
+
+def test_make_targets_exist():
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    targets = [line.split()[1] for block in blocks("bash") for line in block.splitlines() if line.startswith("make ")]
+    assert targets == ["demo", "test"]
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (Path(__file__).parents[1] / target).exists(), target
