@@ -53,10 +53,10 @@ def main() -> None:
     for kind in ("forward", "backward"):
         for tokens in LENGTHS:
             command = [sys.executable, __file__, "--one", str(tokens), kind]
-            row = {"pass": kind, "tokens": tokens} | json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-            rows.append(row)
-            per_token = row["peak_bytes"] / tokens
-            print(f"{kind:8} {tokens:6} tokens: peak {row['peak_bytes']:12,} B ({per_token:,.0f} B/token), state {row['state_bytes']:,} B")
+            found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+            rows.append({"pass": kind, "tokens": tokens} | found)
+            peak, state = found["peak_bytes"], found["state_bytes"]
+            print(f"{kind:8} {tokens:6} tokens: peak {peak:13,} B ({peak / tokens:6,.0f} B/token), state {state:,} B")
     from dijiang.convert.provenance import versions
 
     result = {"command": "python benchmarks/memory.py", "machine": platform.processor() or platform.machine(), "shape": SHAPE,

@@ -19,7 +19,8 @@ def refuse_other_source(provenance: dict, source: str | Path) -> None:
     else:
         files = [found.gguf] if found.gguf else [path for path in found.folder.iterdir() if path.suffix in WEIGHT_SUFFIXES]
         theirs = set(hash_files(files).values())
-    if not weight_hashes(provenance) & theirs:
+    recorded = weight_hashes(provenance)
+    if not recorded or not recorded <= theirs:
         raise ValueError(
             f"{source} is not the model that this checkpoint was converted from ({provenance.get('source', 'unknown')}): "
             "their weights differ; give that one"

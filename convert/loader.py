@@ -12,7 +12,7 @@ from .families import dijiang_config, one_line
 from .mapping import MappedWeights, build_on_meta, dtype_named, fill_new_modules
 from .overrides import check_keys
 from .source import Source, load_tokenizer, open_source
-from .weights import DequantisedFile, open_weights
+from .weights import DequantisedFile, no_library_bars, open_weights
 
 
 def load_source(
@@ -73,7 +73,8 @@ def fill_rotary(model: DiJiangForCausalLM) -> None:
 def load_dijiang(source: Source, dtype: torch.dtype | None) -> DiJiangForCausalLM:
     """A DiJiang checkpoint as it is, or ValueError if its weights do not fit its config."""
     try:
-        model, report = DiJiangForCausalLM.from_pretrained(source.folder, dtype=dtype or "auto", output_loading_info=True)
+        with no_library_bars():
+            model, report = DiJiangForCausalLM.from_pretrained(source.folder, dtype=dtype or "auto", output_loading_info=True)
     except Exception as error:
         raise ValueError(f"{source.folder} cannot be loaded: {one_line(error)}") from None
     for problem in ("missing_keys", "unexpected_keys"):

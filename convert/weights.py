@@ -4,17 +4,31 @@ import contextlib
 import io
 import pickle
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import logging
 
 from .families import one_line
 from .source import WEIGHTS, Source, read_json
 
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@contextmanager
+def no_library_bars() -> Iterator[None]:
+    """Keep transformers' own progress bars off the screen within the block."""
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
 
 
 class SafetensorsFile:

@@ -44,7 +44,6 @@ def convert(
     """
     from dijiang.convert import convert_model, parse_overrides
 
-    quiet_transformers()
     folder = convert_model(source, output, preset, dtype=dtype, **parse_overrides(set_ or []))
     typer.echo(f"wrote {folder}")
 
@@ -72,7 +71,6 @@ def align(
     from dijiang.train import AlignConfig, load_recipe
     from dijiang.train import align as run
 
-    quiet_transformers()
     overrides = {
         "tokens": tokens,
         "block_size": block_size,
@@ -110,15 +108,7 @@ def demo(
     """
     from dijiang.demo import run_demo
 
-    quiet_transformers()
     run_demo(output, source=source, recipe=recipe, contexts=contexts or [1024, 4096, 16384])
-
-
-def quiet_transformers() -> None:
-    """Turn off the library's own bars: each command shows one of its own."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ class LinearStateLayer(CacheLayerMixin):
 
     def update_state(self, state, tokens: int) -> None:
         """Replace the state by the one after `tokens` more tokens."""
-        self.state, self.seen, self.is_initialized = state, self.seen + tokens, True
+        self.state, self.seen, self.is_initialized = state.compact(), self.seen + tokens, True
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -80,11 +80,11 @@ class DiJiangCache(Cache):
         super().__init__(layers=layers)
 
     def memory_bytes(self) -> int:
-        """Bytes of every tensor held, for all layers and sequences of the batch."""
+        """Bytes of memory held, for all layers and sequences of the batch."""
         tensors = []
         for layer in self.layers:
             if isinstance(layer, LinearStateLayer):
                 tensors += [] if layer.state is None else layer.state.tensors()
             elif layer.is_initialized:
                 tensors += [layer.keys, layer.values]
-        return sum(x.numel() * x.element_size() for x in tensors)
+        return sum(x.untyped_storage().nbytes() for x in tensors)

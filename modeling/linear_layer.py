@@ -44,9 +44,17 @@ class LinearState:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: fn(x) for name, x in values.items() if isinstance(x, torch.Tensor)})
 
+    def compact(self) -> "LinearState":
+        """The same state without the longer tensors that some of its own are views of and would keep alive."""
+        return self.map(lambda x: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x)
+
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor of the state."""
         return [x for f in fields(self) if isinstance(x := getattr(self, f.name), torch.Tensor)]
+
+
+# longer inputs are mixed piece by piece: the same result, and intermediate tensors that stay in the processor's reach
+PIECE = 2048
 
 
 class LogScale(nn.Module):
@@ -75,6 +83,7 @@ class Decay(nn.Module):
 
     def __init__(self, num_heads: int, learned: bool):
         super().__init__()
+        self.learned = learned
         self.log_rate = nn.Parameter(torch.empty(num_heads, dtype=torch.float32), requires_grad=learned)
         self.reset_parameters()
 
@@ -85,7 +94,9 @@ class Decay(nn.Module):
         init.copy_(self.log_rate, (-gamma.log()).log().float())
 
     def forward(self) -> torch.Tensor:
-        return -self.log_rate.float().exp()
+        # loading a checkpoint sets requires_grad on every parameter, so it is not what keeps a fixed decay fixed
+        log_rate = self.log_rate if self.learned else self.log_rate.detach()
+        return -log_rate.float().exp()
 
 
 class OutputGate(nn.Linear):
@@ -155,8 +166,21 @@ class DiJiangLinearAttention(ProjectedAttention):
         Returns:
             o (B, T, H, d) float32 and the state after the last token.
         """
-        T = k.shape[1]
         state = self.empty_state(k) if state is None else state
+        if k.shape[1] <= PIECE:
+            return self.attend_piece(q, k, v, valid, state)
+        outputs = []
+        for start in range(0, k.shape[1], PIECE):
+            piece = slice(start, start + PIECE)
+            o, state = self.attend_piece(
+                q[:, piece], k[:, piece], v[:, piece], None if valid is None else valid[:, piece], state
+            )
+            outputs.append(o)
+        return torch.cat(outputs, dim=1), state
+
+    def attend_piece(self, q, k, v, valid, state: LinearState) -> tuple[torch.Tensor, LinearState]:
+        """`attend` in one go."""
+        T = k.shape[1]
         if valid is None:
             rank = state.tokens[:, None] + torch.arange(T, device=k.device)
             tokens = state.tokens + T

@@ -88,7 +88,7 @@ def align(
     output: str | Path,
     *,
     teacher: str | Path,
-    data: Sequence[str | Path],
+    data: str | Path | Sequence[str | Path],
     config: AlignConfig | None = None,
     progress: bool = True,
 ) -> Path:
@@ -99,7 +99,7 @@ def align(
         checkpoint: folder of a converted model.
         output: folder that does not exist or is empty; it appears only when it is complete.
         teacher: the model that `checkpoint` was converted from: hub id, folder or GGUF file.
-        data: paths of UTF-8 text files.
+        data: one or more paths of UTF-8 text files.
         config: settings; by default those of `AlignConfig`.
         progress: show a progress bar on stderr.
 
@@ -111,6 +111,7 @@ def align(
             disk then.
     """
     config = config or AlignConfig()
+    data = [data] if isinstance(data, str | Path) else data
     provenance = read_provenance(checkpoint)
     with new_folder(output) as folder:
         device = choose_device(config.device)
@@ -136,7 +137,11 @@ def align(
             order = block_order(len(blocks), config.seed)  # the same blocks also train
         record |= train(student, teacher_model, blocks, order, config, progress)
         copy_with_parameters(checkpoint, folder, kernel_parameters(student))
-        facts = {"teacher": str(teacher), "data": [str(path) for path in data], "config": asdict(config)}
+        facts = {
+            "teacher": str(teacher),
+            "data": [str(path) for path in data],
+            "config": asdict(config),
+        }
         write_provenance(folder, add_stage(provenance, "align", **facts, **record))
     return Path(output)
 

@@ -36,7 +36,7 @@ def calibrate_layer(
         R^2 of the fit of c(q), the mean over heads; None without a window, where nothing is fitted.
 
     Raises:
-        ValueError: if T leaves too few queries with keys beyond window and sinks.
+        ValueError: if T leaves too few queries with keys beyond window and sinks, or nothing finite comes out.
     """
     start = attention.window + attention.sinks  # the first query with a far key
     if q.shape[1] < 2 * start:
@@ -59,6 +59,9 @@ def calibrate_layer(
         if error < best_error:
             best_error, best_fit = error, fit
             best_state = {name: value.clone() for name, value in attention.state_dict().items() if "_proj" not in name}
+    if best_state is None:
+        where = f"layer {attention.layer_idx}"
+        raise ValueError(f"{where} gives no finite numbers on the text; check the checkpoint, or try dtype=float32")
     attention.load_state_dict(best_state, strict=False)
     return best_fit
 

@@ -112,7 +112,20 @@ def align_words(pair, text_file, tmp_path):
 
 
 def test_align(command, align_words, tmp_path, text_file):
-    words = ("--tokens", 200, "--block-size", 32, "--batch-size", 2, "--learning-rate", 0.01, "--seed", 7, "--dtype", "float32")
+    words = (
+        "--tokens",
+        200,
+        "--block-size",
+        32,
+        "--batch-size",
+        2,
+        "--learning-rate",
+        0.01,
+        "--seed",
+        7,
+        "--dtype",
+        "float32",
+    )
     code, out, err = command(*align_words(*words, "--data", text_file, "--device", "cpu"))
     assert (code, out) == (0, f"wrote {tmp_path / 'out'}\n")
     assert re.fullmatch(r"Aligning: 192/192 tokens, [\d,]+ tokens/s, loss \d\.\d{4}, 0 s left\n", err)
@@ -168,7 +181,9 @@ def test_align_checkpoints_and_teachers_that_will_not_do(fails, align_words, pai
     words = ("--data", text_file, "--output", tmp_path / "out", "--block-size", 32, "--dtype", "float32")
     fails("teacher holds no provenance.json, so it is not a DiJiang", "align", pair.teacher, "--teacher", pair.teacher, *words)
     fails("is not the model that this checkpoint was converted from", "align", pair.checkpoint, "--teacher", other, *words)
-    fails("has linear-attention layers; give the softmax model", "align", pair.checkpoint, "--teacher", pair.checkpoint, *words)
+    fails(
+        "has linear-attention layers; give the softmax model", "align", pair.checkpoint, "--teacher", pair.checkpoint, *words
+    )
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "theirs").write_text("1")
     fails("output folder .*out is not empty", *align_words())

@@ -21,7 +21,18 @@ from dijiang.evaluate import linear_only, perplexity, report, window_only
 from dijiang.train import AlignConfig, token_blocks
 
 PERPLEXITIES = {"teacher", "window_sinks", "linear_only_converted", "converted", "linear_only_aligned", "aligned"}
-KEYS = {"perplexity", "tokens", "reload_max_abs_diff", "decode", "versions", "command", "align", "held_out", "sample", "source"}
+KEYS = {
+    "perplexity",
+    "tokens",
+    "reload_max_abs_diff",
+    "decode",
+    "versions",
+    "command",
+    "align",
+    "held_out",
+    "sample",
+    "source",
+}
 CONTEXTS = [64, 128]
 BLOCK = 144  # calibration asks for twice the preset's window and sinks
 RECIPE = f"tokens: {6 * BLOCK}\nblock_size: {BLOCK}\nlearning_rate: 0.03\ncalibration_blocks: 1\ndtype: float32\ndevice: cpu\n"
@@ -59,7 +70,13 @@ def done(pair, short_texts, recipe, tmp_path_factory):
 
 def check_report(output, result, contexts) -> None:
     """What every demo must leave behind, whatever the model."""
-    assert sorted(path.name for path in output.iterdir()) == ["decode.png", "model", "perplexity.png", "report.json", "report.md"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "decode.png",
+        "model",
+        "perplexity.png",
+        "report.json",
+        "report.md",
+    ]
     assert json.loads((output / "report.json").read_text(encoding="utf-8")) == result
     assert (output / "report.md").read_text(encoding="utf-8") == report.markdown(result)
     for name in ("perplexity.png", "decode.png"):
@@ -73,7 +90,7 @@ def check_report(output, result, contexts) -> None:
     student = {sides["student"][key] for sides in result["decode"].values() for key in ("cache_bytes", "cache_bytes_after")}
     assert len(student) == 1
     teacher = [sides["teacher"]["cache_bytes"] for sides in result["decode"].values()]
-    assert teacher == [contexts[0] and teacher[0] * context // contexts[0] for context in contexts]
+    assert teacher == [teacher[0] * context // contexts[0] for context in contexts]
     assert result["versions"] == versions()
     assert result["align"] == read_provenance(output / "model")["stages"][-1] and result["tokens"] == result["align"]["tokens"]
 
@@ -138,10 +155,10 @@ def test_what_is_printed_has_the_tables_and_takes_no_text_for_markup(pair, short
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(dijiang.demo, "continuation", lambda *args: "[/bold] so [red]it says")
     monkeypatch.setattr(dijiang.demo, "reload_difference", lambda *args: 0.0)
-    (tmp_path / "[/i]").symlink_to(pair.teacher)
-    result = run_demo(tmp_path / "out", source=tmp_path / "[/i]", recipe=recipe, contexts=[9])
+    (tmp_path / "[red]").symlink_to(pair.teacher)
+    result = run_demo(tmp_path / "out", source=tmp_path / "[red]", recipe=recipe, contexts=[9])
     out = capsys.readouterr().out
-    assert "Converting [/i] " in out and "sample: '[/bold] so [red]it says'" in out
+    assert "Converting [red] " in out and "sample: '[/bold] so [red]it says'" in out
     for row in (*report.quality_rows(result), *report.decode_rows(result)):
         assert re.search(".*".join(map(re.escape, row)), out), row
 
@@ -153,7 +170,9 @@ def test_an_output_that_is_taken_is_refused_before_any_work(tmp_path, refused, m
     for name in ("packaged_model", "load_recipe", "convert_model"):
         monkeypatch.setattr(dijiang.demo, name, lambda *args, **kwargs: pytest.fail("began to work"))
     (tmp_path / "theirs").write_text("1")
-    refused(tmp_path, lambda: run_demo(tmp_path, contexts=[8]), r"^output folder .* is not empty; choose a new one or empty it$")
+    refused(
+        tmp_path, lambda: run_demo(tmp_path, contexts=[8]), r"^output folder .* is not empty; choose a new one or empty it$"
+    )
     refused(tmp_path, lambda: run_demo(tmp_path / "theirs", contexts=[8]), r"theirs is a file; choose a new folder$")
 
 

@@ -38,6 +38,8 @@ def logits(model, ids, **kwargs) -> torch.Tensor:
 
 def test_window_only_is_softmax_on_window_and_sinks(model, tokens):
     ids = tokens(LENGTH)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.branch_scale.weight[0] *= 1e5  # whatever the scale was
     softmax = rebuilt(model, layer_types=["full_attention"] * 2, attn_implementation="eager")
     query, key = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
     seen = (key <= query) & ((query - key < WINDOW) | (key < SINKS))
@@ -104,3 +106,10 @@ def test_softmax_models_have_nothing_to_take_away(pair, tokens, control):
     expected = logits(teacher, tokens(LENGTH))
     with control(teacher):
         assert torch.equal(logits(teacher, tokens(LENGTH)), expected)
+
+
+def test_without_a_window_there_is_no_window_only(pair, refused, tmp_path):
+    settings = {"layer_types": "linear_attention", "attention_window": 0, "attention_sinks": 0}
+    model = load_source(pair.teacher, **settings)[0]
+    message = "^a linear layer of this model has attention_window=0, so nothing is left without its linear branch$"
+    refused(tmp_path, lambda: window_only(model).__enter__(), message)

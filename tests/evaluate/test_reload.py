@@ -18,11 +18,15 @@ def test_a_fresh_process_without_the_package_computes_the_same(pair, tokens):
     assert (found - expected).abs().max() < 1e-5
 
 
-def test_the_code_inside_the_checkpoint_is_what_runs(pair, tokens, tmp_path):
-    """A relative path will do; and what is broken in the checkpoint's own code shows, though the installed one is sound."""
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("raise RuntimeError('made to fail')", "made to fail"), ("import dijiang", "No module named|halted|dijiang")],
+)
+def test_the_code_inside_the_checkpoint_is_what_runs(pair, tokens, tmp_path, line, said):
+    """What is broken in the checkpoint's own code shows, though the installed one is sound; and so does a use of that one."""
     folder = tmp_path / "broken"
     shutil.copytree(pair.checkpoint, folder)
     code = folder / "modeling_dijiang.py"
-    code.write_text(code.read_text(encoding="utf-8") + "\nraise RuntimeError('made to fail')\n", encoding="utf-8")
-    with pytest.raises(RuntimeError, match=r"(?s)^.*broken does not load without dijiang: .*made to fail$"):
+    code.write_text(f"{code.read_text(encoding='utf-8')}\n{line}\n", encoding="utf-8")
+    with pytest.raises(RuntimeError, match=rf"(?s)^{folder} does not load without dijiang: .*({said})"):
         logits_without_package(folder, tokens(4))

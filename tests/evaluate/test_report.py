@@ -117,7 +117,9 @@ def test_markdown_tables_align_numbers_to_the_right():
 
 def test_plots_are_pictures_that_follow_the_numbers(tmp_path):
     paths = report.plot(MADE_UP, tmp_path)
-    assert paths == [tmp_path / "perplexity.png", tmp_path / "decode.png"] and sorted(paths, key=str) == sorted(tmp_path.iterdir())
+    assert paths == [tmp_path / "perplexity.png", tmp_path / "decode.png"] and sorted(paths, key=str) == sorted(
+        tmp_path.iterdir()
+    )
     pictures = [imread(path) for path in paths]
     assert [picture.shape[:2] for picture in pictures] == [(450, 1050), (450, 1200)]  # inches times 150 dots
     assert all(picture.std() > 0.05 and path.stat().st_size > 5_000 for picture, path in zip(pictures, paths, strict=True))

@@ -94,6 +94,17 @@ def test_32768_tokens_stay_finite_and_the_state_keeps_its_size(dtype, decay):
     assert sizes == [x.shape for x in vars(short).values() if isinstance(x, torch.Tensor)]
 
 
+@pytest.mark.parametrize("window", WINDOWS)
+def test_long_inputs_in_pieces_equal_one_piece(monkeypatch, window):
+    layer = tiny_model(attention_window=window[0], attention_sinks=window[1], decay="learned").model.layers[0].self_attn
+    q, k, v = random_qkv(2, 50)
+    valid = torch.arange(50) >= torch.tensor([[0], [17]])
+    expected, _ = layer.attend(q, k, v, valid)
+    monkeypatch.setattr("dijiang.modeling.linear_layer.PIECE", 7)
+    found, _ = layer.attend(q, k, v, valid)
+    assert_close(found[valid], expected[valid], "o")
+
+
 def test_memory_of_the_forward_pass_grows_linearly():
     """Bytes allocated, counted by torch's profiler: twice the tokens, twice the bytes."""
     layer = tiny_model(num_attention_heads=2, num_key_value_heads=1, hidden_size=16).model.layers[0].self_attn

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from importlib import import_module
+from itertools import pairwise
 
 import pytest
 import torch
@@ -76,7 +77,9 @@ def test_the_loss_falls(aligned, run, pair, tmp_path):
 
 
 def test_only_kernel_tensors_change(aligned, pair):
-    (old_kernels, old_rest), (new_kernels, new_rest) = (split(load_file(folder / WEIGHTS)) for folder in (pair.checkpoint, aligned))
+    (old_kernels, old_rest), (new_kernels, new_rest) = (
+        split(load_file(folder / WEIGHTS)) for folder in (pair.checkpoint, aligned)
+    )
     assert old_rest and old_rest.keys() == new_rest.keys()
     assert all(same_bits(tensor, new_rest[name]) for name, tensor in old_rest.items())
     assert old_kernels.keys() == new_kernels.keys() == kernel_parameters(load_source(aligned)[0]).keys()
@@ -168,7 +171,9 @@ def test_a_second_align_goes_on_without_calibration(run, aligned, monkeypatch):
 def test_half_precision_computes_but_does_not_round_the_weights(run, pair):
     out = run(dtype="bfloat16")
     assert read_provenance(out)["stages"][-1]["dtype"] == "bfloat16"
-    (old_kernels, old_rest), (new_kernels, new_rest) = (split(load_file(folder / WEIGHTS)) for folder in (pair.checkpoint, out))
+    (old_kernels, old_rest), (new_kernels, new_rest) = (
+        split(load_file(folder / WEIGHTS)) for folder in (pair.checkpoint, out)
+    )
     assert all(same_bits(tensor, new_rest[name]) for name, tensor in old_rest.items())
     assert {tensor.dtype for tensor in old_rest.values()} == {torch.float32}
     assert not any(torch.equal(tensor, tensor.bfloat16().float()) for tensor in new_kernels.values())
@@ -194,7 +199,9 @@ def test_every_shape_of_linear_layer_aligns(run, pair, tmp_path, preset, feature
 
 def test_mixed_layers(run, pair, tmp_path):
     layers = ["full_attention", "linear_attention"]
-    made = convert_model(pair.teacher, tmp_path / "made", progress=False, layer_types=layers, attention_window=4, attention_sinks=2)
+    made = convert_model(
+        pair.teacher, tmp_path / "made", progress=False, layer_types=layers, attention_window=4, attention_sinks=2
+    )
     old, new = load_file(made / WEIGHTS), load_file(run(checkpoint=made, tokens=320) / WEIGHTS)
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed == split(old)[0].keys() and all(name.startswith("model.layers.1.") for name in changed)
@@ -233,16 +240,23 @@ def test_block_order_is_a_new_permutation_each_time_round():
     assert all(sorted(round_) == list(range(7)) for round_ in rounds)
     assert len({tuple(round_) for round_ in rounds}) == 4
     again, other = block_order(7, seed=3), block_order(7, seed=4)
-    assert [next(again) for _ in range(28)] == sum(rounds, [])
-    assert [next(other) for _ in range(28)] != sum(rounds, [])
+    whole = [index for round_ in rounds for index in round_]
+    assert [next(again) for _ in range(28)] == whole and [next(other) for _ in range(28)] != whole
 
 
 def test_learning_rate_warms_up_and_falls_along_a_cosine():
     rates = [learning_rate_factor(step, 200) for step in range(201)]
     assert rates[:11] == pytest.approx([*(step / 11 for step in range(1, 11)), 1.0])
     assert rates[105] == pytest.approx(0.525) and rates[200] == pytest.approx(0.05)  # half-way down, and the end
-    assert all(late < early for early, late in zip(rates[10:], rates[11:], strict=False))
+    assert all(late < early for early, late in pairwise(rates[10:]))
     assert 0 < learning_rate_factor(0, 1) <= 1
+
+
+def test_the_optimiser_follows_that_schedule(run, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
+    run(tokens=32 * 40, learning_rate=0.2)
+    assert rates == pytest.approx([0.2 * learning_rate_factor(step, 40) for step in range(40)])
 
 
 # --- what it refuses ---
@@ -263,10 +277,8 @@ def test_a_folder_that_no_conversion_wrote(run, pair, tmp_path, refused):
 
 def test_a_teacher_of_the_same_shape_and_other_weights(run, make_source, pair, tmp_path, refused):
     other, _ = make_source(seed=1, num_key_value_heads=2)
-    message = (
-        rf"^{other} is not the model that this checkpoint was converted from \({pair.teacher}\): their weights differ; give that one$"
-    )
-    refused(tmp_path, lambda: run(teacher=other), message)
+    said = rf"{other} is not the model that this checkpoint was converted from \({pair.teacher}\)"
+    refused(tmp_path, lambda: run(teacher=other), f"^{said}: their weights differ; give that one$")
 
 
 def test_a_teacher_of_another_shape(run, make_source, pair, tmp_path, refused):
@@ -340,13 +352,19 @@ def test_a_loss_that_stops_being_finite(run, tmp_path, refused):
     refused(tmp_path, lambda: run("a/b/c", learning_rate=1e30), message)
 
 
-def test_weights_that_make_no_number(run, pair, tmp_path, refused):
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        (0, "^the loss of layer 1 is nan at step 0; lower learning_rate$"),
+        (1, "^layer 1 gives no finite numbers on the text; check the checkpoint, or try dtype=float32$"),
+    ],
+)
+def test_weights_that_make_no_number(run, pair, tmp_path, refused, blocks, message):
     broken = copy_checkpoint(pair.checkpoint, tmp_path / "broken")
     tensors = load_file(broken / WEIGHTS)
     tensors["model.layers.1.self_attn.feature_map_q.T"][0, 0] = torch.nan
     save_file(tensors, broken / WEIGHTS, metadata={"format": "pt"})
-    message = "^the loss of layer 1 is nan at step 0; lower learning_rate$"
-    refused(tmp_path, lambda: run(checkpoint=broken, calibration_blocks=0), message)
+    refused(tmp_path, lambda: run(checkpoint=broken, calibration_blocks=blocks), message)
 
 
 def test_an_interruption_leaves_nothing(run, tmp_path, monkeypatch):

@@ -109,17 +109,41 @@ def test_maps_without_weights_are_not_centred(feature_map):
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer_map.state_dict().items())
 
 
+def softmax_output(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """What causal softmax attention gives, (B, T, H, d)."""
+    q, k, v = (x.float().transpose(1, 2).repeat_interleave(HEADS // x.shape[2], dim=1) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def calibrated(layer: DiJiangLinearAttention, q: torch.Tensor, k: torch.Tensor, quiet: float = 0.0) -> float | None:
+    """Calibrate with random values, towards their softmax attention."""
+    v = torch.randn(k.shape, generator=torch.Generator().manual_seed(3)).to(k.dtype)
+    return calibrate_layer(layer, q, k, v, softmax_output(q, k, v), quiet)
+
+
 def test_key_scale_takes_the_mean_query_over():
     """exp(m_q.k) up to the constant exp(m_q.m_k), m_q the mean over the query heads that share the key head."""
     layer = make_layer()
     q, k = make_qk(40)
-    calibrate_layer(layer, q, k, quiet=0.0)
+    calibrated(layer, q, k)
     for g in range(GROUPS):
         mean_q = q[:, :, 2 * g : 2 * g + 2].mean((0, 1, 2)) * DIM**-0.25
         key = k[1, 7, g] * DIM**-0.25
         expected = mean_q @ (key - k[:, :, g].mean((0, 1)) * DIM**-0.25)
         found = layer.key_scale((k * DIM**-0.25)[1:, 7:8])[0, 0, g]
         assert found.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_the_maps_are_centred_on_the_mean_query_and_key():
+    layer, plain = make_layer(), make_layer()
+    q, k = make_qk(40)
+    calibrated(layer, q, k)
+    with torch.no_grad():
+        for part, x in (("feature_map_q", q * DIM**-0.25), ("feature_map_k", k * DIM**-0.25)):
+            centred, fresh = getattr(layer, part), getattr(plain, part)
+            fresh.T.copy_(centred.T)
+            fresh.log_D.zero_()
+            assert (centred(x) - fresh(x - x.mean((0, 1)))).abs().max() < 1e-5
 
 
 def same_keys(T: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,8 +164,7 @@ def test_a_linear_scale_is_recovered(quiet):
         layer.feature_map_q.T.zero_()
         layer.feature_map_k.T.zero_()
     q, k = same_keys(400)
-    fit = calibrate_layer(layer, q, k, quiet)
-    assert fit == pytest.approx(1.0, abs=1e-4)
+    assert calibrated(layer, q, k, quiet) == pytest.approx(1.0, abs=1e-4)
     wanted = (k[0, 0] * DIM**-0.25).repeat_interleave(2, dim=0)
     assert (layer.branch_scale.weight - wanted).abs().max() < 0.01 * wanted.abs().max()
     assert (layer.branch_scale.bias - (math.log(layer.feature_map_q.size) - quiet)).abs().max() < 0.02
@@ -153,7 +176,7 @@ def test_the_fit_is_the_least_squares_solution_of_another_library():
 
     layer = make_layer()
     q, k = make_qk(120)
-    fit = calibrate_layer(layer, q, k, quiet=0.0)
+    fit = calibrated(layer, q, k)
     scaled = q * DIM**-0.25
     with torch.no_grad():
         gap = (far_log_sum(layer, q, k) - linear_log_sum(layer, scaled, k))[:, 7:]
@@ -168,6 +191,40 @@ def test_the_fit_is_the_least_squares_solution_of_another_library():
     assert fit == pytest.approx(sum(shares) / HEADS, abs=0.01) and 0.3 < fit < 1
 
 
+@pytest.mark.parametrize(("feature_map", "window"), [("wdcf", 5), ("wpff", 5), ("wdcf", 0)])
+@pytest.mark.parametrize("loudness", [0.3, 3.0])
+def test_the_multiple_of_the_radii_is_the_best_of_those_tried(monkeypatch, feature_map, window, loudness):
+    settings = {"feature_map": feature_map, "attention_window": window, "attention_sinks": min(window, 2)}
+    q, k = (loudness * x for x in make_qk(60))
+    v = torch.randn(k.shape, generator=torch.Generator().manual_seed(3))
+    target, start = softmax_output(q, k, v), make_layer(**settings).feature_map_q.T.detach()
+
+    def tried(*multiples: float) -> tuple[float, float, float | None]:
+        """(error, multiple that was taken, fit) with these multiples to choose from."""
+        monkeypatch.setattr(calibrate, "RADIUS_SCALES", multiples)
+        layer = make_layer(**settings)
+        fit = calibrate_layer(layer, q, k, v, target, quiet=0.5)
+        with torch.no_grad():
+            error = (layer.attend(q, k, v)[0] - target).square().mean().item()
+        return error, (layer.feature_map_q.T / start).mean().item(), fit
+
+    one_by_one = [tried(multiple) for multiple in (1.0, 2.0, 4.0)]
+    assert [multiple for _, multiple, _ in one_by_one] == pytest.approx([1.0, 2.0, 4.0])
+    assert tried(1.0, 2.0, 4.0) == pytest.approx(min(one_by_one, key=lambda found: found[0]))
+    assert tried(4.0, 2.0, 1.0) == pytest.approx(min(one_by_one, key=lambda found: found[0]))
+
+
+def test_different_inputs_want_different_radii():
+    """Else nothing is gained by trying."""
+    wanted = set()
+    for loudness in (0.3, 1.0, 3.0):
+        layer = make_layer(feature_dim=32)
+        start = layer.feature_map_q.T.clone()
+        calibrated(layer, *(loudness * x for x in make_qk(80)))
+        wanted.add(round((layer.feature_map_q.T / start).mean().item()))
+    assert len(wanted) > 1
+
+
 def test_calibration_brings_the_branches_into_one_unit():
     """The far keys' weight by the linear branch, exp(c(q)) phi(q).sum phi(k), is near the softmax's, and is not before."""
     layer = make_layer(branch_scale_init=0.0)
@@ -180,24 +237,46 @@ def test_calibration_brings_the_branches_into_one_unit():
         return (ours - far_log_sum(layer, q, k))[:, 7:].abs().mean().item()
 
     before = error()
-    calibrate_layer(layer, q, k, quiet=0.0)
+    calibrated(layer, q, k)
     assert error() < 0.5 < 2.0 < before
+
+
+def test_quiet_lowers_the_linear_branch_by_so_much():
+    loud, quiet = make_layer(), make_layer()
+    q, k = same_keys(60)  # on which every multiple of the radii does the same
+    calibrated(loud, q, k, 0.0)
+    calibrated(quiet, q, k, 1.5)
+    assert torch.allclose(loud.branch_scale.bias - 1.5, quiet.branch_scale.bias, atol=1e-5)
+    assert torch.allclose(loud.branch_scale.weight, quiet.branch_scale.weight, atol=1e-5)
 
 
 def test_only_the_map_and_the_scales_are_set():
     layer = make_layer(decay="learned")
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    calibrate_layer(layer, *make_qk(40), quiet=1.0)
+    calibrated(layer, *make_qk(40), quiet=1.0)
     changed = {name for name, tensor in layer.state_dict().items() if not torch.equal(tensor, before[name])}
-    maps = {"feature_map_q.log_D", "feature_map_k.log_D"}
-    assert changed == maps | {"key_scale.weight", "key_scale.bias", "branch_scale.weight", "branch_scale.bias"}
+    maps = {f"feature_map_{side}.{name}" for side in "qk" for name in ("T", "log_D")}
+    scales = {"key_scale.weight", "key_scale.bias", "branch_scale.weight", "branch_scale.bias"}
+    assert scales <= changed <= scales | maps and {"feature_map_q.log_D", "feature_map_k.log_D"} <= changed
     assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("feature_map", ["hedgehog", "elu"])
+def test_maps_without_radii_keep_their_weights(feature_map):
+    layer = make_layer(feature_map=feature_map)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    assert calibrated(layer, *make_qk(40)) is not None
+    changed = {name for name, tensor in layer.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"key_scale.weight", "key_scale.bias", "branch_scale.weight", "branch_scale.bias"}
 
 
 def test_half_precision_inputs_are_summed_in_float32():
     q, k = (x.bfloat16() for x in make_qk(60))
+    v = torch.randn(k.shape, generator=torch.Generator().manual_seed(3)).bfloat16()
+    target = softmax_output(q, k, v)
     one, other = make_layer(), make_layer()
-    assert calibrate_layer(one, q, k, 0.0) == pytest.approx(calibrate_layer(other, q.float(), k.float(), 0.0), rel=1e-6)
+    fit = calibrate_layer(one, q, k, v, target, 0.0)
+    assert fit == pytest.approx(calibrate_layer(other, q.float(), k.float(), v.float(), target, 0.0), rel=1e-6)
     for part in ("feature_map_q", "feature_map_k", "key_scale", "branch_scale"):
         for name, tensor in getattr(one, part).state_dict().items():
             assert torch.allclose(tensor, getattr(other, part).state_dict()[name], rtol=1e-5, atol=1e-5), f"{part}.{name}"
@@ -206,12 +285,21 @@ def test_half_precision_inputs_are_summed_in_float32():
 def test_without_a_window_there_is_no_scale_to_fit():
     layer = make_layer(attention_window=0, attention_sinks=0)
     before = layer.feature_map_q.log_D.clone()
-    assert calibrate_layer(layer, *make_qk(4), quiet=1.0) is None
+    assert calibrated(layer, *make_qk(4)) is None
     assert not torch.equal(layer.feature_map_q.log_D, before) and layer.branch_scale is None
 
 
 def test_blocks_too_short_for_the_window():
     layer = make_layer()
-    with pytest.raises(ValueError, match="^blocks of 13 tokens are too short for a window of 5; use longer blocks$"):
-        calibrate_layer(layer, *make_qk(13), quiet=1.0)
-    assert calibrate_layer(layer, *make_qk(14), quiet=1.0) is not None
+    with pytest.raises(ValueError, match=r"^blocks of 13 tokens are too short for a window of 5; use longer blocks$"):
+        calibrated(layer, *make_qk(13))
+    assert calibrated(layer, *make_qk(14)) is not None
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_inputs_that_are_not_finite(window):
+    q, k = make_qk(20)
+    q[0, 3, 0, 0] = torch.nan
+    message = r"^layer 0 gives no finite numbers on the text; check the checkpoint, or try dtype=float32$"
+    with pytest.raises(ValueError, match=message):
+        calibrated(make_layer(attention_window=window, attention_sinks=min(window, 2)), q, k)
