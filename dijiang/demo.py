@@ -131,7 +131,7 @@ def run_demo(
         "reload_max_abs_diff": difference,
         "dtype": name,
         "threads": torch.get_num_threads(),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "seconds": time.perf_counter() - started,
         "versions": versions(),
     }
@@ -149,11 +149,6 @@ def removed_afterwards(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident memory of this process, plus the largest of its children: no less than what was used at any time."""
-    return sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
 
 
 @torch.no_grad()
