@@ -13,7 +13,7 @@ from transformers import initialization as init
 from .feature_maps import MAX_EXPONENT, build_feature_map
 from .layers import ProjectedAttention
 from .linear_attention import linear_attention
-from .window_attention import merge_branches, window_attention
+from .window_attention import merge_branches, window_attention, window_attention_step
 
 
 @dataclass
@@ -72,7 +72,7 @@ class LogScale(nn.Module):
         init.constant_(self.bias, self.start)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("bthd,hd->bth", x, self.weight.float()) + self.bias.float()
+        return (x * self.weight.float()).sum(-1) + self.bias.float()
 
 
 class Decay(nn.Module):
@@ -197,9 +197,14 @@ class DiJiangLinearAttention(ProjectedAttention):
         if not self.window:
             return far, new
         sink_arrival = self.store_sinks(new, all_k[:, :T], all_v[:, :T], all_rank[:, :T])
-        near, near_log_sum = window_attention(
-            q, all_k, all_v, all_rank >= 0, new.sink_k, new.sink_v, sink_arrival, scale=self.scaling
-        )
+        if T == 1:
+            sinks_and_window = (torch.cat(pair, 1) for pair in ((new.sink_k, new.window_k), (new.sink_v, new.window_v)))
+            visible = torch.cat((new.sink_filled, new.window_rank >= 0), 1)
+            near, near_log_sum = window_attention_step(q, *sinks_and_window, visible, scale=self.scaling)
+        else:
+            near, near_log_sum = window_attention(
+                q, all_k, all_v, all_rank >= 0, new.sink_k, new.sink_v, sink_arrival, scale=self.scaling
+            )
         return merge_branches(near, near_log_sum, far[..., :-1], far[..., -1], self.branch_scale(q_scaled)), new
 
     def key_features(self, k: torch.Tensor) -> torch.Tensor:

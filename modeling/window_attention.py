@@ -75,6 +75,27 @@ def window_attention(
     return o, log_total.permute(0, 2, 4, 1, 3).reshape(B, N * C, H)[:, :T]
 
 
+def window_attention_step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, *, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `window_attention` of one query, which sees all keys of one short list but the invisible ones: the step of decoding.
+
+    Args:
+        q: (B, 1, H, d); k, v: (B, N, G, d), sinks and window; visible: (B, N) bool; scale: factor on q.k.
+
+    Returns:
+        As `window_attention`: o (B, 1, H, d) and the log of its denominator (B, 1, H), float32.
+    """
+    B, _, H, d = q.shape
+    G = k.shape[2]
+    scores = (q.float() * scale).view(B, G, H // G, d) @ k.float().permute(0, 2, 3, 1)
+    scores = scores.masked_fill(~visible[:, None, None], torch.finfo(torch.float32).min)
+    log_sum = scores.logsumexp(dim=-1)
+    o = (scores - log_sum.unsqueeze(-1)).exp() @ v.float().transpose(1, 2)
+    return o.view(B, 1, H, d), log_sum.view(B, 1, H)
+
+
 def merge_branches(
     near: torch.Tensor, near_log_sum: torch.Tensor, far: torch.Tensor, far_sum: torch.Tensor, far_log_scale: torch.Tensor
 ) -> torch.Tensor:

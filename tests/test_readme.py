@@ -1,5 +1,6 @@
 """The README's commands and snippets, run as they stand beside a tiny model that bears the name they use."""
 
+import json
 import os
 import random
 import re
@@ -8,7 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -44,7 +46,7 @@ def test_commands_and_snippets_work_as_written(make_source, tmp_path):
 
 
 def test_make_targets_exist():
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = [line.split()[1] for block in blocks("bash") for line in block.splitlines() if line.startswith("make ")]
     assert targets == ["demo", "test"]
     for target in targets:
@@ -53,4 +55,22 @@ def test_make_targets_exist():
 
 def test_linked_files_exist():
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (Path(__file__).parents[1] / target).exists(), target
+        assert (ROOT / target).exists(), target
+
+
+def test_tables_are_those_of_the_recorded_demo_run():
+    from dijiang.evaluate import report
+
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text(encoding="utf-8"))
+    assert report.markdown_table(report.QUALITY_HEADER, report.quality_rows(recorded)) in README
+    assert report.markdown_table(report.DECODE_HEADER, report.decode_rows(recorded)) in README
+    assert f"wins back {report.recovered_share(recorded['perplexity']):.0%}" in README
+
+
+def test_memory_line_is_that_of_the_recorded_benchmark():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text(encoding="utf-8"))["rows"]
+    peaks = {row["tokens"]: row["peak_bytes"] / 2**20 for row in rows if row["pass"] == "backward"}
+    line = ", ".join(f"{peaks[tokens]:,.0f} MiB at {tokens:,} tokens" for tokens in sorted(peaks))
+    assert line in " ".join(README.split())
+    (state,) = {row["state_bytes"] for row in rows}
+    assert f"{state:,} bytes" in README

@@ -2,7 +2,7 @@ import pytest
 import torch
 from helpers import assert_close
 
-from dijiang.modeling.window_attention import merge_branches, window_attention
+from dijiang.modeling.window_attention import merge_branches, window_attention, window_attention_step
 
 
 def inputs(B, T, H, G, d, W, S, seed):
@@ -49,6 +49,19 @@ def test_blocks_equal_the_definition(shape, block_size):
     assert_close(o[seen], expected[seen], "o")
     assert_close(log_sum[seen], expected_sum[seen], "log sum")
     assert (log_sum[~seen] < -1e30).all()
+
+
+@pytest.mark.parametrize(("H", "G", "W", "S"), [(4, 2, 7, 3), (3, 1, 1, 0), (2, 2, 5, 2)])
+def test_step_equals_the_definition(H, G, W, S):
+    tensors = inputs(3, 1, H, G, 5, W, S, seed=6)
+    expected, expected_sum = loop_oracle(**tensors, scale=0.7)
+    sinks_and_window = (torch.cat((tensors[f"sink_{x}"], tensors[x][:, 1:]), 1) for x in "kv")
+    visible = torch.cat((tensors["sink_arrival"] <= 0, tensors["valid"][:, 1:]), 1)
+    o, log_sum = window_attention_step(tensors["q"], *sinks_and_window, visible, scale=0.7)
+    seen = torch.isfinite(expected_sum)
+    assert seen.any()
+    assert_close(o[seen], expected[seen], "o")
+    assert_close(log_sum[seen], expected_sum[seen], "log sum")
 
 
 def test_gradients_do_not_depend_on_the_blocks():
