@@ -1,5 +1,6 @@
 """Finds what a user named - a hub id, a folder or a GGUF file - and reads everything of it but the weights."""
 
+import importlib.util
 import json
 import re
 from dataclasses import dataclass
@@ -65,10 +66,9 @@ def checked_gguf(path: Path) -> Path:
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path} is a file, but not a GGUF file; give a GGUF file, a checkpoint's folder or a hub id")
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise ValueError(f"reading {path.name} needs the package gguf; install it with: pip install gguf") from None
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ValueError(f"reading {path.name} needs {' and '.join(missing)}; run: pip install {' '.join(missing)}")
     return path
 
 

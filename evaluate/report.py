@@ -101,6 +101,7 @@ def plot(report: dict, folder: Path) -> list[Path]:
     )
     axes.bar_label(bars, fmt="{:,.1f}", padding=3)
     axes.set_xscale("log")
+    axes.set_xlim(left=1)  # the best possible perplexity
     axes.margins(x=0.12)
     axes.invert_yaxis()
     axes.set_xlabel("held-out perplexity (log scale)")

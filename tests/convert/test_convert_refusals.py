@@ -178,10 +178,12 @@ def test_broken_gguf(tmp_path, refused):
     refused(tmp_path, lambda: convert_model(path, tmp_path / "out"), r"x\.gguf cannot be read")
 
 
-def test_gguf_without_its_package(tmp_path, monkeypatch, refused):
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_gguf_without_a_package_it_needs(tmp_path, monkeypatch, refused, package):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    refused(tmp_path, lambda: convert_model(tmp_path / "x.gguf", tmp_path / "out"), r"needs the package gguf")
+    monkeypatch.setitem(sys.modules, package, None)
+    message = rf"^reading x\.gguf needs {package}; run: pip install {package}$"
+    refused(tmp_path, lambda: convert_model(tmp_path / "x.gguf", tmp_path / "out"), message)
 
 
 def test_dijiang_checkpoint_as_source(make_source, tmp_path, refused):
