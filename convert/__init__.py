@@ -7,7 +7,7 @@ from .loader import load_source
 from .overrides import parse_overrides
 from .precision import fastest_dtype
 from .presets import PRESETS
-from .provenance import add_stage, read_provenance, write_provenance
+from .provenance import add_stage, public_name, read_provenance, write_provenance
 
 __all__ = [
     "PRESETS",
@@ -17,6 +17,7 @@ __all__ = [
     "load_source",
     "new_folder",
     "parse_overrides",
+    "public_name",
     "read_provenance",
     "refuse_other_source",
     "write_provenance",

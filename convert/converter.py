@@ -13,9 +13,9 @@ import dijiang.modeling
 from .families import dijiang_config
 from .folders import new_folder
 from .mapping import MappedWeights, build_on_meta, check_shapes, dtype_named, fill_new_modules
-from .overrides import check_keys
+from .overrides import check_effect, check_keys
 from .presets import PRESETS
-from .provenance import add_stage, hash_files, versions, write_provenance
+from .provenance import add_stage, hash_files, public_name, versions, write_provenance
 from .source import Source, load_tokenizer, open_source
 from .weights import DequantisedFile, SafetensorsFile, WeightFile, open_weights
 from .writer import ShardWriter
@@ -72,6 +72,7 @@ def convert_model(
             raise ValueError(f"{source} is a DiJiang checkpoint already; convert the softmax model it was made from")
         load_tokenizer(found).save_pretrained(folder)
         config = dijiang_config(found.config, {"layer_types": "linear_attention"} | PRESETS[preset] | config_overrides)
+        check_effect(config_overrides, config)
         model = build_on_meta(config)
         files = open_weights(found, progress=progress)
         weights = MappedWeights(found, files, model)
@@ -82,7 +83,7 @@ def convert_model(
         copy_generation_config(found, files, folder)
         code = copy_code(folder)
         record = {
-            "source": found.name,
+            "source": public_name(source),
             **({"commit": found.commit} if found.commit else {}),
             "source_files": hash_source(found, files, progress),
             "versions": versions(),
@@ -144,6 +145,7 @@ def hash_source(source: Source, files: list[WeightFile], progress: bool) -> dict
 def progress_bar(title: str, total_bytes: int, shown: bool) -> Iterator[Callable[[int], None]]:
     """A bar on stderr; yields a function that is told how many bytes are done."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not shown or not console.is_terminal) as bar:
         task = bar.add_task(title, total=total_bytes)
         yield lambda n_bytes: bar.advance(task, n_bytes)

@@ -17,7 +17,9 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     Raises:
         ValueError: if `output` is a file or a folder that is not empty, or its parent cannot be made or written.
     """
-    output = Path(os.path.abspath(Path(output).expanduser()))
+    if not str(output) or Path(output).resolve() == Path.cwd():
+        raise ValueError("the output must be a new folder, not the current one; name one")
+    output = Path(os.path.realpath(Path(output).expanduser()))
     refuse_occupied(output)
     made = []
     temporary = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import yaml
 
-from dijiang.modeling import DiJiangConfig
+from dijiang.modeling import FEATURE_MAPS, DiJiangConfig
 
 from .families import SHARED
 
@@ -47,6 +47,21 @@ def parse_overrides(words: Iterable[str]) -> dict:
         overrides[key] = as_number(value) if isinstance(value, str) else value
     check_keys(overrides)
     return overrides
+
+
+def check_effect(overrides: dict, config: DiJiangConfig) -> None:
+    """Raise ValueError if a setting that the user gave changes nothing in a model of `config`."""
+    of_maps = {key for feature_map in FEATURE_MAPS.values() for key in feature_map.settings}
+    unused = {key: f"feature_map={config.feature_map}" for key in of_maps - set(FEATURE_MAPS[config.feature_map].settings)}
+    if not config.attention_window:
+        unused["branch_scale_init"] = "attention_window=0"
+    if not config.has_linear_layers:
+        unused = dict.fromkeys(set(OVERRIDABLE) - {"layer_types", "sliding_window"}, "no linear layer")
+    if "sliding_attention" not in config.layer_types:
+        unused["sliding_window"] = "no sliding_attention layer"
+    for key in overrides:
+        if key in unused:
+            raise ValueError(f"{key} has no effect with {unused[key]}; leave it out")
 
 
 def as_number(text: str) -> float | str:

@@ -46,6 +46,12 @@ def add_stage(provenance: dict, stage: str, **facts) -> dict:
     return provenance | {"stages": [*provenance.get("stages", []), record]}
 
 
+def public_name(source: str | Path) -> str:
+    """What a record says of `source`: a hub id as it is, of a local path its name alone, since checkpoints get shared."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else str(source)
+
+
 def versions() -> dict[str, str]:
     """Versions of what a checkpoint's values depend on."""
     found = {"python": platform.python_version()}

@@ -125,8 +125,8 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise ValueError(f"{folder} has no config.json; give the folder of a transformers checkpoint")
     content = read_json(path)
     check_architecture(content.get("model_type"), path)
-    if content.get("quantization_config"):
-        method = content["quantization_config"].get("quant_method", "an unknown method")
+    if quantization := content.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else "an unknown method"
         raise ValueError(f"{folder} is quantised ({method}); convert the model it was made from")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)

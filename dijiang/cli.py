@@ -1,10 +1,12 @@
 """The command line. Every command is one call of a public function; errors a user can cause are one line each."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from safetensors import SafetensorError
 
 INTERRUPTED = 130  # the exit code that typer turns KeyboardInterrupt into
 
@@ -40,7 +42,8 @@ def convert(
 
     Example: dijiang convert HuggingFaceTB/SmolLM2-135M smollm2-dijiang --set attention_window=128
 
-    With `--set layer_types=full_attention` the result computes exactly what the source does.
+    With `--set layer_types=full_attention` (`sliding_attention` for a model with a sliding window) the result computes
+    what the source does.
     """
     from dijiang.convert import convert_model, parse_overrides
 
@@ -111,11 +114,33 @@ def demo(
     run_demo(output, source=source, recipe=recipe, contexts=contexts or [1024, 4096, 16384])
 
 
+def show_version(wanted: bool) -> None:
+    if wanted:
+        from dijiang import __version__
+
+        typer.echo(f"dijiang {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def interrupt(number, frame) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
-    """Entry point: ValueError means that the user can mend it, so it is printed as one line."""
+    """Entry point: what a user can mend, wrong input or a full disk, is printed as one line."""
+    signal.signal(signal.SIGTERM, interrupt)  # as Ctrl-C, so that half-written folders are removed
     try:
         app(standalone_mode=True)
-    except ValueError as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"dijiang: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except SystemExit as end:

@@ -64,6 +64,8 @@ def run_demo(
     output = Path(output)
     refuse_occupied(output)
     source = packaged_model() if source is None else source
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the demo draws plots with matplotlib, which is missing; run: pip install matplotlib")
     recipe = recipe or Path(importlib.util.find_spec("dijiang.configs").origin).parent / "recipes" / "demo.yaml"
     config = load_recipe(recipe, AlignConfig)
     console = Console()

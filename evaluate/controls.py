@@ -6,13 +6,9 @@ from contextlib import contextmanager
 import torch
 
 from dijiang.modeling import DiJiangForCausalLM
-from dijiang.modeling.linear_layer import DiJiangLinearAttention
+from dijiang.modeling.linear_layer import linear_layers
 
 SILENT = -1e4  # log-scale at which the linear branch has no weight in float32
-
-
-def linear_layers(model: DiJiangForCausalLM) -> list[DiJiangLinearAttention]:
-    return [layer.self_attn for layer in model.model.layers if isinstance(layer.self_attn, DiJiangLinearAttention)]
 
 
 @contextmanager
@@ -23,7 +19,7 @@ def window_only(model: DiJiangForCausalLM) -> Iterator[DiJiangForCausalLM]:
     Raises:
         ValueError: if a linear layer has no window.
     """
-    scales = [layer.branch_scale for layer in linear_layers(model)]
+    scales = [layer.branch_scale for layer in linear_layers(model).values()]
     if None in scales:
         raise ValueError("a linear layer of this model has attention_window=0, so nothing is left without its linear branch")
     saved = [(scale.weight.detach().clone(), scale.bias.detach().clone()) for scale in scales]
@@ -42,7 +38,7 @@ def window_only(model: DiJiangForCausalLM) -> Iterator[DiJiangForCausalLM]:
 @contextmanager
 def linear_only(model: DiJiangForCausalLM) -> Iterator[DiJiangForCausalLM]:
     """Within the block every linear layer attends through its feature map to all tokens, without window and sinks."""
-    layers = linear_layers(model)
+    layers = list(linear_layers(model).values())
     saved = [(layer.window, layer.sinks) for layer in layers]
     try:
         for layer in layers:

@@ -55,15 +55,6 @@ class LinearStateLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
-    def offload(self) -> None:
-        if self.state is not None:
-            self.device = self.state.state.device
-            self._map(lambda x: x.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        if self.state is not None and getattr(self, "device", None) is not None:
-            self._map(lambda x: x.to(self.device, non_blocking=True))
-
 
 class DiJiangCache(Cache):
     """One cache layer per decoder layer, by `config.layer_types`."""

@@ -1,5 +1,7 @@
 """Configuration of a DiJiang model: one decoder shape for every source family, and what each linear layer is made of."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PretrainedConfig
 
@@ -130,8 +132,10 @@ class DiJiangConfig(PretrainedConfig):
             )
         if self.feature_dim < 1:
             raise ValueError(f"feature_dim={self.feature_dim} must be at least 1")
-        if "sliding_attention" in self.layer_types and not self.sliding_window:
-            raise ValueError("layer_types holds sliding_attention, but sliding_window is not set")
+        if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 1):
+            raise ValueError(f"sliding_attention needs sliding_window of at least 1, not {self.sliding_window}")
+        if not math.isfinite(self.branch_scale_init):
+            raise ValueError(f"branch_scale_init={self.branch_scale_init} must be finite")
 
     def validate_branches(self):
         """Raise ValueError where window, sinks and normalisation contradict one another."""

@@ -3,7 +3,8 @@ Positive feature maps phi: R^d -> R^M with phi(q).phi(k) standing in for exp(q.k
 
 B batch, T tokens, H heads, d head size, m features, M features after pairing (2m if `pairs`, else m). Every map takes
 (B, T, H, d) and returns float32 (B, T, H, M). All weights are parameters, one set per head, drawn from a seed and stored
-in the checkpoint. A new map is one class and one line in `FEATURE_MAPS`.
+in the checkpoint. A new map is one class, one line in `FEATURE_MAPS` and its name in
+`CHOICES` of `configuration_dijiang.py`.
 """
 
 import math
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-# exp() stays inside this range, so that sums over any feasible number of tokens stay finite in float32
-MAX_EXPONENT = 30.0
+# exponents of phi(q), phi(k) and of a key's weight stay inside this range: the product of all three, summed over millions of
+# tokens, is finite in float32
+MAX_EXPONENT = 20.0
 
 
 def dct_matrix(size: int) -> torch.Tensor:
@@ -71,6 +73,9 @@ class FeatureMap(nn.Module):
         num_heads: H, heads that get their own copy of the weights (query heads or key/value heads).
         seed: of the initial weights; equal seeds give equal weights in every head, so phi(q) and phi(k) start as one map.
     """
+
+    # the settings of `DiJiangConfig` that a map uses
+    settings = ("feature_dim", "feature_activation", "feature_pairs", "feature_seed")
 
     def __init__(self, config, num_heads: int, seed: int):
         super().__init__()
@@ -134,6 +139,8 @@ class WDCF(FeatureMap):
     (H, M) weights, kept positive by their logarithm. Input (B, T, H, d), output (B, T, H, M).
     """
 
+    settings = (*FeatureMap.settings, "radial", "dct_direction")
+
     def __init__(self, config, num_heads: int, seed: int):
         super().__init__(config, num_heads, seed)
         self.add_parameters(T=(self.feature_dim,), log_D=(self.size,))
@@ -166,6 +173,8 @@ class PFF(FeatureMap):
     Positive fixed features, phi(x) = exp(T V x) (equation 9): V (H, m, d) low-discrepancy directions on the sphere, T (H, m)
     radii. Input (B, T, H, d), output (B, T, H, M).
     """
+
+    settings = (*FeatureMap.settings, "radial")
 
     def __init__(self, config, num_heads: int, seed: int):
         super().__init__(config, num_heads, seed)
@@ -228,6 +237,8 @@ class Hedgehog(FeatureMap):
     Input (B, T, H, d), output (B, T, H, M).
     """
 
+    settings = ("feature_dim", "feature_activation", "feature_pairs")
+
     def __init__(self, config, num_heads: int, seed: int):
         super().__init__(config, num_heads, seed)
         self.add_parameters(W=(self.feature_dim, self.head_dim))
@@ -241,6 +252,8 @@ class Hedgehog(FeatureMap):
 
 class ELU(FeatureMap):
     """phi(x) = 1 + elu(x) (arXiv 2006.16236), without weights: M = d. Input and output (B, T, H, d)."""
+
+    settings = ()
 
     @property
     def size(self) -> int:

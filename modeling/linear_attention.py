@@ -51,6 +51,10 @@ def linear_attention(
         raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
     if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+    if log_decay is not None and log_decay.shape not in ((k.shape[2],), k.shape[:3]):
+        raise ValueError(f"log_decay is {tuple(log_decay.shape)}, expected {(k.shape[2],)} or {tuple(k.shape[:3])}")
+    if chunk_size < 1 or not q.shape[1]:
+        raise ValueError(f"chunk_size={chunk_size} and {q.shape[1]} tokens: both must be at least 1")
     dtype, (B, T, H, m), G = v.dtype, q.shape, k.shape[2]
     q, k, v = q.float(), k.float(), v.float()
     if normalize:  # the denominator is one more value column, so it decays and is carried over with the rest

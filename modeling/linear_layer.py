@@ -46,6 +46,8 @@ class LinearState:
 
     def compact(self) -> "LinearState":
         """The same state without the longer tensors that some of its own are views of and would keep alive."""
+        if torch.compiler.is_compiling():  # which knows no storages
+            return self.map(torch.clone)
         return self.map(lambda x: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x)
 
     def tensors(self) -> list[torch.Tensor]:
@@ -107,6 +109,11 @@ class OutputGate(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.silu(super().forward(x))
+
+
+def linear_layers(model: nn.Module) -> dict[int, "DiJiangLinearAttention"]:
+    """The linear layers of a model, whatever its head, by their index."""
+    return {module.layer_idx: module for module in model.modules() if isinstance(module, DiJiangLinearAttention)}
 
 
 class DiJiangLinearAttention(ProjectedAttention):

@@ -144,11 +144,11 @@ class DiJiangModel(DiJiangPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DiJiangCache(self.config)
-        if self.config.has_linear_layers:
-            refuse_what_linear_layers_cannot_honour(attention_mask, position_ids, past_key_values, kwargs)
-
         T = inputs_embeds.shape[1]
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if self.config.has_linear_layers:
+            refuse_what_linear_layers_cannot_honour(past, T, attention_mask, position_ids, past_key_values, kwargs)
+
         if position_ids is None and torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -T:]
         elif position_ids is None:
@@ -189,15 +189,21 @@ class DiJiangModel(DiJiangPreTrainedModel):
         return masks
 
 
-def refuse_what_linear_layers_cannot_honour(attention_mask, position_ids, past_key_values, kwargs) -> None:
+def refuse_what_linear_layers_cannot_honour(past, T, attention_mask, position_ids, past_key_values, kwargs) -> None:
     """Raise ValueError on inputs that would silently give wrong results."""
     if past_key_values is not None and not hasattr(past_key_values, "memory_bytes"):
         raise ValueError(f"past_key_values is a {type(past_key_values).__name__}; linear layers need a DiJiangCache")
-    if torch.is_tensor(attention_mask) and attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; linear layers need (batch, tokens)")
+    masked = torch.is_tensor(attention_mask)
+    if masked and (attention_mask.dim() != 2 or attention_mask.shape[1] != past + T):
+        found, expected = tuple(attention_mask.shape), f"(batch, {past + T}), {past} tokens of the past included"
+        raise ValueError(f"attention_mask has shape {found}; linear layers need {expected}")
     packed = kwargs.get("cu_seq_lens_q") is not None
-    if attention_mask is None and position_ids is not None and position_ids.shape[-1] > 1:
-        packed = packed or (not torch.compiler.is_compiling() and bool((position_ids.diff(dim=-1) != 1).any()))
+    if position_ids is not None and position_ids.shape[-1] > 1 and not torch.compiler.is_compiling():
+        jumps = position_ids.diff(dim=-1) != 1
+        if masked:  # between padding and text positions may do as they like
+            real = attention_mask[:, -T:].bool()
+            jumps = jumps & real[:, 1:] & real[:, :-1]
+        packed = packed or bool(jumps.any())
     if packed:
         raise ValueError("several documents packed into one row are not supported by linear layers; pad them instead")
 

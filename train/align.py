@@ -13,13 +13,15 @@ from dijiang.convert import (
     fastest_dtype,
     load_source,
     new_folder,
+    public_name,
     read_provenance,
     refuse_other_source,
     write_provenance,
 )
 from dijiang.modeling import DiJiangForCausalLM
+from dijiang.modeling.linear_layer import linear_layers
 
-from .attention_transfer import kernel_parameters, layer_losses, linear_layers, run_teacher
+from .attention_transfer import kernel_parameters, layer_losses, run_teacher
 from .calibrate import calibrate_layer
 from .checkpoint import copy_with_parameters
 from .data import token_blocks
@@ -122,6 +124,11 @@ def align(
             raise ValueError(
                 f"{checkpoint} has no linear-attention layer with kernel parameters, so there is nothing to align"
             )
+        if student.config.output_norm != "none" or student.config.output_gate:
+            raise ValueError(
+                f"{checkpoint} has output_norm or output_gate, so its outputs cannot be compared with softmax attention's; "
+                "attention transfer is for layers without them, such as preset recommended"
+            )
         refuse_other_source(provenance, teacher)
         teacher_model, _ = load_source(teacher, dtype=dtype)
         refuse_misfit(student, teacher_model, teacher)
@@ -138,8 +145,8 @@ def align(
         record |= train(student, teacher_model, blocks, order, config, progress)
         copy_with_parameters(checkpoint, folder, kernel_parameters(student))
         facts = {
-            "teacher": str(teacher),
-            "data": [str(path) for path in data],
+            "teacher": public_name(teacher),
+            "data": [public_name(path) for path in data],
             "config": asdict(config),
         }
         write_provenance(folder, add_stage(provenance, "align", **facts, **record))
@@ -148,6 +155,8 @@ def align(
 
 def choose_device(name: str) -> torch.device:
     """The device that `name` stands for; `auto` is the GPU if there is one. Raises ValueError if it cannot be had."""
+    if name not in ("auto", "cpu") and not name.startswith("cuda"):
+        raise ValueError(f"device={name!r} is unknown; choose auto, cpu or cuda")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -10,15 +10,9 @@ from dataclasses import dataclass, field
 import torch
 
 from dijiang.modeling import DiJiangForCausalLM
-from dijiang.modeling.linear_layer import DiJiangLinearAttention
+from dijiang.modeling.linear_layer import linear_layers
 
 KERNEL_PARTS = ("feature_map_q", "feature_map_k", "branch_scale", "key_scale", "decay")
-
-
-def linear_layers(model: DiJiangForCausalLM) -> dict[int, DiJiangLinearAttention]:
-    """The linear layers of `model` by their index."""
-    layers = {i: layer.self_attn for i, layer in enumerate(model.model.layers)}
-    return {i: layer for i, layer in layers.items() if isinstance(layer, DiJiangLinearAttention)}
 
 
 def kernel_parameters(model: DiJiangForCausalLM) -> dict[str, torch.nn.Parameter]:

@@ -10,6 +10,7 @@ with what the map still misses, by least squares to log(sum of exp(q.k) over far
 import torch
 import torch.nn.functional as F
 
+from dijiang.modeling.linear_attention import TINY
 from dijiang.modeling.linear_layer import DiJiangLinearAttention
 
 QUERIES_AT_ONCE = 256
@@ -113,4 +114,4 @@ def linear_log_sum(attention: DiJiangLinearAttention, scaled_q: torch.Tensor, k:
     index = torch.arange(T, device=k.device) - attention.window
     far = (index >= attention.sinks).expand(B, T)
     no_values = k.new_zeros(B, T, G, 0)
-    return attention.far_branch(scaled_q, delayed, no_values, far, None)[0][..., -1].clamp_min(1e-30).log()
+    return attention.far_branch(scaled_q, delayed, no_values, far, None)[0][..., -1].clamp_min(TINY).log()

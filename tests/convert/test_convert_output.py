@@ -143,7 +143,7 @@ def test_provenance(make_source, tmp_path):
     out = convert_model(str(source), tmp_path / "out", "paper", progress=False, feature_seed=7)
     record = read_provenance(out)
     assert (record["source"], record["preset"], record["overrides"], record["seed"]) == (
-        str(source),
+        "source",
         "paper",
         {"feature_seed": 7},
         7,
@@ -170,12 +170,15 @@ def test_provenance_that_is_not_ours(tmp_path, content, message):
         read_provenance(tmp_path)
 
 
-def test_progress_goes_to_stderr_or_nowhere(make_source, tmp_path, capfd):
+def test_progress_goes_to_stderr_or_nowhere(make_source, tmp_path, capfd, monkeypatch):
     source, _ = make_source()
     capfd.readouterr()
     convert_model(source, tmp_path / "quiet", progress=False)
     assert capfd.readouterr() == ("", "")
-    convert_model(source, tmp_path / "out")
+    convert_model(source, tmp_path / "out")  # not a terminal: no bar either, so that an error is the only line
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    convert_model(source, tmp_path / "bar")
     out, err = capfd.readouterr()
     assert out == "" and "Converting" in err
 

@@ -212,7 +212,7 @@ def test_dijiang_checkpoint_as_source(make_source, tmp_path, refused):
         ({"attention_window": 0}, r"attention_sinks=4 needs attention_window"),
         ({"layer_types": "linear"}, r"layer_types holds linear"),
         ({"layer_types": ["linear_attention"]}, r"layer_types"),
-        ({"layer_types": "sliding_attention"}, r"sliding_window is not set"),
+        ({"layer_types": "sliding_attention"}, r"sliding_attention needs sliding_window of at least 1, not None"),
     ],
 )
 def test_settings(make_source, tmp_path, settings, message, refused):
@@ -281,3 +281,36 @@ def test_interrupted_conversion(make_source, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         convert_model(source, tmp_path / "out", progress=False)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"feature_map": "elu", "feature_dim": 8}, "feature_dim has no effect with feature_map=elu"),
+        ({"feature_map": "hedgehog", "radial": "chi"}, "radial has no effect with feature_map=hedgehog"),
+        ({"feature_map": "pff", "dct_direction": "inverse"}, "dct_direction has no effect with feature_map=pff"),
+        ({"attention_window": 0, "attention_sinks": 0, "branch_scale_init": 1.0}, "no effect with attention_window=0"),
+        ({"layer_types": "full_attention", "decay": "retnet"}, "decay has no effect with no linear layer"),
+        ({"sliding_window": 9}, "sliding_window has no effect with no sliding_attention layer"),
+    ],
+    ids=str,
+)
+def test_settings_without_effect(make_source, tmp_path, refused, settings, message):
+    source, _ = make_source()
+    refused(tmp_path, lambda: convert_model(source, tmp_path / "out", **settings), message)
+
+
+def test_unknown_rope_type(make_source, tmp_path, refused):
+    source, _ = make_source()
+    config = json.loads((source / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "magic", "rope_theta": 1.0}
+    (source / "config.json").write_text(json.dumps(config))
+    refused(tmp_path, lambda: convert_model(source, tmp_path / "out"), "magic")
+
+
+@pytest.mark.parametrize("output", ["", "."])
+def test_the_current_folder_is_no_output(make_source, tmp_path, monkeypatch, refused, output):
+    source, _ = make_source()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    refused(tmp_path, lambda: convert_model(source, output), "must be a new folder")

@@ -126,7 +126,7 @@ def test_the_stage_used_the_recipe_and_the_training_text(done, recipe, short_tex
     assert AlignConfig(**stage["config"]) == AlignConfig(
         tokens=6 * BLOCK, block_size=BLOCK, learning_rate=0.03, calibration_blocks=1, dtype="float32", device="cpu"
     )
-    assert stage["data"] == [str(short_texts.TRAIN_TEXT)] and 0 < stage["calibration_r2"] < 1
+    assert stage["data"] == [short_texts.TRAIN_TEXT.name] and 0 < stage["calibration_r2"] < 1
 
 
 def test_the_checkpoint_is_a_standard_one(done, pair, tokens):

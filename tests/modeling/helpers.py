@@ -2,9 +2,9 @@
 
 import torch
 
-from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
+from dijiang.modeling import FEATURE_MAPS, DiJiangConfig, DiJiangForCausalLM
 
-MAPS = ("wdcf", "wpff", "pff", "prf", "hedgehog", "elu")
+MAPS = tuple(FEATURE_MAPS)
 DECAYS = ("none", "retnet", "learned")
 WINDOWS = ((0, 0), (1, 0), (5, 2))
 

@@ -164,3 +164,14 @@ def test_layer_types_mix():
         cache = output.past_key_values
         pieces.append(output.logits)
     assert_close(torch.cat(pieces, 1), model(ids, use_cache=False).logits, "logits", tolerance=1e-4)
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_compiled_with_a_cache_equals_eager(case):
+    model, ids = build(case), random_ids(1, 21)
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        first = compiled(ids[:, :20], use_cache=True)
+        second = compiled(ids[:, 20:], past_key_values=first.past_key_values)
+    assert_close(torch.cat((first.logits, second.logits), 1), expected, "logits", tolerance=1e-4)

@@ -5,8 +5,9 @@ import scipy.stats
 import torch
 from helpers import MAPS, assert_close, tiny_config
 
-from dijiang.modeling import build_feature_map
-from dijiang.modeling.feature_maps import dct_matrix, frequency_matrix, radii
+from dijiang.modeling import FEATURE_MAPS, build_feature_map
+from dijiang.modeling.configuration_dijiang import CHOICES
+from dijiang.modeling.feature_maps import MAX_EXPONENT, dct_matrix, frequency_matrix, radii
 
 
 def build(name, *, heads=3, seed=0, **overrides):
@@ -169,3 +170,38 @@ def test_half_precision_keeps_the_cosine_table():
     feature_map = build("wdcf")
     table = feature_map.C.clone()
     assert torch.equal(feature_map.half().C, table) and feature_map.C.dtype == torch.float32
+
+
+VARIANTS = {
+    "feature_dim": 7,
+    "feature_activation": "exp",
+    "feature_pairs": False,
+    "feature_seed": 5,
+    "radial": "chi",
+    "dct_direction": "inverse",
+}
+
+
+@pytest.mark.parametrize("key", VARIANTS)
+@pytest.mark.parametrize("name", MAPS)
+def test_maps_name_just_the_settings_they_use(name, key):
+    """A setting that a map names changes its features or their number, any other changes nothing."""
+    x = rows(1, 6, 3, 8)
+    plain = build(name)(x)
+    varied = build(name, seed=VARIANTS[key])(x) if key == "feature_seed" else build(name, **{key: VARIANTS[key]})(x)
+    same = plain.shape == varied.shape and torch.equal(plain, varied)
+    assert same == (key not in type(build(name)).settings)
+
+
+def test_config_knows_every_map():
+    assert set(CHOICES["feature_map"]) == set(FEATURE_MAPS)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_largest_features_and_key_weights_stay_finite_over_a_million_tokens(name):
+    """Features clamped at both ends and the key's own weight, all at their largest."""
+    feature_map = build(name, feature_activation="exp")
+    x = rows(1, 4, 3, 8, scale=1e4)
+    weight = torch.tensor(MAX_EXPONENT).exp()
+    total = feature_map(x).amax() ** 2 * feature_map.size * weight * 1e6
+    assert torch.isfinite(total) or name == "elu"  # linear in x: never near the limit for real activations

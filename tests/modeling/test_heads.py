@@ -127,7 +127,11 @@ def test_packed_rows_are_refused_not_mixed_up():
         model(ids, position_ids=restarted)
     with pytest.raises(ValueError, match="packed into one row"):
         model(ids, cu_seq_lens_q=torch.tensor([0, 4, 8]))
+    with pytest.raises(ValueError, match="packed into one row"):
+        model(ids, position_ids=restarted, attention_mask=torch.ones(1, 8))
     assert torch.equal(model(ids, position_ids=torch.arange(8)[None]).logits, model(ids).logits)
+    left_padded = {"position_ids": torch.tensor([[1, 1, 1, 0, 1, 2, 3, 4]]), "attention_mask": torch.arange(8)[None] >= 3}
+    assert_close(model(ids, **left_padded).logits[:, 3:], model(ids[:, 3:]).logits, "left-padded", tolerance=1e-4)
     tiny_model(layer_types=["full_attention"] * 2)(ids, position_ids=restarted, use_cache=False)
 
 
@@ -137,6 +141,10 @@ def test_foreign_caches_and_masks_are_refused():
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 1, 8, 8\)"):
         model(ids, attention_mask=torch.zeros(1, 1, 8, 8))
+    cache = model(ids, use_cache=True).past_key_values
+    for length in (3, 8, 12):
+        with pytest.raises(ValueError, match=rf"shape \(1, {length}\); linear layers need \(batch, 11\), 8 tokens"):
+            model(ids[:, :3], attention_mask=torch.ones(1, length), past_key_values=cache)
     with pytest.raises(ValueError, match="cache_implementation='static' is not supported"):
         model.generate(ids, cache_implementation="static", max_new_tokens=2)
 

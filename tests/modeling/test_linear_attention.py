@@ -150,3 +150,9 @@ def test_bad_input_is_refused_with_what_was_found():
         linear_attention(q, k, v)
     with pytest.raises(ValueError, match=r"initial_state is \(1, 2, 5, 5\), expected \(1, 2, 5, 6\)"):
         linear_attention(k, k, v, initial_state=torch.zeros(1, 2, 5, 5))
+    with pytest.raises(ValueError, match=r"log_decay is \(3,\), expected \(2,\) or \(1, 4, 2\)"):
+        linear_attention(k, k, v, log_decay=torch.zeros(3))
+    with pytest.raises(ValueError, match="chunk_size=0 and 4 tokens"):
+        linear_attention(k, k, v, chunk_size=0)
+    with pytest.raises(ValueError, match="and 0 tokens"):
+        linear_attention(k[:, :0], k[:, :0], v[:, :0])

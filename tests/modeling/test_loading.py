@@ -175,9 +175,11 @@ def test_config_round_trip_and_equality(tmp_path):
     [
         ({"feature_map": "cosine"}, "feature_map='cosine' is unknown; choose one of wdcf, wpff"),
         ({"decay": "gated"}, "decay='gated' is unknown; choose one of none, retnet, learned"),
-        ({"layer_types": ["linear_attention"]}, "1"),
+        ({"layer_types": ["linear_attention"]}, "number of layer|layer_types"),
         ({"layer_types": ["linear_attention", "mamba2"]}, "mamba2"),
-        ({"layer_types": ["sliding_attention"] * 2}, "sliding_window is not set"),
+        ({"layer_types": ["sliding_attention"] * 2}, "needs sliding_window of at least 1, not None"),
+        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": -4}, "at least 1, not -4"),
+        ({"branch_scale_init": float("nan")}, "branch_scale_init=nan must be finite"),
         ({"num_key_value_heads": 4}, "num_attention_heads=6 is not a multiple of num_key_value_heads=4"),
         ({"attention_window": 0}, "attention_sinks=2 needs attention_window of at least 1"),
         ({"attention_window": -1}, "must not be negative"),

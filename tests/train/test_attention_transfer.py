@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dijiang.convert import load_source
-from dijiang.train.attention_transfer import kernel_parameters, layer_losses, linear_layers, run_teacher
+from dijiang.modeling.linear_layer import linear_layers
+from dijiang.train.attention_transfer import kernel_parameters, layer_losses, run_teacher
 
 
 @pytest.fixture(scope="module")
