@@ -129,6 +129,8 @@ class DiJiangLinearAttention(ProjectedAttention):
         # phi(q) and phi(k) start as one map and may drift apart in training
         self.feature_map_q = build_feature_map(config, H, config.feature_seed + layer_idx)
         self.feature_map_k = build_feature_map(config, G, config.feature_seed + layer_idx)
+        # features that a softmax keeps below 1 leave the whole range of exponents to the keys' weights
+        self.key_exponent_limit = MAX_EXPONENT if config.feature_activation == "exp" else 3 * MAX_EXPONENT
         # c(q): what one unit of the linear branch weighs in the softmax's own units. A scalar per head cannot say it, since
         # log(sum exp(q.k)) - log(phi(q).sum phi(k)) varies with q
         self.branch_scale = LogScale(H, d, config.branch_scale_init) if self.window else None
@@ -218,7 +220,8 @@ class DiJiangLinearAttention(ProjectedAttention):
         """phi(k) exp(u.k + b) of scaled keys k (B, T, G, d): (B, T, G, M), what the state accumulates."""
         phi_k = self.feature_map_k(k)
         if self.key_scale is not None:
-            phi_k = phi_k * self.key_scale(k).clamp(-MAX_EXPONENT, MAX_EXPONENT).exp().unsqueeze(-1)
+            limit = self.key_exponent_limit
+            phi_k = phi_k * self.key_scale(k).clamp(-limit, limit).exp().unsqueeze(-1)
         return phi_k
 
     def far_branch(self, q, k, v, visible, state):
