@@ -236,14 +236,25 @@ def test_other_errors_keep_their_traceback(command, monkeypatch, pair, tmp_path)
         command("convert", pair.teacher, tmp_path / "out")
 
 
+def test_a_full_disk_is_one_line_too(command, pair, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dijiang.convert.writer.save_file", full)
+    code, _, err = command("convert", pair.teacher, tmp_path / "out")
+    assert (code, err) == (1, "dijiang: [Errno 28] No space left on device\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_error_in_a_process_is_one_line(pair, tmp_path):
     done = in_a_process("align", pair.teacher, "--teacher", pair.teacher, "--data", "x", "--output", tmp_path / "out")
     assert done.returncode == 1 and done.stdout == ""
     assert re.fullmatch(r"dijiang: .*teacher holds no provenance\.json, .*\n", done.stderr)
 
 
-def test_interrupted_while_it_works(pair, text_file, tmp_path):
-    """Ctrl-C: one line, the shell's code for it, and nothing left on disk."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_it_works(pair, text_file, tmp_path, number):
+    """Ctrl-C or a polite kill: one line, the shell's code for it, and nothing left on disk."""
     words = ["align", pair.checkpoint, "--teacher", pair.teacher, "--data", text_file, "--output", tmp_path / "a" / "out"]
     settings = ["--tokens", 100_000_000, "--block-size", 32, "--dtype", "float32"]
     command = [sys.executable, "-m", "dijiang", *map(str, words + settings)]
@@ -253,7 +264,7 @@ def test_interrupted_while_it_works(pair, text_file, tmp_path):
         while not (tmp_path / "a").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.5)  # by then it trains
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
