@@ -14,6 +14,12 @@ def build(case, seed=0, **overrides):
     return tiny_model(seed, feature_map=feature_map, decay=decay, attention_window=window, attention_sinks=sinks, **overrides)
 
 
+def padding_mask(lengths, T: int, side: str) -> torch.Tensor:
+    """(rows, T), 1 for the tokens of each row, 0 for the padding on `side`."""
+    mask = (torch.arange(T) < torch.tensor(lengths)[:, None]).long()
+    return mask.flip(1) if side == "left" else mask
+
+
 @pytest.mark.parametrize("case", EVERY, ids=str)
 def test_naive_equals_chunk_equals_recurrent_forward_and_backward(case):
     model, ids = build(case), random_ids(2, 71)
@@ -54,11 +60,7 @@ def test_cache_equals_no_cache_in_pieces_and_token_by_token(case):
 def test_padding_leaves_no_trace(case, side, dtype):
     """Rows of different lengths in one batch against each row alone, padding made of arbitrary tokens."""
     model, lengths, T = build(case).to(dtype), (3, 17, 29), 29
-    ids, mask = random_ids(3, T, seed=1), torch.zeros(3, T, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        mask[row, T - length :] = 1
-    if side == "right":
-        mask = mask.flip(1)
+    ids, mask = random_ids(3, T, seed=1), padding_mask(lengths, T, side)
     with torch.no_grad():
         padded = model(ids, attention_mask=mask, use_cache=False).logits
         for row, length in enumerate(lengths):
@@ -73,11 +75,7 @@ def test_padding_leaves_no_trace(case, side, dtype):
 def test_padded_prompts_continue_from_the_cache_as_alone(case, side):
     model, lengths, T = build(case), (2, 9, 21), 21
     ids, more = random_ids(3, T, seed=2), random_ids(3, 12, seed=3)
-    mask = torch.zeros(3, T, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        mask[row, T - length :] = 1
-    if side == "right":
-        mask = mask.flip(1)
+    mask = padding_mask(lengths, T, side)
     with torch.no_grad():
         cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
         steps = []
@@ -97,9 +95,7 @@ def test_padded_prompts_continue_from_the_cache_as_alone(case, side):
 @pytest.mark.parametrize("case", SOME, ids=str)
 def test_generation_from_left_padded_batch_equals_each_prompt_alone(case):
     model, lengths, T = build(case, pad_token_id=0), (4, 11), 11
-    ids, mask = random_ids(2, T, seed=4), torch.zeros(2, T, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        mask[row, T - length :] = 1
+    ids, mask = random_ids(2, T, seed=4), padding_mask(lengths, T, "left")
     together = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
     for row, length in enumerate(lengths):
         alone = model.generate(ids[row : row + 1, T - length :], max_new_tokens=20, do_sample=False)
