@@ -15,13 +15,15 @@ AUTO_MAP = {
 CHOICES = {
     "norm_type": ("rms_norm", "layer_norm"),
     "mlp_type": ("gated", "plain"),
-    "feature_map": ("wdcf", "wpff", "pff", "prf", "hedgehog", "elu"),
+    "feature_map": ("wdcf", "wpff", "pff", "prf", "hedgehog", "elu", "relu", "cosformer", "identity"),
     "feature_activation": ("softmax", "exp"),
     "radial": ("normal", "chi"),
     "dct_direction": ("forward", "inverse"),
     "decay": ("none", "retnet", "learned"),
     "output_norm": ("none", "group_norm"),
 }
+# maps whose features have signs, hence no sum of weights to divide by
+SIGNED_MAPS = ("identity",)
 
 
 @strict
@@ -34,8 +36,10 @@ class DiJiangConfig(PretrainedConfig):
     first `attention_sinks` tokens, and through its feature map to every token in between.
 
     Args (of a linear layer):
-        feature_map: name in the registry of `feature_maps.py`.
-        feature_dim: m, features per head before pairing; `None` means the head size.
+        feature_map: name in the registry of `feature_maps.py`. `cosformer` counts positions up to max_position_embeddings;
+            `identity` is plain q.k and needs normalize=False.
+        feature_dim: m, features per head before pairing; `None` means the head size, which is all that maps without weights
+            (`elu`, `cosformer`, `identity`) know.
         feature_activation: `exp` (the paper's, equation 12) or `softmax` over the features of one row.
         feature_pairs: use [z, -z] instead of z, which doubles the feature size.
         key_scale: weigh each key in the state by exp(u.k + b), learnt per key/value head: features normalised by a softmax
@@ -145,6 +149,11 @@ class DiJiangConfig(PretrainedConfig):
             )
         if self.attention_sinks and not self.attention_window:
             raise ValueError(f"attention_sinks={self.attention_sinks} needs attention_window of at least 1")
+        if self.feature_map in SIGNED_MAPS and self.normalize:
+            raise ValueError(
+                f"feature_map={self.feature_map} has negative features, whose sum is no denominator; "
+                "set normalize=false attention_window=0 attention_sinks=0"
+            )
         if self.attention_window and not self.normalize:
             raise ValueError("normalize=false needs attention_window=0: the softmax window shares the denominator")
 

@@ -104,4 +104,5 @@ class ProjectedAttention(nn.Module):
         """(B, T, hidden) -> q (B, T, H, d), k and v (B, T, G, d), rotary positions applied to q and k."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (proj(hidden_states).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return rotate(q, *position_embeddings), rotate(k, *position_embeddings), v
+        turned = rotate(torch.cat((q, k), dim=2), *position_embeddings)
+        return *turned.split((self.num_heads, self.num_key_value_heads), dim=2), v

@@ -1,17 +1,25 @@
 """
 Causal linear attention over positive features, written three times: `naive` (the formula, quadratic, the oracle), `chunk`
-(matrix products, linear, differentiable) and `recurrent` (one step after another, for decoding).
+(matrix products, linear, differentiable; `chunk_attention.py`) and `recurrent` (one step after another, for decoding). On a
+GPU flash-linear-attention's kernels take the place of `chunk` where they are installed.
 
-B batch, T tokens, H query heads, G key/value heads (G divides H; query head h reads key/value head h * G // H), m features,
-d value size. State: S_t = exp(g_t) S_{t-1} + k_t v_t^T and o_t = q_t S_t, in float32 whatever the inputs are.
+B batch, T tokens, H query heads, G key/value heads (G divides H; query head h reads key/value head h * G // H), R = H // G,
+m features, d value size. State: S_t = exp(g_t) S_{t-1} + k_t v_t^T and o_t = q_t S_t, in float32 whatever the inputs are.
 """
 
 import torch
 import torch.nn.functional as F
+from transformers.utils import logging
 
-CHUNK_SIZE = 64
+from .chunk_attention import chunk_linear_attention
+from .fla_backend import fla_is_usable, fla_linear_attention
+from .packing import group_sequences
+
+logger = logging.get_logger(__name__)
+
 # smaller than any sum of weights that carries information, larger than float32's smallest normal number
 TINY = 1e-30
+BACKENDS = ("auto", "torch", "fla")
 
 
 def linear_attention(
@@ -23,12 +31,16 @@ def linear_attention(
     normalize: bool = True,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
     mode: str = "chunk",
-    chunk_size: int = CHUNK_SIZE,
+    backend: str = "auto",
+    chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     o_i = sum_{j <= i} a_ij (q_i.k_j) v_j, divided by sum_{j <= i} a_ij (q_i.k_j) if `normalize`, with
     a_ij = exp(sum of the log-decays of j+1 .. i) (DiJiang, arXiv 2403.19928, section 3).
+
+    Products are taken in bfloat16 if q, k and v all are, else in float32; states and sums over blocks are float32 always.
 
     Args:
         q: (B, T, H, m) features of the queries.
@@ -36,51 +48,130 @@ def linear_attention(
         v: (B, T, G, d) values.
         log_decay: g <= 0, (G,) constant or (B, T, G) per token. Default: no decay.
         normalize: divide by the sum of the weights.
-        initial_state: (B, G, m, d), or (B, G, m, d + 1) if `normalize`: the last column then sums the keys.
-        output_final_state: also return the state after the last token.
-        mode: `naive`, `chunk` or `recurrent`.
-        chunk_size: tokens per block of `chunk`.
+        initial_state: (B, G, m, d), or (B, G, m, d + 1) if `normalize`: the last column then sums the keys. With
+            `cu_seqlens` one per sequence, (N, G, m, d or d + 1).
+        output_final_state: also return the state after the last token, or after the last token of each sequence.
+        cu_seqlens: (N + 1,) integers, where the N sequences packed into the one row (B = 1) begin, and T at the end.
+        mode: of torch's form: `naive`, `chunk` or `recurrent`.
+        backend: `torch`, `fla` (flash-linear-attention's Triton kernels) or `auto`: fla on a GPU where it is installed.
+        chunk_size: tokens per block of `chunk`. Default: CHUNK_SIZE of `chunk_attention.py`.
 
     Returns:
         o (B, T, H, d) in v's dtype, and the final state in float32 or None.
 
     Raises:
-        ValueError: on an unknown mode or shapes that do not fit.
+        ValueError: on an unknown mode or backend, a backend that cannot run here, or shapes that do not fit.
     """
+    o, total, state = weighted_sums(
+        q, k, v, log_decay=log_decay, sums=normalize, state=initial_state, cu_seqlens=cu_seqlens, mode=mode, backend=backend,
+        chunk_size=chunk_size,
+    )  # fmt: skip
+    if normalize:
+        o = o / total.clamp_min(TINY).unsqueeze(-1).to(o.dtype)
+    return o.to(v.dtype), state if output_final_state else None
+
+
+def weighted_sums(
+    q, k, v, *, log_decay=None, sums=True, state=None, cu_seqlens=None, mode="chunk", backend="auto", chunk_size=None
+):
+    """
+    Numerator and denominator of `linear_attention`, whose arguments these are.
+
+    Returns:
+        numerator (B, T, H, d); the sum of weights (B, T, H), float32, or None unless `sums`; the final state, float32.
+    """
+    (B, T, H, m), G, d = q.shape, k.shape[2], v.shape[3]
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
-    if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+    if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3] or H % G:
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
-    if log_decay is not None and log_decay.shape not in ((k.shape[2],), k.shape[:3]):
-        raise ValueError(f"log_decay is {tuple(log_decay.shape)}, expected {(k.shape[2],)} or {tuple(k.shape[:3])}")
-    if chunk_size < 1 or not q.shape[1]:
-        raise ValueError(f"chunk_size={chunk_size} and {q.shape[1]} tokens: both must be at least 1")
-    dtype, (B, T, H, m), G = v.dtype, q.shape, k.shape[2]
-    q, k, v = q.float(), k.float(), v.float()
-    if normalize:  # the denominator is one more value column, so it decays and is carried over with the rest
-        v = F.pad(v, (0, 1), value=1.0)
+    if log_decay is not None and log_decay.shape not in ((G,), k.shape[:3]):
+        raise ValueError(f"log_decay is {tuple(log_decay.shape)}, expected {(G,)} or {tuple(k.shape[:3])}")
+    if (chunk_size is not None and chunk_size < 1) or not T:
+        raise ValueError(f"chunk_size={chunk_size} and {T} tokens: both must be at least 1")
+    if cu_seqlens is not None and B != 1:
+        raise ValueError(f"cu_seqlens needs one packed row, not a batch of {B}")
+    rows = B if cu_seqlens is None else len(cu_seqlens) - 1
+    if state is None:
+        state = v.new_zeros(rows, G, m, d + sums, dtype=torch.float32)
+    elif state.shape != (rows, G, m, d + sums):
+        raise ValueError(f"initial_state is {tuple(state.shape)}, expected {(rows, G, m, d + sums)}")
+    state, log_decay = state.float(), None if log_decay is None else log_decay.float()
+
+    if choose_backend(backend, mode, q) == "fla":
+        values = F.pad(v, (0, 1), value=1.0) if sums else v
+        o, state = fla_linear_attention(q, k, values, log_decay, state, cu_seqlens)
+        return (o[..., :-1], o[..., -1].float(), state) if sums else (o, None, state)
+    options = {"sums": sums, "mode": mode, "chunk_size": chunk_size}
+    if cu_seqlens is None:
+        return torch_sums(q, k, v, log_decay, state, **options)
     if log_decay is not None:
-        log_decay = log_decay.float()
-        log_decay = log_decay.expand(B, T, G) if log_decay.dim() == 1 else log_decay
-        log_decay = log_decay.permute(0, 2, 1)
-    state = v.new_zeros(B, G, m, v.shape[-1]) if initial_state is None else initial_state.float()
-    if state.shape != (B, G, m, v.shape[-1]):
-        raise ValueError(f"initial_state is {tuple(state.shape)}, expected {(B, G, m, v.shape[-1])}")
-    # (B, G, R, T, m) and (B, G, T, .): all R query heads of a group read one state
+        log_decay = log_decay.expand(1, T, G)
+    o, total = v.new_zeros(T, H, d), v.new_zeros(T, H, dtype=torch.float32)
+    final = torch.zeros_like(state)
+    for group in group_sequences(cu_seqlens, T):
+        keep = group.valid[..., None]
+        parts = (group.unpack(q[0]), group.unpack(k[0]) * keep.unsqueeze(-1), group.unpack(v[0]))
+        decay = None if log_decay is None else group.unpack(log_decay[0]) * keep
+        found, found_total, last = torch_sums(*parts, decay, state[group.sequences], **options)
+        o = group.pack_into(o, found.to(o.dtype))
+        total = group.pack_into(total, found_total) if sums else total
+        final = final.index_put((group.sequences,), last)
+    return o[None], total[None] if sums else None, final
+
+
+def choose_backend(backend: str, mode: str, q: torch.Tensor) -> str:
+    """`torch` or `fla` for queries q; says once which was chosen and why."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if backend == "fla":
+        usable, reason = fla_is_usable(q.device)
+        if not usable:
+            raise ValueError(f"backend='fla' cannot run: {reason}; use backend='torch' or 'auto'")
+        if mode == "naive":
+            raise ValueError("backend='fla' has no mode='naive'; use backend='torch'")
+        return "fla"
+    if backend == "torch" or mode != "chunk" or not q.is_cuda:
+        if backend == "auto" and not torch.compiler.is_compiling():
+            logger.info_once("linear attention runs on torch's matrix products: no GPU, or a form asked for by name")
+        return "torch"
+    usable, reason = fla_is_usable(q.device)
+    if not torch.compiler.is_compiling():
+        if usable:
+            logger.info_once("linear attention runs on flash-linear-attention's Triton kernels")
+        else:
+            logger.warning_once(f"linear attention runs on torch's matrix products: {reason}")
+    return "fla" if usable else "torch"
+
+
+def torch_sums(q, k, v, log_decay, state, *, sums: bool, mode: str, chunk_size: int | None):
+    """`weighted_sums` by torch, one sequence per row, state given: arguments as there, already checked."""
+    (B, T, H, m), G = q.shape, k.shape[2]
+    if mode != "chunk" or not all(x.dtype == torch.bfloat16 for x in (q, k, v)):
+        q, k, v = q.float(), k.float(), v.float()
+    if T == 1 and mode == "recurrent":
+        return recurrent_step(q, k, v, log_decay, state, sums=sums)
+    # all R query heads of a group read one state
     q = q.view(B, T, G, H // G, m).permute(0, 2, 3, 1, 4)
     k, v = k.permute(0, 2, 1, 3), v.permute(0, 2, 1, 3)
+    if log_decay is not None:
+        log_decay = log_decay.view(1, G, 1) if log_decay.dim() == 1 else log_decay.permute(0, 2, 1)
     options = {"chunk_size": chunk_size} if mode == "chunk" else {}
-    o, state = MODES[mode](q, k, v, log_decay, state, **options)
+    o, total, state = MODES[mode](q, k, v, log_decay, state, sums=sums, **options)
     o = o.permute(0, 3, 1, 2, 4).reshape(B, T, H, -1)
-    if normalize:
-        o = o[..., :-1] / o[..., -1:].clamp_min(TINY)
-    return o.to(dtype), state if output_final_state else None
+    return o, total.permute(0, 3, 1, 2).reshape(B, T, H) if sums else None, state
 
 
-def naive_linear_attention(q, k, v, log_decay, state):
-    """The formula. q (B, G, R, T, m), k (B, G, T, m), v (B, G, T, d), log_decay (B, G, T) or None, state (B, G, m, d)."""
+def naive_linear_attention(q, k, v, log_decay, state, *, sums: bool):
+    """
+    The formula. q (B, G, R, T, m), k (B, G, T, m), v (B, G, T, d), log_decay (B, G, T), (1, G, 1) or None, state
+    (B, G, m, d), or (B, G, m, d + 1) if `sums`. Returns the numerator (B, G, R, T, d), sums of weights (B, G, R, T) or None,
+    and the state.
+    """
     T = k.shape[2]
-    total = k.new_zeros(*k.shape[:3]) if log_decay is None else log_decay.cumsum(-1)
+    if sums:  # the denominator is one more value column, so it decays and is carried over with the rest
+        v = F.pad(v, (0, 1), value=1.0)
+    total = k.new_zeros(*k.shape[:3]) if log_decay is None else log_decay.expand(*k.shape[:3]).cumsum(-1)
     causal = torch.ones(T, T, dtype=torch.bool, device=k.device).tril()
     decay = (total[..., :, None] - total[..., None, :]).masked_fill(~causal, -torch.inf).exp()
     weights = torch.einsum("bgrim,bgjm->bgrij", q, k) * decay.unsqueeze(2)
@@ -88,54 +179,35 @@ def naive_linear_attention(q, k, v, log_decay, state):
     o = o + torch.einsum("bgrim,bgmd->bgrid", q * total.exp()[:, :, None, :, None], state)
     last = total[..., -1:]
     state = state * last[..., None].exp() + torch.einsum("bgjm,bgjd->bgmd", k * (last - total).exp()[..., None], v)
-    return o, state
+    return (o[..., :-1], o[..., -1], state) if sums else (o, None, state)
 
 
-def chunk_linear_attention(q, k, v, log_decay, state, chunk_size=CHUNK_SIZE):
-    """Blocks of `chunk_size` tokens: quadratic inside a block, one state handed from block to block. Shapes as `naive`."""
-    B, G, R, T, m = q.shape
-    C = min(chunk_size, T)
-    N = -(-T // C)
-    pad = N * C - T
-    if pad:  # zero keys and zero log-decays change nothing
-        q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
-        log_decay = None if log_decay is None else F.pad(log_decay, (0, pad))
-    q = q.reshape(B, G, R, N, C, m).transpose(2, 3)
-    k, v = k.reshape(B, G, N, C, m), v.reshape(B, G, N, C, -1)
-
-    weights = (q.reshape(B, G, N, R * C, m) @ k.transpose(-1, -2)).view(B, G, N, R, C, C)
-    causal = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
-    if log_decay is None:
-        weights = weights.masked_fill(~causal, 0.0)
-        block_states = (k.transpose(-1, -2) @ v).cumsum(2) + state.unsqueeze(2)
-        before = torch.cat((state.unsqueeze(2), block_states[:, :, :-1]), dim=2)
-        state = block_states[:, :, -1]
-    else:
-        total = log_decay.reshape(B, G, N, C).cumsum(-1)
-        decay = (total[..., :, None] - total[..., None, :]).masked_fill(~causal, -torch.inf).exp()
-        weights = weights * decay.unsqueeze(3)
-        last = total[..., -1:]
-        added = (k * (last - total).exp().unsqueeze(-1)).transpose(-1, -2) @ v
-        kept = last.exp().unsqueeze(-1)
-        states = []
-        for n in range(N):
-            states.append(state)
-            state = state * kept[:, :, n] + added[:, :, n]
-        before = torch.stack(states, dim=2)
-        q = q * total.exp()[:, :, :, None, :, None]
-    o = weights.view(B, G, N, R * C, C) @ v + q.reshape(B, G, N, R * C, m) @ before
-    return o.view(B, G, N, R, C, -1).transpose(2, 3).reshape(B, G, R, N * C, -1)[:, :, :, :T], state
-
-
-def recurrent_linear_attention(q, k, v, log_decay, state):
+def recurrent_linear_attention(q, k, v, log_decay, state, *, sums: bool):
     """Token by token. Shapes as `naive`."""
+    if sums:
+        v = F.pad(v, (0, 1), value=1.0)
+    if log_decay is not None:
+        log_decay = log_decay.expand(*k.shape[:3])
     outputs = []
     for t in range(k.shape[2]):
         if log_decay is not None:
             state = state * log_decay[:, :, t, None, None].exp()
         state = state + k[:, :, t, :, None] * v[:, :, t, None, :]
         outputs.append(q[:, :, :, t] @ state)
-    return torch.stack(outputs, dim=3), state
+    o = torch.stack(outputs, dim=3)
+    return (o[..., :-1], o[..., -1], state) if sums else (o, None, state)
+
+
+def recurrent_step(q, k, v, log_decay, state, *, sums: bool):
+    """`recurrent` for one token with as few operations as it takes. Arguments and results as `torch_sums`."""
+    (B, _, H, m), G = q.shape, k.shape[2]
+    if sums:
+        v = F.pad(v, (0, 1), value=1.0)
+    if log_decay is not None:
+        state = state * log_decay.exp().view(-1, G, 1, 1)
+    state = torch.addcmul(state, k.view(B, G, m, 1), v.view(B, G, 1, -1))
+    o = (q.view(B, G, H // G, m) @ state).view(B, 1, H, -1)
+    return (o[..., :-1], o[..., -1], state) if sums else (o, None, state)
 
 
 MODES = {

@@ -3,60 +3,21 @@ The linear-attention layer: exact softmax on a window and sinks, DiJiang's featu
 (arXiv 2403.19928; window and sinks: arXiv 2309.17453, 2410.10254).
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from .feature_maps import MAX_EXPONENT, build_feature_map
+from .chunk_attention import PIECE
+from .feature_map_base import MAX_EXPONENT
+from .feature_maps import build_feature_map
 from .layers import ProjectedAttention
-from .linear_attention import linear_attention
-from .window_attention import merge_branches, window_attention, window_attention_step
-
-
-@dataclass
-class LinearState:
-    """
-    Everything a linear layer remembers of one batch of sequences; its size does not depend on their length.
-
-    Attributes:
-        state: (B, G, M, d + 1) float32, sum of features times (value, 1); (B, G, M, d) without normalisation.
-        window_k, window_v: (B, W, G, d), the last W tokens; window_rank: (B, W), how many real tokens came before each, -1 for
-            padding.
-        sink_k, sink_v: (B, S, G, d); sink_filled: (B, S) bool.
-        tokens: (B,), real tokens seen; sinks_full: all of sink_filled, known without asking the device.
-    """
-
-    state: torch.Tensor
-    window_k: torch.Tensor
-    window_v: torch.Tensor
-    window_rank: torch.Tensor
-    sink_k: torch.Tensor
-    sink_v: torch.Tensor
-    sink_filled: torch.Tensor
-    tokens: torch.Tensor
-    sinks_full: bool = False
-
-    def map(self, fn) -> "LinearState":
-        """The same state with `fn` applied to every tensor (select rows, move, detach)."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: fn(x) for name, x in values.items() if isinstance(x, torch.Tensor)})
-
-    def compact(self) -> "LinearState":
-        """The same state without the longer tensors that some of its own are views of and would keep alive."""
-        if torch.compiler.is_compiling():  # which knows no storages
-            return self.map(torch.clone)
-        return self.map(lambda x: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x)
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Every tensor of the state."""
-        return [x for f in fields(self) if isinstance(x := getattr(self, f.name), torch.Tensor)]
-
-
-# longer inputs are mixed piece by piece: the same result, and intermediate tensors that stay in the processor's reach
-PIECE = 2048
+from .linear_attention import TINY, weighted_sums
+from .linear_state import LinearState
+from .packing import PackedGroup
+from .window_attention import merge_branches, merge_step, window_attention
 
 
 class LogScale(nn.Module):
@@ -139,22 +100,6 @@ class DiJiangLinearAttention(ProjectedAttention):
         self.output_norm = nn.GroupNorm(d, H * d) if config.output_norm == "group_norm" else None
         self.output_gate = OutputGate(config.hidden_size, H * d, bias=False) if config.output_gate else None
 
-    def empty_state(self, k: torch.Tensor) -> LinearState:
-        """State before the first token, for keys like k (B, T, G, d)."""
-        B, _, G, d = k.shape
-        M, W, S = self.feature_map_k.size, self.window, self.sinks
-        return LinearState(
-            state=k.new_zeros(B, G, M, d + int(self.normalize), dtype=torch.float32),
-            window_k=k.new_zeros(B, W, G, d),
-            window_v=k.new_zeros(B, W, G, d),
-            window_rank=k.new_full((B, W), -1, dtype=torch.long),
-            sink_k=k.new_zeros(B, S, G, d),
-            sink_v=k.new_zeros(B, S, G, d),
-            sink_filled=k.new_zeros(B, S, dtype=torch.bool),
-            tokens=k.new_zeros(B, dtype=torch.long),
-            sinks_full=S == 0,
-        )
-
     def attend(
         self,
         q: torch.Tensor,
@@ -173,13 +118,17 @@ class DiJiangLinearAttention(ProjectedAttention):
             state: of the tokens before; default none.
 
         Returns:
-            o (B, T, H, d) float32 and the state after the last token.
+            o (B, T, H, d), float32 or, where the whole layer is linear, q's dtype; and the state after the last token.
         """
-        state = self.empty_state(k) if state is None else state
-        if k.shape[1] <= PIECE:
+        if state is None:
+            state = LinearState.empty(k, self.feature_map_k.size, self.window, self.sinks, self.normalize)
+        T = k.shape[1]
+        if T == 1 and valid is None and state.settled and self.mode is None:
+            return self.attend_step(q, k, v, state)
+        if T <= PIECE:
             return self.attend_piece(q, k, v, valid, state)
         outputs = []
-        for start in range(0, k.shape[1], PIECE):
+        for start in range(0, T, PIECE):
             piece = slice(start, start + PIECE)
             o, state = self.attend_piece(
                 q[:, piece], k[:, piece], v[:, piece], None if valid is None else valid[:, piece], state
@@ -187,94 +136,134 @@ class DiJiangLinearAttention(ProjectedAttention):
             outputs.append(o)
         return torch.cat(outputs, dim=1), state
 
+    def attend_packed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: list[PackedGroup]) -> torch.Tensor:
+        """`attend` of several sequences that stand one after another in the rows of q, k and v, laid end to end."""
+        o = torch.zeros_like(q, dtype=torch.float32).flatten(0, 1)
+        for group in groups:
+            found, _ = self.attend(*(group.unpack(x.flatten(0, 1)) for x in (q, k, v)), group.valid)
+            o = group.pack_into(o, found.float())
+        return o.view_as(q)
+
     def attend_piece(self, q, k, v, valid, state: LinearState) -> tuple[torch.Tensor, LinearState]:
         """`attend` in one go."""
-        T = k.shape[1]
+        T, S = k.shape[1], self.sinks
         if valid is None:
-            rank = state.tokens[:, None] + torch.arange(T, device=k.device)
-            tokens = state.tokens + T
+            rank, tokens = state.tokens[:, None] + torch.arange(T, device=k.device), state.tokens + T
         else:
             arrived = state.tokens[:, None] + valid.long().cumsum(1)
             rank, tokens = torch.where(valid, arrived - 1, -1), arrived[:, -1]
-        # rows t of `all_*` leave the window when query t arrives
-        all_k, all_v = torch.cat((state.window_k, k), dim=1), torch.cat((state.window_v, v), dim=1)
-        all_rank = torch.cat((state.window_rank, rank), dim=1)
-        new = replace(state, window_k=all_k[:, T:], window_v=all_v[:, T:], window_rank=all_rank[:, T:], tokens=tokens)
-
         q_scaled = q.float() * self.feature_scale
-        far, new.state = self.far_branch(q_scaled, all_k[:, :T], all_v[:, :T], all_rank[:, :T] >= self.sinks, state.state)
+        new = replace(state, tokens=tokens, seen=state.seen + T, unpadded=state.unpadded and valid is None)
         if not self.window:
-            return far, new
-        sink_arrival = self.store_sinks(new, all_k[:, :T], all_v[:, :T], all_rank[:, :T])
-        if T == 1:
-            sinks_and_window = (torch.cat(pair, 1) for pair in ((new.sink_k, new.window_k), (new.sink_v, new.window_v)))
-            visible = torch.cat((new.sink_filled, new.window_rank >= 0), 1)
-            near, near_log_sum = window_attention_step(q, *sinks_and_window, visible, scale=self.scaling)
-        else:
-            near, near_log_sum = window_attention(
-                q, all_k, all_v, all_rank >= 0, new.sink_k, new.sink_v, sink_arrival, scale=self.scaling
-            )
-        return merge_branches(near, near_log_sum, far[..., :-1], far[..., -1], self.branch_scale(q_scaled)), new
+            visible = None if valid is None else rank >= 0
+            far, total, new.state = self.far_branch(q_scaled, k, v, visible, state.state, rank, rank)
+            new.settled = True
+            return far if total is None else far / total.clamp_min(TINY).unsqueeze(-1).to(far.dtype), new
+        # rows t of `all_*` leave the window when query t arrives
+        all_k, all_v = (
+            torch.cat((near[:, :, S:].transpose(1, 2), x), dim=1) for near, x in ((state.near_k, k), (state.near_v, v))
+        )
+        all_rank = torch.cat((state.ranks(), rank), dim=1)
+        leaving, new.window_rank = all_rank[:, :T], all_rank[:, T:]
+        visible = None if state.settled else leaving >= S
+        far, total, new.state = self.far_branch(q_scaled, all_k[:, :T], all_v[:, :T], visible, state.state, rank, leaving)
+        sinks, new.sink_filled, sink_arrival = self.store_sinks(state, all_k[:, :T], all_v[:, :T], leaving)
+        new.near_k, new.near_v = (
+            torch.cat((sink.transpose(1, 2), x[:, T:].transpose(1, 2)), dim=2)
+            for sink, x in zip(sinks, (all_k, all_v), strict=True)
+        )
+        near, near_log_sum = window_attention(q, all_k, all_v, all_rank >= 0, *sinks, sink_arrival, scale=self.scaling)
+        return merge_branches(near, near_log_sum, far, total, self.branch_scale(q_scaled)), new.settle(S)
 
-    def key_features(self, k: torch.Tensor) -> torch.Tensor:
+    def attend_step(self, q, k, v, state: LinearState) -> tuple[torch.Tensor, LinearState]:
+        """`attend` of one real token to a settled state, with as few operations as it takes."""
+        S, scale = self.sinks, self.feature_scale
+        new = replace(state, tokens=state.tokens + 1, seen=state.seen + 1)
+        q_scaled = q.float() * scale
+        if self.window:
+            leaving_k, leaving_v = (x[:, :, S : S + 1].transpose(1, 2) for x in (state.near_k, state.near_v))
+            new.near_k, new.near_v = (
+                torch.cat((near[:, :, :S], near[:, :, S + 1 :], x.transpose(1, 2)), dim=2)
+                for near, x in ((state.near_k, k), (state.near_v, v))
+            )
+        else:
+            leaving_k, leaving_v = k, v
+        rank = state.tokens[:, None]
+        far, total, new.state = self.far_branch(q_scaled, leaving_k, leaving_v, None, state.state, rank, rank - self.window)
+        if not self.window:
+            return far if total is None else far / total.clamp_min(TINY).unsqueeze(-1), new
+        c = self.branch_scale(q_scaled)
+        return merge_step(q, new.near_k, new.near_v, far, total, c, scale=self.scaling), new
+
+    def key_features(self, k: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """phi(k) exp(u.k + b) of scaled keys k (B, T, G, d): (B, T, G, M), what the state accumulates."""
-        phi_k = self.feature_map_k(k)
+        phi_k = self.feature_map_k(k, positions)
         if self.key_scale is not None:
             limit = self.key_exponent_limit
             phi_k = phi_k * self.key_scale(k).clamp(-limit, limit).exp().unsqueeze(-1)
         return phi_k
 
-    def far_branch(self, q, k, v, visible, state):
+    def far_branch(self, q, k, v, visible, state, q_positions=None, k_positions=None):
         """
-        Linear attention of scaled queries to the keys that left the window, those in `visible` (B, T) alone. Returns
-        (B, T, H, d), or with a window (B, T, H, d + 1), not normalised and the sum of weights last; and the new state.
+        Linear attention of scaled queries to the keys that left the window, those in `visible` (B, T) alone (None: all).
+
+        Returns:
+            numerator (B, T, H, d), the sum of weights float32 (B, T, H) or None without normalisation, and the new state.
         """
-        phi_k = self.key_features(k.float() * self.feature_scale) * visible[..., None, None]
-        # a key decays once for every key that enters the state after it, so padding does not age it
-        log_decay = None if self.decay is None else self.decay() * visible[..., None]
-        v = v.float()
-        shares_denominator = bool(self.window)
-        return linear_attention(
-            self.feature_map_q(q),
+        # bfloat16 values are mixed by bfloat16 products, sums and states stay float32
+        dtype = torch.bfloat16 if v.dtype == torch.bfloat16 and q.shape[1] > 1 else torch.float32
+        phi_q = self.feature_map_q(q, q_positions).to(dtype)
+        phi_k = self.key_features(k.float() * self.feature_scale, k_positions).to(dtype)
+        log_decay = None if self.decay is None else self.decay()
+        if visible is not None:
+            phi_k = phi_k * visible[..., None, None]
+            # a key decays once for every key that enters the state after it, so padding does not age it
+            log_decay = None if log_decay is None else log_decay * visible[..., None]
+        return weighted_sums(
+            phi_q,
             phi_k,
-            F.pad(v, (0, 1), value=1.0) if shares_denominator else v,
+            v.to(dtype),
             log_decay=log_decay,
-            normalize=self.normalize and not shares_denominator,
-            initial_state=state,
-            output_final_state=True,
+            sums=self.normalize,
+            state=state,
             mode=self.mode or ("recurrent" if q.shape[1] == 1 else "chunk"),
         )
 
-    def store_sinks(self, new: LinearState, k, v, rank) -> torch.Tensor:
-        """Move the first S real tokens into the sinks as they leave the window; returns (B, S), when each became visible."""
-        T = k.shape[1]
-        arrival = torch.where(new.sink_filled, -1, T)
-        if new.sinks_full:
-            return arrival
-        found = rank[:, :, None] == torch.arange(self.sinks, device=rank.device)
+    def store_sinks(self, state: LinearState, k, v, rank):
+        """
+        Move the first S real tokens into the sinks as they leave the window.
+
+        Returns:
+            the sinks' keys and values (B, S, G, d), which are filled (B, S), and when each became visible (B, S).
+        """
+        T, S = k.shape[1], self.sinks
+        stored = [x[:, :, :S].transpose(1, 2) for x in (state.near_k, state.near_v)]
+        arrival = torch.where(state.sink_filled, -1, T)
+        if state.settled:
+            return stored, state.sink_filled, arrival
+        found = rank[:, :, None] == torch.arange(S, device=rank.device)
         present, row = found.any(1), found.long().argmax(1)
         index = row[:, :, None, None].expand(-1, -1, *k.shape[2:])
-        new.sink_k = torch.where(present[..., None, None], k.gather(1, index), new.sink_k)
-        new.sink_v = torch.where(present[..., None, None], v.gather(1, index), new.sink_v)
-        new.sink_filled = new.sink_filled | present
-        if not torch.compiler.is_compiling():
-            new.sinks_full = bool(new.sink_filled.all())
-        return torch.where(present, row, arrival)
+        sinks = [torch.where(present[..., None, None], x.gather(1, index), old) for x, old in zip((k, v), stored, strict=True)]
+        return sinks, state.sink_filled | present, torch.where(present, row, arrival)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | list[PackedGroup] | None = None,
         past_key_values=None,
         **kwargs,
     ) -> tuple[torch.Tensor, None]:
-        """hidden_states (B, T, hidden), attention_mask (B, T) bool or None. Returns (B, T, hidden) and no weights."""
+        """hidden_states (B, T, hidden), attention_mask (B, T) bool, packed groups or None. Returns (B, T, hidden), no weights."""
         q, k, v = self.project(hidden_states, position_embeddings)
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        o, state = self.attend(q, k, v, attention_mask, None if cache is None else cache.state)
-        if cache is not None:
-            cache.update_state(state, hidden_states.shape[1])
+        if isinstance(attention_mask, list):
+            o = self.attend_packed(q, k, v, attention_mask)
+        else:
+            o, state = self.attend(q, k, v, attention_mask, None if cache is None else cache.state)
+            if cache is not None:
+                cache.update_state(state, q.shape[1])
         o = o.flatten(2)
         if self.output_norm is not None:
             o = F.group_norm(

@@ -22,6 +22,7 @@ from .configuration_dijiang import DiJiangConfig
 from .feature_maps import FeatureMap
 from .layers import DiJiangMLP, DiJiangRotaryEmbedding, ProjectedAttention, build_norm
 from .linear_layer import Decay, DiJiangLinearAttention, LogScale, OutputGate
+from .packing import group_sequences, sequence_bounds
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling: float, dropout: float = 0.0, **kwargs):
@@ -131,30 +132,42 @@ class DiJiangModel(DiJiangPreTrainedModel):
         Args:
             input_ids: (B, T), or inputs_embeds: (B, T, hidden).
             attention_mask: (B, past + T), 1 for tokens and 0 for padding on either side.
-            position_ids: (B, T). Default: counted over real tokens, so padding does not shift them.
+            position_ids: (B, T). Default: counted over real tokens, so padding does not shift them. Where they restart in
+                mid-row, another sequence begins, which sees nothing of those before (packed rows; no cache is made then).
             past_key_values: a `DiJiangCache` of the tokens before; made here if `use_cache`.
+            cu_seq_lens_q: (N + 1,), in place of position_ids: where the sequences packed into a single row begin and end.
 
         Raises:
             ValueError: on neither or both inputs, a foreign cache, or inputs that linear layers cannot honour: masks that
-                are not (B, past + T), and several documents packed into one row.
+                are not (B, past + T), and packed rows with padding or a cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DiJiangCache(self.config)
-        T = inputs_embeds.shape[1]
+        B, T = inputs_embeds.shape[:2]
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        groups = None
         if self.config.has_linear_layers:
-            refuse_what_linear_layers_cannot_honour(past, T, attention_mask, position_ids, past_key_values, kwargs)
+            refuse_what_linear_layers_cannot_honour(past, T, attention_mask, past_key_values)
+            cu_seqlens = kwargs.get("cu_seq_lens_q")
+            bounds = packed_bounds(B, T, attention_mask, position_ids, cu_seqlens, past_key_values)
+            if bounds is not None:
+                groups, attention_mask = group_sequences(bounds, B * T), None
+                if position_ids is None:
+                    starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
+                    position_ids = (torch.arange(T, device=starts.device) - starts)[None]
+            elif torch.is_tensor(attention_mask) and not torch.compiler.is_compiling() and bool(attention_mask.all()):
+                attention_mask = None
+        if use_cache and past_key_values is None and groups is None:
+            past_key_values = DiJiangCache(self.config)
 
         if position_ids is None and torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -T:]
         elif position_ids is None:
             position_ids = torch.arange(past, past + T, device=inputs_embeds.device).unsqueeze(0)
 
-        masks = self.masks_by_layer_type(inputs_embeds, attention_mask, past_key_values, position_ids)
+        masks = self.masks_by_layer_type(inputs_embeds, attention_mask, past_key_values, position_ids, groups)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
@@ -167,8 +180,8 @@ class DiJiangModel(DiJiangPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def masks_by_layer_type(self, inputs_embeds, attention_mask, past_key_values, position_ids) -> dict:
-        """What each layer type takes as its mask: (B, T) bool for linear layers, transformers' own for softmax ones."""
+    def masks_by_layer_type(self, inputs_embeds, attention_mask, past_key_values, position_ids, groups) -> dict:
+        """Masks by layer type: (B, T) bool or packed groups for linear layers, transformers' own for softmax ones."""
         if isinstance(attention_mask, dict):
             return attention_mask
         arguments = {
@@ -181,7 +194,7 @@ class DiJiangModel(DiJiangPreTrainedModel):
         masks = {}
         if "linear_attention" in self.config.layer_types:
             T = inputs_embeds.shape[1]
-            masks["linear_attention"] = None if attention_mask is None else attention_mask[:, -T:].bool()
+            masks["linear_attention"] = groups if attention_mask is None else attention_mask[:, -T:].bool()
         if "full_attention" in self.config.layer_types:
             masks["full_attention"] = create_causal_mask(**arguments)
         if "sliding_attention" in self.config.layer_types:
@@ -189,23 +202,37 @@ class DiJiangModel(DiJiangPreTrainedModel):
         return masks
 
 
-def refuse_what_linear_layers_cannot_honour(past, T, attention_mask, position_ids, past_key_values, kwargs) -> None:
+def refuse_what_linear_layers_cannot_honour(past, T, attention_mask, past_key_values) -> None:
     """Raise ValueError on inputs that would silently give wrong results."""
     if past_key_values is not None and not hasattr(past_key_values, "memory_bytes"):
         raise ValueError(f"past_key_values is a {type(past_key_values).__name__}; linear layers need a DiJiangCache")
-    masked = torch.is_tensor(attention_mask)
-    if masked and (attention_mask.dim() != 2 or attention_mask.shape[1] != past + T):
+    if torch.is_tensor(attention_mask) and (attention_mask.dim() != 2 or attention_mask.shape[1] != past + T):
         found, expected = tuple(attention_mask.shape), f"(batch, {past + T}), {past} tokens of the past included"
         raise ValueError(f"attention_mask has shape {found}; linear layers need {expected}")
-    packed = kwargs.get("cu_seq_lens_q") is not None
-    if position_ids is not None and position_ids.shape[-1] > 1 and not torch.compiler.is_compiling():
-        jumps = position_ids.diff(dim=-1) != 1
-        if masked:  # between padding and text positions may do as they like
-            real = attention_mask[:, -T:].bool()
-            jumps = jumps & real[:, 1:] & real[:, :-1]
-        packed = packed or bool(jumps.any())
-    if packed:
-        raise ValueError("several documents packed into one row are not supported by linear layers; pad them instead")
+
+
+def packed_bounds(B, T, attention_mask, position_ids, cu_seqlens, past_key_values) -> torch.Tensor | None:
+    """
+    Where the sequences packed into the rows begin, (N + 1,) with the rows laid end to end, or None if each row is one
+    sequence: by position_ids (B, T) that restart, or by the `cu_seqlens` of a padding-free collator.
+
+    Raises:
+        ValueError: on packed rows with padding or with a cache, which holds one sequence per row.
+    """
+    if T == 1 or (position_ids is None and cu_seqlens is None):
+        return None
+    real = attention_mask[:, -T:].bool() if torch.is_tensor(attention_mask) else None
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.to(torch.long) if B == 1 and len(cu_seqlens) > 2 else None
+    else:
+        bounds = sequence_bounds(position_ids.expand(B, T), real)
+    if bounds is None:
+        return None
+    if past_key_values is not None:
+        raise ValueError("a cache holds one sequence per row; packed rows need use_cache=False and no past_key_values")
+    if real is not None and not bool(real.all()):
+        raise ValueError("packed rows (position_ids that restart) with padding are not supported; leave the padding out")
+    return bounds
 
 
 class DiJiangForCausalLM(DiJiangPreTrainedModel, GenerationMixin):

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 
 from .linear_attention import TINY
 
+# queries per block, each of which meets the block's own keys and a window more
+BLOCK_SIZE = 64
+
 
 def window_attention(
     q: torch.Tensor,
@@ -21,7 +24,7 @@ def window_attention(
     sink_arrival: torch.Tensor,
     *,
     scale: float,
-    block_size: int | None = None,
+    block_size: int = BLOCK_SIZE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Softmax attention of query t to key rows t + 1 .. t + W and to the sinks that left the window by then.
@@ -33,7 +36,7 @@ def window_attention(
         sink_k, sink_v: (B, S, G, d).
         sink_arrival: (B, S), the first query that sees the sink; -1 for all, T for none.
         scale: factor on q.k.
-        block_size: queries per block; default W. With T it is one dense block, quadratic in T.
+        block_size: queries per block. With T it is one dense block, quadratic in T.
 
     Returns:
         o (B, T, H, d), normalised, and the logarithm of its denominator (B, T, H), both float32. A row that sees no key has
@@ -41,7 +44,7 @@ def window_attention(
     """
     B, T, H, d = q.shape
     G, W = k.shape[2], k.shape[1] - T
-    R, C = H // G, min(block_size or W, T)
+    R, C = H // G, min(block_size, T)
     N = -(-T // C)
     pad = N * C - T
     lowest = torch.finfo(torch.float32).min
@@ -75,27 +78,6 @@ def window_attention(
     return o, log_total.permute(0, 2, 4, 1, 3).reshape(B, N * C, H)[:, :T]
 
 
-def window_attention_step(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, *, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    `window_attention` of one query, which sees all keys of one short list but the invisible ones: the step of decoding.
-
-    Args:
-        q: (B, 1, H, d); k, v: (B, N, G, d), sinks and window; visible: (B, N) bool; scale: factor on q.k.
-
-    Returns:
-        As `window_attention`: o (B, 1, H, d) and the log of its denominator (B, 1, H), float32.
-    """
-    B, _, H, d = q.shape
-    G = k.shape[2]
-    scores = (q.float() * scale).view(B, G, H // G, d) @ k.float().permute(0, 2, 3, 1)
-    scores = scores.masked_fill(~visible[:, None, None], torch.finfo(torch.float32).min)
-    log_sum = scores.logsumexp(dim=-1)
-    o = (scores - log_sum.unsqueeze(-1)).exp() @ v.float().transpose(1, 2)
-    return o.view(B, 1, H, d), log_sum.view(B, 1, H)
-
-
 def merge_branches(
     near: torch.Tensor, near_log_sum: torch.Tensor, far: torch.Tensor, far_sum: torch.Tensor, far_log_scale: torch.Tensor
 ) -> torch.Tensor:
@@ -111,3 +93,32 @@ def merge_branches(
     near_weight, far_weight = (near_log_sum - top).exp(), (far_log_scale - top).exp()
     total = (near_weight + far_weight * far_sum).clamp_min(TINY)
     return (near_weight / total).unsqueeze(-1) * near + (far_weight / total).unsqueeze(-1) * far
+
+
+def merge_step(
+    q: torch.Tensor,
+    near_k: torch.Tensor,
+    near_v: torch.Tensor,
+    far: torch.Tensor,
+    far_sum: torch.Tensor,
+    far_log_scale: torch.Tensor,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """
+    `window_attention` of one query to a list of keys, all of them visible, and `merge_branches`, as a single softmax in which
+    the linear branch is one more key: the step of decoding.
+
+    Args:
+        q: (B, 1, H, d); near_k, near_v: (B, G, N, d), sinks and window; far, far_sum, far_log_scale: as `merge_branches`.
+
+    Returns:
+        (B, 1, H, d) float32.
+    """
+    (B, _, H, d), G = q.shape, near_k.shape[1]
+    far_sum = far_sum.clamp_min(TINY)
+    scores = (q.float() * scale).view(B, G, H // G, d) @ near_k.float().transpose(2, 3)
+    far_score = (far_sum.log() + far_log_scale).view(B, G, H // G, 1)
+    weights = torch.cat((scores, far_score), dim=-1).softmax(dim=-1)
+    near = (weights[..., :-1] @ near_v.float()).view(B, 1, H, d)
+    return torch.addcmul(near, far, weights[..., -1].reshape(B, 1, H, 1) / far_sum.unsqueeze(-1))

@@ -114,4 +114,6 @@ def linear_log_sum(attention: DiJiangLinearAttention, scaled_q: torch.Tensor, k:
     index = torch.arange(T, device=k.device) - attention.window
     far = (index >= attention.sinks).expand(B, T)
     no_values = k.new_zeros(B, T, G, 0)
-    return attention.far_branch(scaled_q, delayed, no_values, far, None)[0][..., -1].clamp_min(TINY).log()
+    own = torch.arange(T, device=k.device).expand(B, T)
+    _, total, _ = attention.far_branch(scaled_q, delayed, no_values, far, None, own, own - attention.window)
+    return total.clamp_min(TINY).log()

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 import dijiang.modeling
 from dijiang.convert import PRESETS, add_stage, convert_model, load_source, parse_overrides, read_provenance, write_provenance
 from dijiang.convert.overrides import OVERRIDABLE
-from dijiang.modeling import DiJiangForCausalLM
+from dijiang.modeling import FEATURE_MAPS, DiJiangForCausalLM
 
 # parts of a linear layer that its source's attention has not
 NEW_PARTS = {
@@ -54,6 +54,21 @@ def test_presets_load_with_fresh_kernel_parameters(make_source, tokens, tmp_path
         assert torch.isfinite(converted(tokens(100)).logits).all()
         # the new layers act: this is no longer the source
         assert (converted(tokens(100)).logits - model(tokens(100)).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_every_map_converts_loads_and_runs(make_source, tokens, tmp_path, feature_map, preset):
+    source, _ = make_source()
+    words = [f"feature_map={feature_map}"]
+    if not FEATURE_MAPS[feature_map].positive:
+        words += ["normalize=false", "attention_window=0", "attention_sinks=0"]
+    out = convert_model(source, tmp_path / "out", preset, progress=False, **parse_overrides(words))
+    converted, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert converted.config.feature_map == feature_map
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.isfinite(converted(tokens(100)).logits).all()
 
 
 def test_output_gate_starts_as_in_the_paper(make_source, tmp_path):

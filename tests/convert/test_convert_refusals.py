@@ -283,10 +283,17 @@ def test_interrupted_conversion(make_source, tmp_path, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+IDENTITY = {"feature_map": "identity", "normalize": False, "attention_window": 0, "attention_sinks": 0}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"feature_map": "elu", "feature_dim": 8}, "feature_dim has no effect with feature_map=elu"),
+        ({"feature_map": "relu", "feature_pairs": False}, "feature_pairs has no effect with feature_map=relu"),
+        ({"feature_map": "cosformer", "feature_seed": 1}, "feature_seed has no effect with feature_map=cosformer"),
+        ({**IDENTITY, "feature_activation": "exp"}, "feature_activation has no effect with feature_map=identity"),
+        ({**IDENTITY, "branch_scale_init": 1.0}, "branch_scale_init has no effect with attention_window=0"),
         ({"feature_map": "hedgehog", "radial": "chi"}, "radial has no effect with feature_map=hedgehog"),
         ({"feature_map": "pff", "dct_direction": "inverse"}, "dct_direction has no effect with feature_map=pff"),
         ({"attention_window": 0, "attention_sinks": 0, "branch_scale_init": 1.0}, "no effect with attention_window=0"),
@@ -298,6 +305,13 @@ def test_interrupted_conversion(make_source, tmp_path, monkeypatch):
 def test_settings_without_effect(make_source, tmp_path, refused, settings, message):
     source, _ = make_source()
     refused(tmp_path, lambda: convert_model(source, tmp_path / "out", **settings), message)
+
+
+@pytest.mark.parametrize("settings", [{}, {"attention_window": 0, "attention_sinks": 0}], ids=str)
+def test_identity_with_a_denominator(make_source, tmp_path, refused, settings):
+    source, _ = make_source()
+    message = "^feature_map=identity has negative features, .* set normalize=false attention_window=0 attention_sinks=0$"
+    refused(tmp_path, lambda: convert_model(source, tmp_path / "out", feature_map="identity", **settings), message)
 
 
 def test_unknown_rope_type(make_source, tmp_path, refused):

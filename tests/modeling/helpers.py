@@ -2,15 +2,23 @@
 
 import torch
 
-from dijiang.modeling import FEATURE_MAPS, DiJiangConfig, DiJiangForCausalLM
+from dijiang.modeling import FEATURE_MAPS, DiJiangConfig, DiJiangForCausalLM, build_feature_map
+from dijiang.modeling.configuration_dijiang import SIGNED_MAPS
 
 MAPS = tuple(FEATURE_MAPS)
 DECAYS = ("none", "retnet", "learned")
 WINDOWS = ((0, 0), (1, 0), (5, 2))
+# every layer that a config allows: features with signs have no denominator that a window could share
+EVERY = tuple(
+    (name, decay, window) for name in MAPS for decay in DECAYS for window in (WINDOWS[:1] if name in SIGNED_MAPS else WINDOWS)
+)
 
 
 def tiny_config(**overrides) -> DiJiangConfig:
-    """A two-layer decoder with grouped heads; the linear branch is loud, so that it shows in every output."""
+    """
+    A two-layer decoder with grouped heads; the linear branch is loud, so that it shows in every output. A map whose features
+    have signs gets neither normaliser nor window.
+    """
     settings = {
         "vocab_size": 97,
         "hidden_size": 48,
@@ -24,7 +32,24 @@ def tiny_config(**overrides) -> DiJiangConfig:
         "branch_scale_init": 0.5,
         "initializer_range": 0.3,
     }
+    if overrides.get("feature_map") in SIGNED_MAPS:
+        settings |= {"normalize": False, "attention_window": 0, "attention_sinks": 0}
     return DiJiangConfig(**settings | overrides)
+
+
+def build_map(name: str, *, heads: int = 3, seed: int = 0, **overrides):
+    """A fresh feature map for heads of size 8, unless `overrides` say otherwise."""
+    return build_feature_map(tiny_config(feature_map=name, **overrides), heads, seed)
+
+
+def features(feature_map, x: torch.Tensor) -> torch.Tensor:
+    """phi of x (B, T, H, d) at positions 0 .. T - 1."""
+    return feature_map(x, torch.arange(x.shape[1]).expand(x.shape[:2]))
+
+
+def rows(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    """Seeded normal numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 def tiny_model(seed: int = 0, **overrides) -> DiJiangForCausalLM:

@@ -1,56 +1,22 @@
+"""The exponential maps against the paper's equations, and what all maps promise."""
+
 import numpy
 import pytest
 import scipy.fft
-import scipy.stats
 import torch
-from helpers import MAPS, assert_close, tiny_config, tiny_model
+from helpers import MAPS, assert_close, build_map, features, rows, tiny_model
 
-from dijiang.modeling import FEATURE_MAPS, build_feature_map
-from dijiang.modeling.configuration_dijiang import CHOICES
-from dijiang.modeling.feature_maps import dct_matrix, frequency_matrix, radii
+from dijiang.modeling import FEATURE_MAPS
+from dijiang.modeling.configuration_dijiang import CHOICES, SIGNED_MAPS
+from dijiang.modeling.frequency import frequency_matrix
 
-
-def build(name, *, heads=3, seed=0, **overrides):
-    return build_feature_map(tiny_config(feature_map=name, **overrides), heads, seed)
-
-
-def rows(*shape, seed=0, scale=1.0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-@pytest.mark.parametrize("size", [1, 2, 5, 64, 100])
-def test_dct_matrix_is_scipys_and_orthonormal(size):
-    x = rows(7, size).double()
-    expected = torch.from_numpy(scipy.fft.dct(x.numpy(), axis=-1, norm="ortho"))
-    assert_close(x @ dct_matrix(size).T, expected, "dct", tolerance=1e-12)
-    assert_close(dct_matrix(size) @ dct_matrix(size).T, torch.eye(size).double(), "orthonormal", tolerance=1e-12)
-
-
-def test_inverse_direction_is_scipys_inverse_dct():
-    x = rows(4, 8).double()
-    expected = torch.from_numpy(scipy.fft.idct(x.numpy(), axis=-1, norm="ortho"))
-    assert_close(x @ frequency_matrix(8, 8, "inverse", 0).double().T, expected, "idct", tolerance=1e-6)
-
-
-def test_more_frequencies_than_the_head_size_span_new_orthonormal_blocks():
-    C = frequency_matrix(20, 8, "forward", 3)
-    for start in (0, 8):
-        assert_close(C[start : start + 8] @ C[start : start + 8].T, torch.eye(8), "block", tolerance=1e-6)
-    assert C.shape == (20, 8)
-    assert len({tuple(row.tolist()) for row in C}) == 20
-    assert not torch.equal(C[8:16], frequency_matrix(20, 8, "forward", 4)[8:16])
-
-
-@pytest.mark.parametrize(("law", "distribution"), [("normal", scipy.stats.norm()), ("chi", scipy.stats.chi(64))])
-def test_radii_are_quantiles(law, distribution):
-    uniform = torch.linspace(0.001, 0.999, 57, dtype=torch.float64)
-    assert_close(radii(uniform, 64, law), torch.from_numpy(distribution.ppf(uniform.numpy())), law, tolerance=1e-9)
+WITH_WEIGHTS = [name for name in MAPS if [*build_map(name).parameters()]]
 
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 @pytest.mark.parametrize("radial", ["normal", "chi"])
 def test_wdcf_is_equation_12(radial, direction):
-    feature_map = build(
+    feature_map = build_map(
         "wdcf", feature_dim=8, feature_activation="exp", feature_pairs=False, radial=radial, dct_direction=direction
     )
     with torch.no_grad():
@@ -62,8 +28,19 @@ def test_wdcf_is_equation_12(radial, direction):
     assert_close(feature_map(x), expected, "phi")
 
 
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize(("head_dim", "feature_dim"), [(8, 8), (8, 20), (510, 600), (512, 300), (512, 512), (514, 1100)])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_wdcf_projects_on_its_frequencies_at_any_size(head_dim, feature_dim, direction, tokens):
+    feature_map = build_map("wdcf", seed=3, head_dim=head_dim, feature_dim=feature_dim, dct_direction=direction)
+    x, matrix = rows(1, tokens, 3, head_dim), frequency_matrix(feature_dim, head_dim, direction, 3)
+    found, expected = feature_map.exponents(x), torch.nn.functional.linear(x, matrix) * feature_map.T
+    assert_close(found, expected, "exponents")
+    assert torch.equal(found, expected) or head_dim > 510
+
+
 def test_softmax_activation_normalises_pairs_with_their_weights():
-    feature_map = build("wdcf")
+    feature_map = build_map("wdcf")
     with torch.no_grad():
         feature_map.log_D += rows(3, 22, seed=1)
     x = rows(2, 5, 3, 8, seed=2)
@@ -73,7 +50,7 @@ def test_softmax_activation_normalises_pairs_with_their_weights():
 
 
 def test_pff_is_equation_9_with_directions_on_the_sphere():
-    feature_map = build("pff", feature_activation="exp", feature_pairs=False, feature_dim=16)
+    feature_map = build_map("pff", feature_activation="exp", feature_pairs=False, feature_dim=16)
     assert_close(feature_map.V.norm(dim=-1), torch.ones(3, 16), "directions")
     x = rows(1, 2, 3, 8)
     omega = feature_map.T[..., None] * feature_map.V
@@ -82,7 +59,7 @@ def test_pff_is_equation_9_with_directions_on_the_sphere():
 
 
 def test_wpff_weights_multiply_pff():
-    plain, weighted = (build(name, feature_activation="exp") for name in ("pff", "wpff"))
+    plain, weighted = (build_map(name, feature_activation="exp") for name in ("pff", "wpff"))
     x = rows(1, 2, 3, 8)
     assert_close(weighted(x), plain(x), "start")
     with torch.no_grad():
@@ -95,7 +72,7 @@ def test_prf_is_unbiased_for_the_exponential_kernel(pairs):
     q, k = rows(1, 1, 1, 8, seed=1, scale=0.4), rows(1, 1, 1, 8, seed=2, scale=0.4)
     estimates = []
     for seed in range(40):
-        feature_map = build("prf", heads=1, seed=seed, feature_activation="exp", feature_pairs=pairs, feature_dim=256)
+        feature_map = build_map("prf", heads=1, seed=seed, feature_activation="exp", feature_pairs=pairs, feature_dim=256)
         estimates.append((feature_map(q) * feature_map(k)).sum().item())
     error = abs(numpy.mean(estimates) - (q * k).sum().exp().item())
     assert error < 4 * numpy.std(estimates) / numpy.sqrt(len(estimates)) < 0.1
@@ -109,7 +86,7 @@ def test_quasi_monte_carlo_directions_beat_random_ones():
     for name in ("prf", "pff"):
         found = []
         for seed in range(20):
-            feature_map = build(
+            feature_map = build_map(
                 name, heads=1, seed=seed, feature_activation="exp", feature_pairs=True, feature_dim=64, radial="chi"
             )
             kernel = (feature_map(q) * feature_map(k)).sum(-1)
@@ -121,29 +98,44 @@ def test_quasi_monte_carlo_directions_beat_random_ones():
 
 def test_hedgehog_starts_as_softmax_of_plus_and_minus_x():
     x = rows(1, 3, 3, 8)
-    assert_close(build("hedgehog", feature_dim=8)(x), torch.cat((x, -x), -1).softmax(-1), "phi")
-
-
-def test_elu_is_one_plus_elu():
-    x = rows(1, 3, 3, 8)
-    assert_close(build("elu")(x), torch.where(x > 0, x + 1, x.exp()), "phi")
+    assert_close(build_map("hedgehog", feature_dim=8)(x), torch.cat((x, -x), -1).softmax(-1), "phi")
 
 
 @pytest.mark.parametrize("activation", ["softmax", "exp"])
 @pytest.mark.parametrize("name", MAPS)
-def test_features_are_positive_and_finite_at_any_norm(name, activation):
-    feature_map = build(name, feature_activation=activation)
+def test_features_are_finite_at_any_norm_and_positive_where_promised(name, activation):
+    feature_map = build_map(name, feature_activation=activation)
     for scale in (0.0, 1.0, 1e3):
-        phi = feature_map(rows(1, 50, 3, 8, scale=scale).half())
+        phi = features(feature_map, rows(1, 50, 3, 8, scale=scale).half())
         assert phi.shape == (1, 50, 3, feature_map.size) and phi.dtype == torch.float32
-        assert torch.isfinite(phi).all() and (phi >= 0).all()
+        assert torch.isfinite(phi).all() and (not feature_map.positive or (phi >= 0).all())
         if scale == 1.0:
-            assert (phi > 0).all()
+            # the first token's sine is zero; later it is not
+            assert (phi[:, 1:] > 0).all() == feature_map.positive
 
 
-@pytest.mark.parametrize("name", [name for name in MAPS if name != "elu"])
+@pytest.mark.parametrize("name", MAPS)
+def test_every_weight_and_the_input_get_finite_gradients(name):
+    feature_map, x = build_map(name), rows(2, 9, 3, 8).requires_grad_(True)
+    (features(feature_map, x) * rows(2, 9, 3, feature_map.size, seed=1)).sum().backward()
+    for tensor in (x, *feature_map.parameters()):
+        assert torch.isfinite(tensor.grad).all() and tensor.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_saved_weights_make_the_same_map(name):
+    feature_map, x = build_map(name, seed=1), rows(1, 5, 3, 8)
+    with torch.no_grad():
+        for i, parameter in enumerate(feature_map.parameters()):
+            parameter += rows(*parameter.shape, seed=i)
+    loaded = build_map(name, seed=1)
+    loaded.load_state_dict(feature_map.state_dict())
+    assert torch.equal(features(loaded, x), features(feature_map, x))
+
+
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
 def test_seeds_decide_the_weights(name):
-    first, again, other = (dict(build(name, seed=seed).named_parameters()) for seed in (1, 1, 2))
+    first, again, other = (dict(build_map(name, seed=seed).named_parameters()) for seed in (1, 1, 2))
     assert all(torch.equal(first[key], again[key]) for key in first)
     if name != "hedgehog":  # it starts as the identity
         assert any(not torch.equal(first[key], other[key]) for key in first)
@@ -152,14 +144,14 @@ def test_seeds_decide_the_weights(name):
 @pytest.mark.parametrize("name", MAPS)
 def test_query_and_key_maps_start_equal_for_any_number_of_heads(name):
     x = rows(1, 4, 1, 8)
-    queries, keys = (build(name, heads=heads)(x.expand(-1, -1, heads, -1)) for heads in (6, 2))
+    queries, keys = (features(build_map(name, heads=heads), x.expand(-1, -1, heads, -1)) for heads in (6, 2))
     assert_close(queries[:, :, :2], keys, "phi", tolerance=1e-6)
 
 
 @pytest.mark.parametrize("activation", ["softmax", "exp"])
 @pytest.mark.parametrize("name", ["wdcf", "wpff"])
 def test_centring_equals_shifting_the_input(name, activation):
-    feature_map = build(name, feature_activation=activation)
+    feature_map = build_map(name, feature_activation=activation)
     x, mean = rows(1, 6, 3, 8, seed=1), rows(3, 8, seed=2)
     expected = feature_map(x - mean).detach()
     feature_map.center(mean)
@@ -167,7 +159,7 @@ def test_centring_equals_shifting_the_input(name, activation):
 
 
 def test_half_precision_keeps_the_cosine_table():
-    feature_map = build("wdcf")
+    feature_map = build_map("wdcf")
     table = feature_map.C.clone()
     assert torch.equal(feature_map.half().C, table) and feature_map.C.dtype == torch.float32
 
@@ -186,19 +178,19 @@ VARIANTS = {
 @pytest.mark.parametrize("name", MAPS)
 def test_maps_name_just_the_settings_they_use(name, key):
     """A setting that a map names changes its features or their number, any other changes nothing."""
-    x = rows(1, 6, 3, 8)
-    plain = build(name)(x)
-    varied = build(name, seed=VARIANTS[key])(x) if key == "feature_seed" else build(name, **{key: VARIANTS[key]})(x)
+    x, variant = rows(1, 6, 3, 8), {"seed" if key == "feature_seed" else key: VARIANTS[key]}
+    plain, varied = features(build_map(name), x), features(build_map(name, **variant), x)
     same = plain.shape == varied.shape and torch.equal(plain, varied)
-    assert same == (key not in type(build(name)).settings)
+    assert same == (key not in type(build_map(name)).settings)
 
 
 def test_config_knows_every_map():
     assert set(CHOICES["feature_map"]) == set(FEATURE_MAPS)
+    assert set(SIGNED_MAPS) == {name for name, feature_map in FEATURE_MAPS.items() if not feature_map.positive}
 
 
 @pytest.mark.parametrize("activation", ["softmax", "exp"])
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", [name for name in MAPS if not FEATURE_MAPS[name].needs_positions])
 def test_largest_features_and_key_weights_stay_finite_over_a_million_tokens(name, activation):
     layer = tiny_model(feature_map=name, feature_activation=activation).model.layers[0].self_attn
     with torch.no_grad():

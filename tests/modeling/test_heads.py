@@ -160,32 +160,3 @@ def test_modes_that_take_tokens_back_are_refused_with_linear_layers_only():
     expected = softmax.generate(ids, max_new_tokens=12, do_sample=False)
     found = softmax.generate(ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=2)
     assert torch.equal(found, expected)
-
-
-def test_paper_layer_is_the_released_formula():
-    """D1, D2 tables, mask, GroupNorm and gate, written from the formulas (T far below where the tables overflow)."""
-    model = tiny_model(attention_window=0, attention_sinks=0, normalize=False, output_norm="group_norm", output_gate=True,
-                       decay="retnet", key_scale=False, dct_direction="inverse", feature_pairs=False, scale_features=False,
-                       num_key_value_heads=6, feature_dim=8)  # fmt: skip
-    from scipy.fft import dct
-
-    layer = model.model.layers[0].self_attn
-    with torch.no_grad():
-        for part in (layer.feature_map_q, layer.feature_map_k):
-            part.log_D.zero_()
-        layer.feature_map_k.T.copy_(layer.feature_map_q.T[:1].expand(6, -1))
-        layer.feature_map_q.T.copy_(layer.feature_map_k.T)
-        layer.decay.reset_parameters()
-    T, H, d = 50, 6, 8
-    x = torch.randn(2, T, 48)
-    P = torch.from_numpy(dct(torch.eye(d).numpy(), axis=0, norm="ortho")) * layer.feature_map_q.T[0]
-    positions = model.model.rotary_emb(x, torch.arange(T)[None])
-    q, k, v = (y.transpose(1, 2) for y in layer.project(x, positions))
-    gamma = 1 - torch.exp(torch.linspace(torch.tensor(1 / 32).log(), torch.tensor(1 / 512).log(), H))
-    n = torch.arange(T)
-    D1, D2 = gamma[:, None, None] ** n[:, None], gamma[:, None, None] ** -n[:, None].float()
-    A = ((q @ P).softmax(-1) * D1) @ ((k @ P).softmax(-1) * D2).transpose(-1, -2)
-    o = (A.tril() @ v).transpose(1, 2).reshape(2, T, H * d)
-    o = torch.nn.functional.group_norm(o.flatten(0, 1), d, layer.output_norm.weight, layer.output_norm.bias).view_as(o)
-    o = o * torch.nn.functional.silu(x @ layer.output_gate.weight.T)
-    assert_close(layer(x, positions)[0], layer.o_proj(o), "layer output", tolerance=1e-4)

@@ -32,6 +32,7 @@ def assert_same_tensors(found, expected):
 
 @pytest.mark.parametrize("overrides", [{"feature_map": name} for name in MAPS] + [
     {"decay": "learned"}, {"attention_window": 0, "attention_sinks": 0}, {"tie_word_embeddings": True},
+    {"head_dim": 512, "feature_dim": 600},
     {"attention_window": 0, "attention_sinks": 0, "normalize": False, "output_norm": "group_norm", "output_gate": True,
      "decay": "retnet", "key_scale": False, "dct_direction": "inverse"},
 ], ids=str)  # fmt: skip
@@ -52,8 +53,8 @@ def test_missing_kernel_parameters_get_their_seeded_start_and_others_stay(tmp_pa
     model = tiny_model(seed=4, feature_map=feature_map)
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
-    dropped = {name for name in state if "layers.1" in name and ("feature_map_k" in name or "branch_scale.bias" in name)}
-    assert any("branch_scale" in name for name in dropped)
+    dropped = {name for name in state if "layers.1" in name and ("feature_map_k" in name or "_scale.bias" in name)}
+    assert any("key_scale" in name for name in dropped)
     save_file({name: x for name, x in state.items() if name not in dropped}, tmp_path / "model.safetensors", {"format": "pt"})
     loaded, fresh = DiJiangForCausalLM.from_pretrained(tmp_path), DiJiangForCausalLM(model.config)
     for name, tensor in loaded.named_parameters():

@@ -193,6 +193,9 @@ def test_decay_trains_only_if_it_is_learned(run, pair, tmp_path, settings, fixed
     [
         {"feature_map": "wdcf", "attention_window": 4, "attention_sinks": 2},
         {"feature_map": "elu", "attention_window": 4, "attention_sinks": 2},
+        {"feature_map": "relu", "attention_window": 4, "attention_sinks": 2},
+        {"feature_map": "cosformer", "attention_window": 4, "attention_sinks": 2},
+        {"feature_map": "identity", "attention_window": 0, "attention_sinks": 0, "normalize": False},
         {"feature_map": "wpff", "attention_window": 0, "attention_sinks": 0, "decay": "retnet"},
     ],
     ids=str,

@@ -101,7 +101,7 @@ def test_a_centred_map_is_the_map_of_centred_inputs(feature_map, pairs, activati
         assert (centred(x) - plain(x)).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("feature_map", ["pff", "prf", "hedgehog", "elu"])
+@pytest.mark.parametrize("feature_map", ["pff", "prf", "hedgehog", "elu", "relu", "cosformer"])
 def test_maps_without_weights_are_not_centred(feature_map):
     layer_map = build_feature_map(make_config(feature_map=feature_map), HEADS, 3)
     before = {name: tensor.clone() for name, tensor in layer_map.state_dict().items()}
@@ -261,7 +261,7 @@ def test_only_the_map_and_the_scales_are_set():
     assert all(parameter.grad is None for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize("feature_map", ["hedgehog", "elu"])
+@pytest.mark.parametrize("feature_map", ["hedgehog", "elu", "relu", "cosformer"])
 def test_maps_without_radii_keep_their_weights(feature_map):
     layer = make_layer(feature_map=feature_map)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}

@@ -1,0 +1,141 @@
+"""
+The chunk form of linear attention: quadratic inside a block of C tokens, one state handed from block to block, everything a
+matrix product (arXiv 2307.08621, section 2.1; 2312.06635, section 3). Long inputs go through it piece by piece, so that what
+lies between the products stays in the processor's cache.
+
+B batch, T tokens, G key/value heads, R query heads per key/value head, m features, d value size, N blocks in a piece.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+CHUNK_SIZE = 64
+# tokens per piece: of 128 .. 4096 the fastest on CPUs (benchmarks/attention.py --pieces)
+PIECE = 512
+
+
+class Workspace:
+    """
+    Buffers that the pieces of one call share, by name. Calling it gives a tensor for `out=`, or None, which means a new one,
+    where gradients may need what earlier pieces left.
+    """
+
+    def __init__(self, like: torch.Tensor):
+        self.like, self.buffers = like, {}
+        self.active = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+    def __call__(self, name: str, *shape: int) -> torch.Tensor | None:
+        if not self.active:
+            return None
+        if name not in self.buffers or self.buffers[name].shape != shape:
+            self.buffers[name] = self.like.new_empty(shape)
+        return self.buffers[name]
+
+
+@dataclass
+class DecayTables:
+    """
+    Factors between the tokens of a piece, all exp of a difference of log-decays, hence at most 1.
+
+    Attributes (leading sizes may be 1):
+        inside: (B, G, N, 1, C, C), from token j to token i of one block, 0 where j > i.
+        to_query: (B, G, N, 1, C, 1), from the start of the block to the token.
+        to_end: (B, G, N, C, 1), from the token to the end of the block.
+        between: (B, G, N + 1, N + 1), from the end of block j to the end of block n; row and column 0 are the initial state.
+    """
+
+    inside: torch.Tensor
+    to_query: torch.Tensor
+    to_end: torch.Tensor
+    between: torch.Tensor
+
+    @classmethod
+    def of(cls, log_decay: torch.Tensor, blocks: int) -> "DecayTables":
+        """From log-decays (B, G, N, C), where N is `blocks`, or 1 if all blocks are alike."""
+        total = log_decay.cumsum(-1)
+        last = total[..., -1:]
+        ends = last.expand(-1, -1, blocks, -1).cumsum(2)
+        ends = torch.cat((torch.zeros_like(ends[:, :, :1]), ends), dim=2)
+        return cls(
+            inside=differences(total).unsqueeze(3),
+            to_query=total.exp()[:, :, :, None, :, None],
+            to_end=(last - total).exp().unsqueeze(-1),
+            between=differences(ends.squeeze(-1)),
+        )
+
+
+def differences(total: torch.Tensor) -> torch.Tensor:
+    """exp(total_i - total_j) where j <= i, else 0: (..., n) -> (..., n, n)."""
+    n = total.shape[-1]
+    causal = torch.ones(n, n, dtype=torch.bool, device=total.device).tril()
+    return (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(~causal, -torch.inf).exp()
+
+
+def chunk_linear_attention(q, k, v, log_decay, state, *, sums: bool, chunk_size: int | None = None):
+    """
+    Args:
+        q: (B, G, R, T, m); k: (B, G, T, m); v: (B, G, T, d). Their products are taken in their own dtype.
+        log_decay: (B, G, T) per token, (1, G, 1) constant, or None.
+        state: (B, G, m, d), or (B, G, m, d + 1) if `sums`, float32. It and every sum over blocks stay float32.
+        sums: also return the sums of weights, of which the state keeps the last column.
+        chunk_size: C.
+
+    Returns:
+        numerator (B, G, R, T, d), sums of weights float32 (B, G, R, T) or None, state.
+    """
+    T, d = v.shape[2:]
+    C = min(chunk_size or CHUNK_SIZE, T)
+    whole, step = T - T % C, max(PIECE // C, 1) * C
+    pieces = [(start, min(start + step, whole)) for start in range(0, whole, step)] + [(whole, T)] * (whole < T)
+    state, key_sum = (state[..., :d], state[..., d:]) if sums else (state, None)
+    numerators, totals, tables, table_shape, work = [], [], None, None, Workspace(q)
+    for start, end in pieces:
+        size = min(C, end - start)
+        blocks = (end - start) // size
+        if log_decay is not None and log_decay.shape[2] > 1:
+            tables = DecayTables.of(log_decay[:, :, start:end].unflatten(2, (blocks, size)), blocks)
+        elif log_decay is not None and table_shape != (blocks, size):
+            tables, table_shape = DecayTables.of(log_decay[..., None].expand(-1, -1, 1, size), blocks), (blocks, size)
+        piece = (q[:, :, :, start:end], k[:, :, start:end], v[:, :, start:end])
+        numerator, total, state, key_sum = attend_to_piece(*piece, tables, state, key_sum, blocks, work)
+        numerators.append(numerator)
+        totals.append(total)
+    state = torch.cat((state, key_sum), dim=-1) if sums else state
+    if len(pieces) == 1:
+        return numerators[0], totals[0], state
+    return torch.cat(numerators, dim=3), torch.cat(totals, dim=3) if sums else None, state
+
+
+def attend_to_piece(q, k, v, decay: DecayTables | None, state, key_sum, blocks: int, work: Workspace):
+    """`chunk_linear_attention` of tokens that make up whole blocks, the state and its column of sums apart."""
+    B, G, R, T, m = q.shape
+    N, C, d, n = blocks, T // blocks, v.shape[-1], B * G * blocks
+    q = q.unflatten(3, (N, C)).transpose(2, 3).reshape(n, R * C, m)
+    k, v = k.reshape(n, C, m), v.reshape(n, C, d)
+
+    weights = torch.bmm(q, k.transpose(1, 2), out=work("weights", n, R * C, C)).view(B, G, N, R, C, C)
+    if decay is None:
+        weights = weights.tril_()
+        between = q.new_ones(1, N + 1, N + 1, dtype=torch.float32).tril().expand(B * G, -1, -1)
+    else:
+        weights = weights * decay.inside.to(weights.dtype)
+        q = (q.view(B, G, N, R, C, m) * decay.to_query.to(q.dtype)).view(n, R * C, m)
+        k = (k.view(B, G, N, C, m) * decay.to_end.to(k.dtype)).view(n, C, m)
+        between = decay.between.expand(B, -1, -1, -1).reshape(B * G, N + 1, N + 1)
+    weights = weights.view(n, R * C, C)
+
+    def states(added, before):
+        """Those before each block, (n, m, .) in q's dtype, and the last: all at once, by the factors between blocks."""
+        added = torch.cat((before.reshape(B * G, 1, -1), added.view(B * G, N, -1).float()), dim=1)
+        found = torch.bmm(between, added)
+        return found[:, :-1].reshape(n, m, -1).to(q.dtype), found[:, -1].view_as(before)
+
+    before, state = states(torch.bmm(k.transpose(1, 2), v, out=work("added", n, m, d)), state)
+    o = torch.bmm(weights, v).baddbmm_(q, before)
+    o = o.view(B, G, N, R, C, d).transpose(2, 3).reshape(B, G, R, T, d)
+    if key_sum is None:
+        return o, None, state, None
+    before, key_sum = states(k.sum(1, dtype=torch.float32), key_sum)
+    total = weights.sum(-1, dtype=torch.float32) + torch.bmm(q, before).squeeze(-1).float()
+    return o, total.view(B, G, N, R, C).transpose(2, 3).reshape(B, G, R, T), state, key_sum

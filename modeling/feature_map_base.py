@@ -1,0 +1,88 @@
+"""
+What every feature map shares: features phi: R^d -> R^M with phi(q).phi(k) standing in for exp(q.k) (DiJiang, arXiv 2403.19928,
+section 3), or for q.k itself.
+
+B batch, T tokens, H heads, d head size, m features, M features after pairing (2m if `pairs`, else m).
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+# exponents of phi(q), phi(k) and of a key's weight stay inside this range: the product of all three, summed over millions of
+# tokens, is finite in float32
+MAX_EXPONENT = 20.0
+
+
+class FeatureMap(nn.Module):
+    """
+    Base of all maps: `forward(x, positions=None)` takes x (B, T, H, d), any float dtype, and returns float32 features
+    (B, T, H, M). All weights are parameters, one set per head, drawn from a seed and stored in the checkpoint.
+
+    Args:
+        config: a `DiJiangConfig`.
+        num_heads: H, heads that get their own copy of the weights (query heads or key/value heads).
+        seed: of the initial weights; equal seeds give equal weights in every head, so phi(q) and phi(k) start as one map.
+    """
+
+    # the settings of `DiJiangConfig` that a map uses
+    settings = ("feature_dim", "feature_activation", "feature_pairs", "feature_seed")
+    # whether `forward` must be given positions (B, T), integers: how many real tokens of its sequence came before each
+    needs_positions = False
+    # whether no feature is ever negative; a map without this is only for layers that divide by no sum of weights
+    positive = True
+
+    def __init__(self, config, num_heads: int, seed: int):
+        super().__init__()
+        self.num_heads, self.seed = num_heads, seed
+        self.head_dim, self.feature_dim = config.head_dim, config.feature_dim
+        self.activation, self.pairs = config.feature_activation, config.feature_pairs
+        self.radial, self.direction = config.radial, config.dct_direction
+
+    @property
+    def size(self) -> int:
+        """M, the number of features per head that `forward` returns."""
+        return self.feature_dim * (2 if self.pairs else 1)
+
+    def initial_values(self) -> dict[str, torch.Tensor]:
+        """Start of each parameter, shaped as one head's; buffers are named here too."""
+        return {}
+
+    def add_parameters(self, **shapes: tuple[int, ...]) -> None:
+        """Register one float32 parameter per name, (num_heads, *shape)."""
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(self.num_heads, *shape, dtype=torch.float32)))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fill parameters and buffers from the seed; parameters already loaded from a checkpoint are left as they are."""
+        with torch.device("cpu"):
+            values = self.initial_values()
+        for name, value in values.items():
+            target = getattr(self, name)
+            if isinstance(target, nn.Parameter):
+                init.copy_(target, value.to(target.dtype).expand_as(target))
+            else:
+                target.copy_(value)
+
+    @torch.no_grad()
+    def center(self, mean: torch.Tensor) -> None:
+        """
+        Start the weights log_D so that the map acts on x - mean, mean (H, d). A no-op for maps without such weights, which
+        must learn it.
+        """
+        if "log_D" in self._parameters:
+            z = self.exponents(mean[None, None])[0, 0]
+            self.log_D.copy_(torch.cat((-z, z), dim=-1) if self.pairs else -z)
+
+    def exponential(self, z: torch.Tensor, log_weights: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Turn exponents z (B, T, H, m) and log-weights (H, M) into features (B, T, H, M): exp(z) as in the paper, or its
+        softmax over one row's features. Pairing appends -z, which makes the kernel even and lowers its variance.
+        """
+        z = torch.cat((z, -z), dim=-1) if self.pairs else z
+        if log_weights is not None:
+            z = z + log_weights.float()
+        if self.activation == "softmax":
+            return z.softmax(dim=-1)
+        return z.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp() * z.shape[-1] ** -0.5

@@ -1,0 +1,116 @@
+"""
+Linear attention by the Triton kernels of flash-linear-attention (https://github.com/fla-org/flash-linear-attention; read and
+tested at 0.6.0), which is optional: it is imported at the first call that could use it.
+
+Shapes as in linear_attention.py: B batch, T tokens, H query heads, G key/value heads, m features; e is the size of the values
+with whatever columns the caller added, such as the ones of the denominator. N sequences: B, or those packed in one row.
+"""
+
+import functools
+import os
+import re
+import sys
+
+import torch
+import torch.nn.functional as F
+
+CHUNK_TOKENS = 64  # fla's own
+# up to here one step after another beats chunks; fla's own layers draw the same line
+RECURRENT_TOKENS = 64
+# the kernels' blocks are at least 16 wide, so this adds none; rows of such sizes load as vectors, and fla's backward pass
+# refuses odd sizes in bfloat16
+ALIGNMENT = 16
+
+
+@functools.cache
+def load_ops() -> tuple:
+    """fla's (chunk_simple_gla, fused_recurrent_simple_gla, why not): the ops are None if there is a reason."""
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
+    except Exception as error:  # a broken driver raises other things than ImportError
+        return None, None, f"flash-linear-attention cannot be imported: {error}"
+    return chunk_simple_gla, fused_recurrent_simple_gla, ""
+
+
+def fla_is_usable(device: torch.device | str) -> tuple[bool, str]:
+    """Whether `fla_linear_attention` runs on `device`, and why not: CUDA (or Triton's interpreter) and fla are needed."""
+    device = torch.device(device)
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return False, f"flash-linear-attention needs a CUDA device, not {device.type}"
+    reason = load_ops()[-1]
+    return not reason, reason
+
+
+@functools.cache
+def gated_backward_is_refused(device: torch.device) -> bool:
+    """Hopper with Triton 3.4 to 3.7.0, for which fla raises in the backward pass of chunks with per-token decays."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    version = re.findall(r"\d+", sys.modules["triton"].__version__)  # which fla has imported
+    return (3, 4, 0) <= tuple(map(int, version[:3])) < (3, 7, 1)
+
+
+def fla_linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    state: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    S_t = exp(g_t) S_{t-1} + k_t v_t^T and o_t = q_t S_t, differentiable in every argument. Call it where `fla_is_usable`.
+
+    Products are computed in the inputs' common dtype (float32 as TF32, which is Triton's default), float16 as float32, since
+    its range ends below the sums of long inputs; sums and final state are float32.
+
+    Args:
+        q: (B, T, H, m) features of the queries; head h reads key/value head h * G // H.
+        k: (B, T, G, m) features of the keys.
+        v: (B, T, G, e) values.
+        log_decay: g <= 0, (G,) constant or (B, T, G) per token, or None.
+        state: (N, G, m, e) float32, before the first token of each sequence.
+        cu_seqlens: (N + 1,) int64, where each sequence starts, and the end; B is then 1.
+
+    Returns:
+        o (B, T, H, e) in the dtype computed in, and the state after the last token of each sequence (N, G, m, e) float32.
+    """
+    chunk, recurrent, _ = load_ops()
+    (B, T, H, m), G, e = q.shape, k.shape[2], v.shape[-1]
+    R = H // G
+    dtype = functools.reduce(torch.promote_types, (q.dtype, k.dtype, v.dtype))
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    inputs = [x for x in (q, k, v, log_decay, state) if x is not None]
+    has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+    short = T == 1 or (T <= RECURRENT_TOKENS and not has_gradient)
+    decay, gated = {}, False
+    if log_decay is not None:
+        log_decay = log_decay.float()
+        # g_gamma gets no gradient, and behind the last token of a chunk that is not full fla raises it to powers that overflow
+        whole_chunks = cu_seqlens is None and T % CHUNK_TOKENS == 0
+        gated = log_decay.dim() == 3 or (has_gradient and log_decay.requires_grad) or not (short or whole_chunks)
+        if gated:
+            decay["g"] = repeat_heads(log_decay.expand(B, T, G), R, 2)
+        else:
+            decay["g_gamma"] = repeat_heads(log_decay, R, 0)
+    q, k, v, state = q.to(dtype), k.to(dtype), v.to(dtype), state.float()
+
+    if short or (has_gradient and gated and gated_backward_is_refused(q.device)):
+        op = recurrent
+    else:
+        op = chunk
+        pad_m, pad_e = -m % ALIGNMENT, -e % ALIGNMENT
+        q, k, v, state = pad_end(q, pad_m), pad_end(k, pad_m), pad_end(v, pad_e), pad_end(state, pad_e, pad_m)
+    # fla knows no grouped heads: R equal states are computed, the first of them is kept
+    k, v, state = repeat_heads(k, R, 2), repeat_heads(v, R, 2), repeat_heads(state, R, 1)
+    o, final = op(q, k, v, scale=1.0, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens, **decay)
+    return o[..., :e], final[:, ::R, :m, :e].contiguous()
+
+
+def repeat_heads(x: torch.Tensor, times: int, dim: int) -> torch.Tensor:
+    return x if times == 1 else x.repeat_interleave(times, dim)
+
+
+def pad_end(x: torch.Tensor, last: int, second_last: int = 0) -> torch.Tensor:
+    return F.pad(x, (0, last, 0, second_last)) if last or second_last else x

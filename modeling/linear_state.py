@@ -1,0 +1,75 @@
+"""What a linear layer remembers of a sequence: the sum over old keys, the sinks and the window."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+
+@dataclass
+class LinearState:
+    """
+    Everything a linear layer remembers of one batch of sequences; its size does not depend on their length.
+
+    Attributes:
+        state: (B, G, M, d + 1) float32, sum of features times (value, 1); (B, G, M, d) without normalisation.
+        near_k, near_v: (B, G, S + W, d), the S sinks, then the last W tokens.
+        window_rank: (B, W), how many real tokens came before each of the last W, -1 for padding; stale once `settled`.
+        sink_filled: (B, S) bool.
+        tokens: (B,), real tokens seen.
+        seen: tokens seen, padding included. unpadded: none of them is known to have been padding.
+        settled: all sinks are filled and the window holds real tokens only, none of them a sink to be.
+    """
+
+    state: torch.Tensor
+    near_k: torch.Tensor
+    near_v: torch.Tensor
+    window_rank: torch.Tensor
+    sink_filled: torch.Tensor
+    tokens: torch.Tensor
+    seen: int = 0
+    unpadded: bool = True
+    settled: bool = False
+
+    @classmethod
+    def empty(cls, k: torch.Tensor, features: int, window: int, sinks: int, sums: bool) -> "LinearState":
+        """The state before the first token, for keys like k (B, T, G, d)."""
+        B, _, G, d = k.shape
+        return cls(
+            state=k.new_zeros(B, G, features, d + sums, dtype=torch.float32),
+            near_k=k.new_zeros(B, G, sinks + window, d),
+            near_v=k.new_zeros(B, G, sinks + window, d),
+            window_rank=k.new_full((B, window), -1, dtype=torch.long),
+            sink_filled=k.new_zeros(B, sinks, dtype=torch.bool),
+            tokens=k.new_zeros(B, dtype=torch.long),
+            settled=window == 0,
+        )
+
+    def ranks(self) -> torch.Tensor:
+        """`window_rank`, up to date."""
+        if not self.settled:
+            return self.window_rank
+        W = self.window_rank.shape[1]
+        return self.tokens[:, None] + torch.arange(-W, 0, device=self.tokens.device)
+
+    def settle(self, sinks: int) -> "LinearState":
+        """Find out whether the state is settled, without asking the device where the number of tokens tells it."""
+        if not self.settled and self.unpadded:
+            self.settled = self.seen >= self.window_rank.shape[1] + sinks
+        elif not self.settled and not torch.compiler.is_compiling():
+            self.settled = bool((self.window_rank >= sinks).all()) and bool(self.sink_filled.all())
+        return self
+
+    def map(self, fn) -> "LinearState":
+        """The same state with `fn` applied to every tensor (select rows, move, detach)."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: fn(x) for name, x in values.items() if isinstance(x, torch.Tensor)})
+
+    def compact(self) -> "LinearState":
+        """The same state without the longer tensors that some of its own are views of and would keep alive."""
+        if torch.compiler.is_compiling():  # which knows no storages
+            return self.map(torch.clone)
+        return self.map(lambda x: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor of the state."""
+        return [x for f in fields(self) if isinstance(x := getattr(self, f.name), torch.Tensor)]

@@ -1,0 +1,76 @@
+"""
+Packed rows: several sequences in one row, told apart by `cu_seqlens`, the running sums of their lengths (0, T_1, T_1 + T_2, ..).
+
+They are computed as batches of rows, right-padded: sequences of about one length share a batch, so that less than half of it
+is padding whatever the lengths are.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+
+@dataclass
+class PackedGroup:
+    """
+    Sequences of one packed row as a batch.
+
+    Attributes:
+        sequences: (n,), which of the row's sequences they are.
+        index: (n, L), where their tokens stand in the packed row; any place of it beyond a sequence's end.
+        valid: (n, L) bool, False beyond a sequence's end.
+    """
+
+    sequences: torch.Tensor
+    index: torch.Tensor
+    valid: torch.Tensor
+
+    def unpack(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, ...) of the packed row -> (n, L, ...)."""
+        return x[self.index]
+
+    def pack_into(self, packed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`packed` (T, ...) with the tokens of x (n, L, ...) in their places."""
+        return packed.index_put((self.index[self.valid],), x[self.valid])
+
+
+@torch.compiler.disable
+def group_sequences(cu_seqlens: torch.Tensor, tokens: int) -> list[PackedGroup]:
+    """
+    Groups of the sequences that `cu_seqlens` (N + 1,) marks in a row of `tokens`.
+
+    Raises:
+        ValueError: unless they rise from 0 to `tokens`.
+    """
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(bounds)]
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or min(lengths) < 1:
+        raise ValueError(f"cu_seqlens {bounds[:8]}{' ...' if len(bounds) > 8 else ''} must rise from 0 to the {tokens} tokens")
+    classes: dict[int, list[int]] = {}
+    for sequence, length in enumerate(lengths):
+        classes.setdefault((length - 1).bit_length(), []).append(sequence)
+    groups = []
+    for members in classes.values():
+        size = torch.tensor([lengths[i] for i in members])
+        place = torch.arange(int(size.max()))
+        valid = place < size[:, None]
+        index = torch.where(valid, torch.tensor([bounds[i] for i in members])[:, None] + place, 0)
+        tensors = (torch.tensor(members), index, valid)
+        groups.append(PackedGroup(*(x.to(cu_seqlens.device) for x in tensors)))
+    return groups
+
+
+@torch.compiler.disable
+def sequence_bounds(position_ids: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor | None:
+    """
+    `cu_seqlens` of all rows of position_ids (B, T) laid end to end, or None if every row is one sequence. Where `real` (B, T)
+    is False, positions may do as they like.
+    """
+    jumps = position_ids.diff(dim=-1) != 1
+    if real is not None:
+        jumps = jumps & real[:, 1:] & real[:, :-1]
+    if not bool(jumps.any()):
+        return None
+    starts = torch.cat((torch.ones_like(jumps[:, :1]), jumps), dim=1).flatten().nonzero().squeeze(-1)
+    return torch.cat((starts, starts.new_tensor([position_ids.numel()])))

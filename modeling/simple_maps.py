@@ -1,0 +1,97 @@
+"""
+Feature maps that act on the entries of x, or of a projection of it, without exponentials of projections.
+
+B batch, T tokens, H heads, d head size, m features, M features that a map returns.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .feature_map_base import FeatureMap
+from .frequency import orthogonal_rows
+
+# added to features that a ReLU can make all zero, so that no denominator vanishes and its gradient stays finite
+FLOOR = 1e-3
+
+
+class ELU(FeatureMap):
+    """phi(x) = 1 + elu(x) (arXiv 2006.16236), without weights: M = d. Input and output (B, T, H, d)."""
+
+    settings = ()
+
+    @property
+    def size(self) -> int:
+        return self.head_dim
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        return 1.0 + F.elu(x.float())
+
+
+class ReLU(FeatureMap):
+    """
+    Learnable rectified features, phi(x) = relu(W x + b) + 1e-3 (T2R, arXiv 2103.13076, which has no constant): W (H, m, d)
+    starts as unit rows, orthogonal up to d of them, b (H, m) as zero. Input (B, T, H, d), output (B, T, H, m).
+    """
+
+    settings = ("feature_dim", "feature_seed")
+
+    def __init__(self, config, num_heads: int, seed: int):
+        super().__init__(config, num_heads, seed)
+        self.add_parameters(W=(self.feature_dim, self.head_dim), b=(self.feature_dim,))
+
+    @property
+    def size(self) -> int:
+        return self.feature_dim
+
+    def initial_values(self) -> dict[str, torch.Tensor]:
+        return {"W": orthogonal_rows(self.feature_dim, self.head_dim, self.seed), "b": torch.zeros(self.feature_dim)}
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        return (torch.einsum("bthd,hmd->bthm", x.float(), self.W.float()) + self.b.float()).relu() + FLOOR
+
+
+class CosFormer(FeatureMap):
+    """
+    phi(x_i) = [r_i cos(a_i), r_i sin(a_i)], r_i = relu(x_i) + 1e-3, a_i = pi/2 p_i / N (cosFormer, arXiv 2202.08791, which has
+    no constant): the kernel is r_i.r_j cos(pi/2 (p_i - p_j) / N). p_i is the token's position, N the config's
+    max_position_embeddings; positions past N count as N, so that features are at least 0 and finite at any length. No
+    weights: M = 2d. Input x (B, T, H, d) and positions (B, T), integers, output (B, T, H, 2d).
+    """
+
+    settings = ()
+    needs_positions = True
+
+    def __init__(self, config, num_heads: int, seed: int):
+        super().__init__(config, num_heads, seed)
+        self.last_position = config.max_position_embeddings
+
+    @property
+    def size(self) -> int:
+        return 2 * self.head_dim
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        if positions is None:
+            raise ValueError("the feature map cosformer needs positions (B, T), the place of each token in its sequence")
+        angle = positions.clamp(0, self.last_position).float() * (math.pi / 2 / self.last_position)
+        cos, sin = angle.cos().clamp_min(0.0), angle.sin()  # in float32 the cosine of pi/2 is negative
+        r = x.float().relu() + FLOOR
+        return torch.cat((r * cos[..., None, None], r * sin[..., None, None]), dim=-1)
+
+
+class Identity(FeatureMap):
+    """
+    phi(x) = x, without weights: plain linear attention, whose kernel is q.k (RetNet, arXiv 2307.08621, and most since). Input
+    and output (B, T, H, d). The features have signs, so that a sum of weights can vanish: only for layers without normaliser.
+    """
+
+    settings = ()
+    positive = False
+
+    @property
+    def size(self) -> int:
+        return self.head_dim
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        return x.float()
