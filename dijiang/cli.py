@@ -136,7 +136,9 @@ def kernels(
         typer.Option(help="Number of features m. Repeatable, in rising order.  [default: 16 to 4096 by doubling]"),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Random states of each map.  [default: 8]")] = None,
-    quick: Annotated[bool, typer.Option(help="A few small sizes and two seeds, in seconds, to see that it works.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few small sizes and two seeds, in seconds, to see that it works.")
+    ] = False,
 ) -> None:
     """
     The error of feature maps for exp(q.k) against their number of features, on Gaussian and on real queries and keys.

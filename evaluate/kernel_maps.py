@@ -14,7 +14,7 @@ from scipy.optimize import nnls
 from scipy.special import ndtri
 from scipy.stats import qmc
 
-from dijiang.modeling.feature_maps import frequency_matrix, low_discrepancy, radii
+from dijiang.modeling.frequency import frequency_matrix, low_discrepancy, orthogonal_rows, radii
 
 EDGE = 1e-6  # uniform points keep this far from 0 and 1, whose quantiles are infinite
 # of each coordinate in the quality of a lattice: alike, since no direction stands out, and small, so that pairs matter most
@@ -64,13 +64,8 @@ def random_frequencies(m: int, d: int, seed: int) -> np.ndarray:
 
 def orthogonal_frequencies(m: int, d: int, seed: int) -> np.ndarray:
     """Blocks of d orthogonal directions with independent radii, so that each row alone is N(0, I_d) (arXiv 2009.14794)."""
-    rng = np.random.default_rng(seed)
-    blocks = []
-    for _ in range(-(-m // d)):
-        directions, triangle = np.linalg.qr(rng.standard_normal((d, d)))
-        directions = directions * np.sign(np.diag(triangle))  # makes the rotation uniform
-        blocks.append(directions.T * np.linalg.norm(rng.standard_normal((d, d)), axis=1)[:, None])
-    return np.concatenate(blocks)[:m]
+    radius = np.linalg.norm(np.random.default_rng(seed).standard_normal((m, d)), axis=1)
+    return radius[:, None] * orthogonal_rows(m, d, seed).numpy()
 
 
 def pff_frequencies(points: Callable, law: str) -> Callable[[int, int, int], np.ndarray]:

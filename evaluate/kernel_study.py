@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -118,9 +118,9 @@ def run_kernel_study(
     if progress:
         kernel_report.show(result)
     if plot:
-        kernel_report.plot(result, plot)
+        write_whole(plot, lambda draft: kernel_report.plot(result, draft))
     if output:
-        output.write_text(json_text(result), encoding="utf-8")
+        write_whole(output, lambda draft: draft.write_text(json_text(result), encoding="utf-8"))
     return result
 
 
@@ -255,8 +255,18 @@ def rivals(name: str, weights: str) -> list[tuple[str, str]]:
     return found
 
 
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file that takes the name `path` once it is complete."""
+    draft = path.with_name(f".{path.name}.partial")
+    try:
+        write(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def json_text(result: dict) -> str:
-    """JSON with one line for each record of a list and for each dict of a dict."""
+    """JSON with one line for each entry, and for each record of a list."""
     parts = []
     for key, value in result.items():
         if isinstance(value, list):

@@ -12,8 +12,40 @@ import torch.nn.functional as F
 from .feature_map_base import MAX_EXPONENT, FeatureMap
 from .frequency import FFT_FROM, dct, dct_matrix, frequency_matrix, low_discrepancy, radii, sign_flips
 
+# up to so many rows per head, a matrix of its own for each head costs more to set up than it saves
+FEW_ROWS = 16
 
-class WDCF(FeatureMap):
+
+class ExponentialMap(FeatureMap):
+    """phi(x) = D * exp(W x), or its softmax over the features, with W = `directions()` and D = exp(log_D) if there is one."""
+
+    def directions(self) -> torch.Tensor:
+        """W, (H, m, d), before pairing."""
+        raise NotImplementedError
+
+    @property
+    def log_weights(self) -> torch.Tensor | None:
+        return self._parameters.get("log_D")
+
+    @torch.no_grad()
+    def center(self, mean: torch.Tensor) -> None:
+        if self.log_weights is not None:
+            z = self.project(mean[None, None], self.directions())[0, 0]
+            self.log_D.copy_(torch.cat((-z, z), dim=-1) if self.pairs else -z)
+
+    def exponents(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """Exponents of all features, log-weights included, (B, T, H, M). Pairing appends -W, which makes the kernel even."""
+        W = self.directions()
+        return self.project(x, torch.cat((W, -W), dim=1) if self.pairs else W, self.log_weights, scale)
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
+        z = self.exponents(x, scale)
+        if self.activation == "softmax":
+            return z.softmax(dim=-1)
+        return z.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp() * z.shape[-1] ** -0.5
+
+
+class WDCF(ExponentialMap):
     """
     Weighted discrete cosine features, phi(x) = D * exp(T C x) (equation 12): C the DCT matrix, T (H, m) radii, D = exp(log_D)
     (H, M) weights, kept positive by their logarithm. Input (B, T, H, d), output (B, T, H, M).
@@ -24,9 +56,9 @@ class WDCF(FeatureMap):
     def __init__(self, config, num_heads: int, seed: int):
         super().__init__(config, num_heads, seed)
         self.add_parameters(T=(self.feature_dim,), log_D=(self.size,))
-        # where the FFT may pay, the plain matrix and the signs of its copies stand for all m rows
+        # where the FFT may pay, the plain matrix and the signs of its copies stand for all m rows; else C has all M of them
         fast = self.head_dim >= FFT_FROM
-        rows, copies = self.head_dim if fast else self.feature_dim, math.ceil(self.feature_dim / self.head_dim)
+        rows, copies = self.head_dim if fast else self.size, math.ceil(self.feature_dim / self.head_dim)
         self.register_buffer("C", torch.empty(rows, self.head_dim, dtype=torch.float32), persistent=False)
         signs = torch.empty(copies, self.head_dim, dtype=torch.float32) if fast else None
         self.register_buffer("signs", signs, persistent=False)
@@ -34,9 +66,10 @@ class WDCF(FeatureMap):
     def initial_values(self) -> dict[str, torch.Tensor]:
         uniform = low_discrepancy(self.feature_dim, 1, self.seed)[:, 0]
         values = {"T": radii(uniform, self.head_dim, self.radial), "log_D": torch.zeros(self.size)}
-        if self.signs is None:
-            return values | {"C": frequency_matrix(self.feature_dim, self.head_dim, self.direction, self.seed)}
-        return values | {"C": dct_matrix(self.head_dim), "signs": sign_flips(len(self.signs), self.head_dim, self.seed)}
+        if self.signs is not None:
+            return values | {"C": dct_matrix(self.head_dim), "signs": sign_flips(len(self.signs), self.head_dim, self.seed)}
+        C = frequency_matrix(self.feature_dim, self.head_dim, self.direction, self.seed)
+        return values | {"C": torch.cat((C, -C)) if self.pairs else C}
 
     def _apply(self, fn, recurse=True):
         kept = self.C  # a cosine table rounded to half precision would be another map
@@ -45,20 +78,29 @@ class WDCF(FeatureMap):
             self.C = kept.to(self.C.device)
         return self
 
-    def exponents(self, x: torch.Tensor) -> torch.Tensor:
-        return self.project(x.float()) * self.T.float()
-
-    def project(self, x: torch.Tensor) -> torch.Tensor:
-        """C x, (B, T, H, m)."""
+    def directions(self) -> torch.Tensor:
         if self.signs is None:
-            return F.linear(x, self.C)
-        return dct(x.unsqueeze(-2) * self.signs, self.direction, self.C).flatten(-2)[..., : self.feature_dim]
+            C = self.C[: self.feature_dim]
+        else:
+            C = self.C if self.direction == "forward" else self.C.T
+            C = torch.cat([C * signs for signs in self.signs])[: self.feature_dim]
+        return self.T.float().unsqueeze(-1) * C
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        return self.exponential(self.exponents(x), self.log_D)
+    def exponents(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        if self.signs is not None:
+            z = dct(x.float().unsqueeze(-2) * self.signs, self.direction, self.C).flatten(-2)[..., : self.feature_dim]
+            z = torch.cat((z, -z), dim=-1) if self.pairs else z
+        elif x.shape[0] * x.shape[1] <= FEW_ROWS:
+            z = F.linear(x.float(), self.C)
+        else:
+            return super().exponents(x, scale)
+        # C x is shared by the heads, T turns it into each head's own
+        halves = (self.size // self.feature_dim, self.feature_dim)
+        log_D, T = self.log_D.float().unflatten(-1, halves), self.T.float().unsqueeze(1)
+        return torch.addcmul(log_D, z.unflatten(-1, halves), T, value=scale).flatten(-2)
 
 
-class PFF(FeatureMap):
+class PFF(ExponentialMap):
     """
     Positive fixed features, phi(x) = exp(T V x) (equation 9): V (H, m, d) low-discrepancy directions on the sphere, T (H, m)
     radii. Input (B, T, H, d), output (B, T, H, M).
@@ -75,11 +117,8 @@ class PFF(FeatureMap):
         directions = F.normalize(torch.special.ndtri(points[:, 1:]), dim=-1)
         return {"T": radii(points[:, 0], self.head_dim, self.radial), "V": directions}
 
-    def exponents(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("bthd,hmd->bthm", x.float(), self.V.float()) * self.T.float()
-
-    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        return self.exponential(self.exponents(x))
+    def directions(self) -> torch.Tensor:
+        return self.T.float().unsqueeze(-1) * self.V.float()
 
 
 class WPFF(PFF):
@@ -92,11 +131,8 @@ class WPFF(PFF):
     def initial_values(self) -> dict[str, torch.Tensor]:
         return super().initial_values() | {"log_D": torch.zeros(self.size)}
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        return self.exponential(self.exponents(x), self.log_D)
 
-
-class PRF(FeatureMap):
+class PRF(ExponentialMap):
     """
     Positive random features, phi(x) = exp(W x - |x|^2 / 2) / sqrt(m) (Performer, arXiv 2009.14794; equation 5): W (H, m, d)
     standard normal. Input (B, T, H, d), output (B, T, H, M). Unbiased for exp(q.k) with activation `exp`.
@@ -110,18 +146,17 @@ class PRF(FeatureMap):
         generator = torch.Generator().manual_seed(self.seed)
         return {"W": torch.randn(self.feature_dim, self.head_dim, generator=generator)}
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        x = x.float()
-        z = torch.einsum("bthd,hmd->bthm", x, self.W.float())
-        if self.activation == "exp":
-            # the norm belongs to both halves of a pair, so it goes in after pairing
-            z = torch.cat((z, -z), dim=-1) if self.pairs else z
-            z = z - x.square().sum(-1, keepdim=True) / 2
-            return z.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp() * z.shape[-1] ** -0.5
-        return self.exponential(z)
+    def directions(self) -> torch.Tensor:
+        return self.W.float()
+
+    def exponents(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        z = super().exponents(x, scale)
+        if self.activation == "softmax":  # which the norm, equal for all features of a row, would not change
+            return z
+        return z - (x.float() * scale).square().sum(-1, keepdim=True) / 2
 
 
-class Hedgehog(FeatureMap):
+class Hedgehog(ExponentialMap):
     """
     Learnable softmax features, phi(x) = softmax([W x, -W x]) (Hedgehog, arXiv 2402.04347): W (H, m, d) starts as the identity.
     Input (B, T, H, d), output (B, T, H, M).
@@ -136,5 +171,5 @@ class Hedgehog(FeatureMap):
     def initial_values(self) -> dict[str, torch.Tensor]:
         return {"W": torch.eye(self.head_dim).repeat(math.ceil(self.feature_dim / self.head_dim), 1)[: self.feature_dim]}
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        return self.exponential(torch.einsum("bthd,hmd->bthm", x.float(), self.W.float()))
+    def directions(self) -> torch.Tensor:
+        return self.W.float()

@@ -16,8 +16,9 @@ MAX_EXPONENT = 20.0
 
 class FeatureMap(nn.Module):
     """
-    Base of all maps: `forward(x, positions=None)` takes x (B, T, H, d), any float dtype, and returns float32 features
-    (B, T, H, M). All weights are parameters, one set per head, drawn from a seed and stored in the checkpoint.
+    Base of all maps: `forward(x, positions=None, scale=1.0)` takes x (B, T, H, d), any float dtype, and returns the float32
+    features (B, T, H, M) of scale * x. All weights are parameters, one set per head, drawn from a seed and stored in the
+    checkpoint.
 
     Args:
         config: a `DiJiangConfig`.
@@ -65,24 +66,18 @@ class FeatureMap(nn.Module):
             else:
                 target.copy_(value)
 
-    @torch.no_grad()
     def center(self, mean: torch.Tensor) -> None:
         """
         Start the weights log_D so that the map acts on x - mean, mean (H, d). A no-op for maps without such weights, which
         must learn it.
         """
-        if "log_D" in self._parameters:
-            z = self.exponents(mean[None, None])[0, 0]
-            self.log_D.copy_(torch.cat((-z, z), dim=-1) if self.pairs else -z)
 
-    def exponential(self, z: torch.Tensor, log_weights: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        Turn exponents z (B, T, H, m) and log-weights (H, M) into features (B, T, H, M): exp(z) as in the paper, or its
-        softmax over one row's features. Pairing appends -z, which makes the kernel even and lowers its variance.
-        """
-        z = torch.cat((z, -z), dim=-1) if self.pairs else z
-        if log_weights is not None:
-            z = z + log_weights.float()
-        if self.activation == "softmax":
-            return z.softmax(dim=-1)
-        return z.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp() * z.shape[-1] ** -0.5
+    def project(
+        self, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1.0
+    ) -> torch.Tensor:
+        """matrix_h (scale x_h) + bias_h for every head h: matrix (H, m, d), bias (H, m), result (B, T, H, m)."""
+        rows, matrix = x.float().flatten(0, 1).transpose(0, 1), matrix.float().transpose(1, 2)
+        start = matrix.new_zeros(1, 1, 1) if bias is None else bias.float().unsqueeze(1)
+        z = torch.baddbmm(start, rows, matrix, beta=0 if bias is None else 1, alpha=scale)
+        # the heads stay outermost in memory, which is how linear attention wants them
+        return z.unflatten(1, x.shape[:2]).permute(1, 2, 0, 3)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 CHUNK_TOKENS = 64  # fla's own
-# up to here one step after another beats chunks; fla's own layers draw the same line
+# longest input taken step by step where no gradient is wanted, as in fla's own layers
 RECURRENT_TOKENS = 64
 # the kernels' blocks are at least 16 wide, so this adds none; rows of such sizes load as vectors, and fla's backward pass
 # refuses odd sizes in bfloat16

@@ -206,7 +206,7 @@ def recurrent_step(q, k, v, log_decay, state, *, sums: bool):
     if log_decay is not None:
         state = state * log_decay.exp().view(-1, G, 1, 1)
     state = torch.addcmul(state, k.view(B, G, m, 1), v.view(B, G, 1, -1))
-    o = (q.view(B, G, H // G, m) @ state).view(B, 1, H, -1)
+    o = torch.bmm(q.view(B * G, H // G, m), state.flatten(0, 1)).view(B, 1, H, -1)
     return (o[..., :-1], o[..., -1], state) if sums else (o, None, state)
 
 

@@ -21,7 +21,7 @@ from .window_attention import merge_branches, merge_step, window_attention
 
 
 class LogScale(nn.Module):
-    """w.x + b per head, the logarithm of a weight. Input (B, T, heads, d), output float32 (B, T, heads)."""
+    """scale * w.x + b per head, the logarithm of a weight. Input (B, T, heads, d), output float32 (B, T, heads)."""
 
     def __init__(self, num_heads: int, head_dim: int, start: float):
         super().__init__()
@@ -34,8 +34,8 @@ class LogScale(nn.Module):
         init.zeros_(self.weight)
         init.constant_(self.bias, self.start)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x * self.weight.float()).sum(-1) + self.bias.float()
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return torch.add(self.bias.float(), (x * self.weight.float()).sum(-1), alpha=scale)
 
 
 class Decay(nn.Module):
@@ -91,7 +91,8 @@ class DiJiangLinearAttention(ProjectedAttention):
         self.feature_map_q = build_feature_map(config, H, config.feature_seed + layer_idx)
         self.feature_map_k = build_feature_map(config, G, config.feature_seed + layer_idx)
         # features that a softmax keeps below 1 leave the whole range of exponents to the keys' weights
-        self.key_exponent_limit = MAX_EXPONENT if config.feature_activation == "exp" else 3 * MAX_EXPONENT
+        bounded = config.feature_activation == "softmax" and "feature_activation" in self.feature_map_k.settings
+        self.key_exponent_limit = 3 * MAX_EXPONENT if bounded else MAX_EXPONENT
         # c(q): what one unit of the linear branch weighs in the softmax's own units. A scalar per head cannot say it, since
         # log(sum exp(q.k)) - log(phi(q).sum phi(k)) varies with q
         self.branch_scale = LogScale(H, d, config.branch_scale_init) if self.window else None
@@ -152,11 +153,10 @@ class DiJiangLinearAttention(ProjectedAttention):
         else:
             arrived = state.tokens[:, None] + valid.long().cumsum(1)
             rank, tokens = torch.where(valid, arrived - 1, -1), arrived[:, -1]
-        q_scaled = q.float() * self.feature_scale
         new = replace(state, tokens=tokens, seen=state.seen + T, unpadded=state.unpadded and valid is None)
         if not self.window:
             visible = None if valid is None else rank >= 0
-            far, total, new.state = self.far_branch(q_scaled, k, v, visible, state.state, rank, rank)
+            far, total, new.state = self.far_branch(q, k, v, visible, state.state, rank, rank)
             new.settled = True
             return far if total is None else far / total.clamp_min(TINY).unsqueeze(-1).to(far.dtype), new
         # rows t of `all_*` leave the window when query t arrives
@@ -166,20 +166,19 @@ class DiJiangLinearAttention(ProjectedAttention):
         all_rank = torch.cat((state.ranks(), rank), dim=1)
         leaving, new.window_rank = all_rank[:, :T], all_rank[:, T:]
         visible = None if state.settled else leaving >= S
-        far, total, new.state = self.far_branch(q_scaled, all_k[:, :T], all_v[:, :T], visible, state.state, rank, leaving)
+        far, total, new.state = self.far_branch(q, all_k[:, :T], all_v[:, :T], visible, state.state, rank, leaving)
         sinks, new.sink_filled, sink_arrival = self.store_sinks(state, all_k[:, :T], all_v[:, :T], leaving)
         new.near_k, new.near_v = (
             torch.cat((sink.transpose(1, 2), x[:, T:].transpose(1, 2)), dim=2)
             for sink, x in zip(sinks, (all_k, all_v), strict=True)
         )
         near, near_log_sum = window_attention(q, all_k, all_v, all_rank >= 0, *sinks, sink_arrival, scale=self.scaling)
-        return merge_branches(near, near_log_sum, far, total, self.branch_scale(q_scaled)), new.settle(S)
+        return merge_branches(near, near_log_sum, far, total, self.branch_scale(q, self.feature_scale)), new.settle(S)
 
     def attend_step(self, q, k, v, state: LinearState) -> tuple[torch.Tensor, LinearState]:
         """`attend` of one real token to a settled state, with as few operations as it takes."""
-        S, scale = self.sinks, self.feature_scale
+        S = self.sinks
         new = replace(state, tokens=state.tokens + 1, seen=state.seen + 1)
-        q_scaled = q.float() * scale
         if self.window:
             leaving_k, leaving_v = (x[:, :, S : S + 1].transpose(1, 2) for x in (state.near_k, state.near_v))
             new.near_k, new.near_v = (
@@ -189,31 +188,31 @@ class DiJiangLinearAttention(ProjectedAttention):
         else:
             leaving_k, leaving_v = k, v
         rank = state.tokens[:, None]
-        far, total, new.state = self.far_branch(q_scaled, leaving_k, leaving_v, None, state.state, rank, rank - self.window)
+        far, total, new.state = self.far_branch(q, leaving_k, leaving_v, None, state.state, rank, rank - self.window)
         if not self.window:
             return far if total is None else far / total.clamp_min(TINY).unsqueeze(-1), new
-        c = self.branch_scale(q_scaled)
+        c = self.branch_scale(q, self.feature_scale)
         return merge_step(q, new.near_k, new.near_v, far, total, c, scale=self.scaling), new
 
     def key_features(self, k: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """phi(k) exp(u.k + b) of scaled keys k (B, T, G, d): (B, T, G, M), what the state accumulates."""
-        phi_k = self.feature_map_k(k, positions)
+        """phi(k) exp(u.k + b) of keys k (B, T, G, d), scaled first: (B, T, G, M), what the state accumulates."""
+        phi_k = self.feature_map_k(k, positions, self.feature_scale)
         if self.key_scale is not None:
             limit = self.key_exponent_limit
-            phi_k = phi_k * self.key_scale(k).clamp(-limit, limit).exp().unsqueeze(-1)
+            phi_k = phi_k * self.key_scale(k, self.feature_scale).clamp(-limit, limit).exp().unsqueeze(-1)
         return phi_k
 
     def far_branch(self, q, k, v, visible, state, q_positions=None, k_positions=None):
         """
-        Linear attention of scaled queries to the keys that left the window, those in `visible` (B, T) alone (None: all).
+        Linear attention of queries to the keys that left the window, those in `visible` (B, T) alone (None: all).
 
         Returns:
             numerator (B, T, H, d), the sum of weights float32 (B, T, H) or None without normalisation, and the new state.
         """
         # bfloat16 values are mixed by bfloat16 products, sums and states stay float32
         dtype = torch.bfloat16 if v.dtype == torch.bfloat16 and q.shape[1] > 1 else torch.float32
-        phi_q = self.feature_map_q(q, q_positions).to(dtype)
-        phi_k = self.key_features(k.float() * self.feature_scale, k_positions).to(dtype)
+        phi_q = self.feature_map_q(q, q_positions, self.feature_scale).to(dtype)
+        phi_k = self.key_features(k, k_positions).to(dtype)
         log_decay = None if self.decay is None else self.decay()
         if visible is not None:
             phi_k = phi_k * visible[..., None, None]
@@ -255,7 +254,7 @@ class DiJiangLinearAttention(ProjectedAttention):
         past_key_values=None,
         **kwargs,
     ) -> tuple[torch.Tensor, None]:
-        """hidden_states (B, T, hidden), attention_mask (B, T) bool, packed groups or None. Returns (B, T, hidden), no weights."""
+        """hidden_states (B, T, hidden), attention_mask (B, T) bool, packed groups or None. Returns (B, T, hidden) and None."""
         q, k, v = self.project(hidden_states, position_embeddings)
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         if isinstance(attention_mask, list):

@@ -1,5 +1,5 @@
 """
-Packed rows: several sequences in one row, told apart by `cu_seqlens`, the running sums of their lengths (0, T_1, T_1 + T_2, ..).
+Packed rows: several sequences in one row, told apart by `cu_seqlens`, the running sums of their lengths, from 0 to T.
 
 They are computed as batches of rows, right-padded: sequences of about one length share a batch, so that less than half of it
 is padding whatever the lengths are.

@@ -25,8 +25,8 @@ class ELU(FeatureMap):
     def size(self) -> int:
         return self.head_dim
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        return 1.0 + F.elu(x.float())
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
+        return 1.0 + F.elu(x.float() * scale)
 
 
 class ReLU(FeatureMap):
@@ -48,8 +48,8 @@ class ReLU(FeatureMap):
     def initial_values(self) -> dict[str, torch.Tensor]:
         return {"W": orthogonal_rows(self.feature_dim, self.head_dim, self.seed), "b": torch.zeros(self.feature_dim)}
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        return (torch.einsum("bthd,hmd->bthm", x.float(), self.W.float()) + self.b.float()).relu() + FLOOR
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
+        return self.project(x, self.W, self.b, scale).relu() + FLOOR
 
 
 class CosFormer(FeatureMap):
@@ -71,12 +71,12 @@ class CosFormer(FeatureMap):
     def size(self) -> int:
         return 2 * self.head_dim
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
         if positions is None:
             raise ValueError("the feature map cosformer needs positions (B, T), the place of each token in its sequence")
         angle = positions.clamp(0, self.last_position).float() * (math.pi / 2 / self.last_position)
         cos, sin = angle.cos().clamp_min(0.0), angle.sin()  # in float32 the cosine of pi/2 is negative
-        r = x.float().relu() + FLOOR
+        r = (x.float() * scale).relu() + FLOOR
         return torch.cat((r * cos[..., None, None], r * sin[..., None, None]), dim=-1)
 
 
@@ -93,5 +93,5 @@ class Identity(FeatureMap):
     def size(self) -> int:
         return self.head_dim
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        return x.float()
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
+        return x.float() * scale

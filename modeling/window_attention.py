@@ -116,9 +116,10 @@ def merge_step(
         (B, 1, H, d) float32.
     """
     (B, _, H, d), G = q.shape, near_k.shape[1]
+    R = H // G
     far_sum = far_sum.clamp_min(TINY)
-    scores = (q.float() * scale).view(B, G, H // G, d) @ near_k.float().transpose(2, 3)
-    far_score = (far_sum.log() + far_log_scale).view(B, G, H // G, 1)
+    scores = torch.bmm((q.float() * scale).view(B * G, R, d), near_k.flatten(0, 1).float().transpose(1, 2))
+    far_score = (far_sum.log() + far_log_scale).view(B * G, R, 1)
     weights = torch.cat((scores, far_score), dim=-1).softmax(dim=-1)
-    near = (weights[..., :-1] @ near_v.float()).view(B, 1, H, d)
+    near = torch.bmm(weights[..., :-1], near_v.flatten(0, 1).float()).view(B, 1, H, d)
     return torch.addcmul(near, far, weights[..., -1].reshape(B, 1, H, 1) / far_sum.unsqueeze(-1))

@@ -54,7 +54,7 @@ def calibrate_layer(
         center(attention, scaled_q.mean((0, 1)), scaled_k.mean((0, 1)))
         fit = None
         if far is not None:
-            gap = far - linear_log_sum(attention, scaled_q, k)
+            gap = far - linear_log_sum(attention, q, k)
             fit = fit_branch_scale(attention, scaled_q[:, start:], gap[:, start:], quiet)
         error = (attention.attend(q, k, v)[0] - target).square().mean().item()
         if error < best_error:
@@ -107,7 +107,7 @@ def far_log_sum(attention: DiJiangLinearAttention, q: torch.Tensor, k: torch.Ten
     return torch.cat(sums, dim=2).transpose(1, 2)
 
 
-def linear_log_sum(attention: DiJiangLinearAttention, scaled_q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def linear_log_sum(attention: DiJiangLinearAttention, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """log of the linear branch's sum of weights over the same keys, (B, T, H)."""
     B, T, G, _ = k.shape
     delayed = F.pad(k, (0, 0, 0, 0, attention.window, 0))[:, :T]
@@ -115,5 +115,5 @@ def linear_log_sum(attention: DiJiangLinearAttention, scaled_q: torch.Tensor, k:
     far = (index >= attention.sinks).expand(B, T)
     no_values = k.new_zeros(B, T, G, 0)
     own = torch.arange(T, device=k.device).expand(B, T)
-    _, total, _ = attention.far_branch(scaled_q, delayed, no_values, far, None, own, own - attention.window)
+    _, total, _ = attention.far_branch(q, delayed, no_values, far, None, own, own - attention.window)
     return total.clamp_min(TINY).log()

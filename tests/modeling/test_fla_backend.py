@@ -42,7 +42,7 @@ def definition(q, k, v, log_decay, state, lengths=None):
     q = q.double().view(B, T, G, H // G, m).permute(0, 2, 3, 1, 4)
     k, v = (x.double().transpose(1, 2) for x in (k, v))
     log_decay = None if log_decay is None else log_decay.double().expand(B, T, G).transpose(1, 2)
-    o, final = naive_linear_attention(q, k, v, log_decay, state.double())
+    o, _, final = naive_linear_attention(q, k, v, log_decay, state.double(), sums=False)
     return o.permute(0, 3, 1, 2, 4).reshape(B, T, H, -1), final
 
 
@@ -110,14 +110,14 @@ def test_equals_the_definition_forward_and_backward():
     result = json.loads(done.stdout)
     assert result["usable"] == [True, ""]
     assert result["errors"].keys() == RUNS.keys()
-    limits = {torch.float32: 5e-5, torch.float16: 1e-3, torch.bfloat16: 3e-2}
+    limits = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 3e-2}
     for dtype, limit in limits.items():
         names = [name for name, run in RUNS.items() if run.get("dtype", torch.float32) == dtype]
         check({f"{name}: {part}": x for name in names for part, x in result["errors"][name].items()}, limit)
 
 
-# float32 products are TF32 there; both bounds are some three times what emulated TF32 and bfloat16 lost on 450 tokens
-GPU_LIMITS = {torch.float32: 2e-3, torch.bfloat16: 4e-2}
+# float32 products are TF32 there; both bounds are some three times the most that emulated TF32 and bfloat16 lost
+GPU_LIMITS = {torch.float32: 6e-3, torch.bfloat16: 4e-2}
 
 
 @pytest.mark.gpu

@@ -177,8 +177,6 @@ def test_features_are_the_softmax_of_x_P():
     """P[r, c] = C[r, c] t_c: the inverse transform of x, each of its outputs scaled."""
     layer = random_layer(3, seed=4)
     P = torch.from_numpy(dct(torch.eye(8).double().numpy(), axis=0, norm="ortho")) * layer.feature_map_q.T[0].double()
-    identity = torch.eye(8)[None, :, None].expand(1, 8, 3, 8)
-    assert_close(layer.feature_map_k.exponents(identity)[0, :, 2], P, "P", tolerance=1e-6)
     x = torch.randn(2, 9, 3, 8)
     for part in (layer.feature_map_q, layer.feature_map_k):
         assert_close(part(x), (x.double() @ P).softmax(-1), "features", tolerance=1e-6)

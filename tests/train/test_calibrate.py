@@ -66,10 +66,9 @@ def test_far_log_sum_equals_loops(monkeypatch, window, sinks, at_once):
 def test_linear_log_sum_equals_loops(window, sinks, feature_map, decay):
     layer = make_layer(attention_window=window, attention_sinks=sinks, feature_map=feature_map, decay=decay)
     q, k = make_qk(19)
-    q = q * DIM**-0.25
     with torch.no_grad():
         found = linear_log_sum(layer, q, k)
-        phi_q, scaled_k = layer.feature_map_q(q), k * DIM**-0.25
+        phi_q, scaled_k = layer.feature_map_q(q * DIM**-0.25), k * DIM**-0.25
         phi_k, log_weight = layer.feature_map_k(scaled_k), layer.key_scale(scaled_k)
         log_decay = torch.zeros(GROUPS) if decay == "none" else layer.decay()
     assert found.shape == (2, 19, HEADS)
@@ -179,7 +178,7 @@ def test_the_fit_is_the_least_squares_solution_of_another_library():
     fit = calibrated(layer, q, k)
     scaled = q * DIM**-0.25
     with torch.no_grad():
-        gap = (far_log_sum(layer, q, k) - linear_log_sum(layer, scaled, k))[:, 7:]
+        gap = (far_log_sum(layer, q, k) - linear_log_sum(layer, q, k))[:, 7:]
     shares = []
     for h in range(HEADS):
         x = torch.cat((scaled[:, 7:, h], torch.ones(2, 113, 1)), dim=-1).flatten(0, 1).numpy()
