@@ -125,17 +125,19 @@ def attend_to_piece(q, k, v, decay: DecayTables | None, state, key_sum, blocks: 
         between = decay.between.expand(B, -1, -1, -1).reshape(B * G, N + 1, N + 1)
     weights = weights.view(n, R * C, C)
 
-    def states(added, before):
-        """Those before each block, (n, m, .) in q's dtype, and the last: all at once, by the factors between blocks."""
-        added = torch.cat((before.reshape(B * G, 1, -1), added.view(B * G, N, -1).float()), dim=1)
-        found = torch.bmm(between, added)
-        return found[:, :-1].reshape(n, m, -1).to(q.dtype), found[:, -1].view_as(before)
+    def carry(first, added):
+        """Sums before each block, (n, m, .) in q's dtype, and after the last, by the factors between blocks."""
+        first, added = first.reshape(B * G, 1, -1), added.view(B * G, N, -1).float()
+        before = torch.bmm(between[:, :N, 1:].tril(-1), added)
+        before = before.add_(first) if decay is None else before.addcmul_(between[:, :N, :1], first)
+        last = torch.addcmul(added[:, -1], before[:, -1], between[:, N, N - 1 : N])
+        return before.view(n, m, -1).to(q.dtype), last.view(B, G, m, -1)
 
-    before, state = states(torch.bmm(k.transpose(1, 2), v, out=work("added", n, m, d)), state)
+    before, state = carry(state, torch.bmm(k.transpose(1, 2), v, out=work("added", n, m, d)))
     o = torch.bmm(weights, v).baddbmm_(q, before)
     o = o.view(B, G, N, R, C, d).transpose(2, 3).reshape(B, G, R, T, d)
     if key_sum is None:
         return o, None, state, None
-    before, key_sum = states(k.sum(1, dtype=torch.float32), key_sum)
+    before, key_sum = carry(key_sum, k.sum(1, dtype=torch.float32))
     total = weights.sum(-1, dtype=torch.float32) + torch.bmm(q, before).squeeze(-1).float()
     return o, total.view(B, G, N, R, C).transpose(2, 3).reshape(B, G, R, T), state, key_sum

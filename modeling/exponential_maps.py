@@ -39,10 +39,12 @@ class ExponentialMap(FeatureMap):
         return self.project(x, torch.cat((W, -W), dim=1) if self.pairs else W, self.log_weights, scale)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
-        z = self.exponents(x, scale)
+        z = self.exponents(x, scale).permute(2, 0, 1, 3)  # the order they have in memory
         if self.activation == "softmax":
-            return z.softmax(dim=-1)
-        return z.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp() * z.shape[-1] ** -0.5
+            phi = z.softmax(dim=-1)
+        else:
+            phi = z.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp() * z.shape[-1] ** -0.5
+        return phi.permute(1, 2, 0, 3)
 
 
 class WDCF(ExponentialMap):

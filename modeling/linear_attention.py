@@ -152,7 +152,7 @@ def torch_sums(q, k, v, log_decay, state, *, sums: bool, mode: str, chunk_size: 
     if T == 1 and mode == "recurrent":
         return recurrent_step(q, k, v, log_decay, state, sums=sums)
     # all R query heads of a group read one state
-    q = q.view(B, T, G, H // G, m).permute(0, 2, 3, 1, 4)
+    q = q.unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4)
     k, v = k.permute(0, 2, 1, 3), v.permute(0, 2, 1, 3)
     if log_decay is not None:
         log_decay = log_decay.view(1, G, 1) if log_decay.dim() == 1 else log_decay.permute(0, 2, 1)
@@ -205,8 +205,8 @@ def recurrent_step(q, k, v, log_decay, state, *, sums: bool):
         v = F.pad(v, (0, 1), value=1.0)
     if log_decay is not None:
         state = state * log_decay.exp().view(-1, G, 1, 1)
-    state = torch.addcmul(state, k.view(B, G, m, 1), v.view(B, G, 1, -1))
-    o = torch.bmm(q.view(B * G, H // G, m), state.flatten(0, 1)).view(B, 1, H, -1)
+    state = torch.addcmul(state, k.reshape(B, G, m, 1), v.reshape(B, G, 1, -1))
+    o = torch.bmm(q.reshape(B * G, H // G, m), state.flatten(0, 1)).view(B, 1, H, -1)
     return (o[..., :-1], o[..., -1], state) if sums else (o, None, state)
 
 

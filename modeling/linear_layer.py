@@ -128,14 +128,18 @@ class DiJiangLinearAttention(ProjectedAttention):
             return self.attend_step(q, k, v, state)
         if T <= PIECE:
             return self.attend_piece(q, k, v, valid, state)
-        outputs = []
+        outputs, whole = [], None
         for start in range(0, T, PIECE):
             piece = slice(start, start + PIECE)
             o, state = self.attend_piece(
                 q[:, piece], k[:, piece], v[:, piece], None if valid is None else valid[:, piece], state
             )
-            outputs.append(o)
-        return torch.cat(outputs, dim=1), state
+            if torch.is_grad_enabled():
+                outputs.append(o)
+                continue
+            whole = o.new_empty(q.shape) if whole is None else whole
+            whole[:, piece] = o  # while it is in the cache
+        return torch.cat(outputs, dim=1) if whole is None else whole, state
 
     def attend_packed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: list[PackedGroup]) -> torch.Tensor:
         """`attend` of several sequences that stand one after another in the rows of q, k and v, laid end to end."""

@@ -218,6 +218,8 @@ def test_gate_and_norm_start_as_in_the_released_code():
     norm = layer.output_norm
     assert (norm.num_groups, norm.num_channels, norm.eps) == (32, 128, 1e-5)
     assert torch.equal(norm.weight, torch.ones(128)) and not norm.bias.any()
+    parts = {name for name, module in layer.named_children() if "_proj" not in name and module is not None}
+    assert parts == {"feature_map_q", "feature_map_k", "decay", "output_norm", "output_gate"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

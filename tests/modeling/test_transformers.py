@@ -385,7 +385,7 @@ def test_a_linear_layer_is_one_graph_with_masks_and_in_decoding(feature_map):
         expected, expected_after = attend(*last, state)
         assert_close(found, expected, "step")
         for new, expected_new in zip(after.tensors(), expected_after.tensors(), strict=True):
-            assert_close(new, expected_new, "state")
+            torch.testing.assert_close(new, expected_new, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["wdcf", "hedgehog", "elu"])
@@ -400,6 +400,7 @@ def test_compiled_backward_equals_eager(case):
     assert_same_gradients(results[1], results[0])
 
 
+# fails while window_attention pads by F.pad before it transposes: torch traces that gradient in a layout it does not have
 def test_compiled_window_takes_a_second_length():
     """
     Keys and values as a projection gives them, lengths that do not fill the last block: what a training run with rows of
@@ -411,7 +412,7 @@ def test_compiled_window_takes_a_second_length():
         B, N = keys.shape[:2]
         sinks = keys.new_zeros(B, 0, 2, 8)
         valid = torch.ones(B, N, dtype=torch.bool)
-        return window_attention(q, keys, keys, valid, sinks, sinks, valid[:, :0].long(), scale=0.3)[0]
+        return window_attention(q, keys, keys, valid, sinks, sinks, valid[:, :0].long(), scale=0.3, block_size=8)[0]
 
     compiled = torch.compile(mixed, backend="aot_eager", fullgraph=True)
     for T in (21, 33, 42):
