@@ -138,6 +138,6 @@ def attend_to_piece(q, k, v, decay: DecayTables | None, state, key_sum, blocks: 
     o = o.view(B, G, N, R, C, d).transpose(2, 3).reshape(B, G, R, T, d)
     if key_sum is None:
         return o, None, state, None
-    before, key_sum = carry(key_sum, k.sum(1, dtype=torch.float32))
-    total = weights.sum(-1, dtype=torch.float32) + torch.bmm(q, before).squeeze(-1).float()
+    before, key_sum = carry(key_sum, k.sum(1))
+    total = weights.sum(-1).float() + torch.bmm(q, before).squeeze(-1).float()
     return o, total.view(B, G, N, R, C).transpose(2, 3).reshape(B, G, R, T), state, key_sum

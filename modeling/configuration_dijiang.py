@@ -45,6 +45,7 @@ class DiJiangConfig(PretrainedConfig):
         key_scale: weigh each key in the state by exp(u.k + b), learnt per key/value head: features normalised by a softmax
             cannot tell an important key from an unimportant one.
         feature_seed: seed of the maps' initial weights; layer i draws from `feature_seed + i`.
+        learn_features: train the maps' weights; the paper's released code keeps them as they were drawn.
         scale_features: scale queries and keys by head_dim**-0.25 each before the map, so that it faces softmax's own logits.
         radial: law of the initial radii: `normal` (the paper's) or `chi` (unbiased for d > 1).
         dct_direction: `forward` (the paper's text) or `inverse` (its released code).
@@ -92,6 +93,7 @@ class DiJiangConfig(PretrainedConfig):
     feature_pairs: bool = True
     key_scale: bool = True
     feature_seed: int = 0
+    learn_features: bool = True
     scale_features: bool = True
     radial: str = "normal"
     dct_direction: str = "forward"

@@ -17,26 +17,31 @@ FEW_ROWS = 16
 
 
 class ExponentialMap(FeatureMap):
-    """phi(x) = D * exp(W x), or its softmax over the features, with W = `directions()` and D = exp(log_D) if there is one."""
+    """phi(x) = D * exp(T V x), or its softmax over the features."""
 
-    def directions(self) -> torch.Tensor:
-        """W, (H, m, d), before pairing."""
+    # whether the exponents are the rows of `factors` times x and nothing else
+    is_one_matrix = True
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """V (H, m, d), or at least its first m rows if all heads share it (m, d); T (H, m) or None; log D (H, M) or None."""
         raise NotImplementedError
 
-    @property
-    def log_weights(self) -> torch.Tensor | None:
-        return self._parameters.get("log_D")
+    def directions(self) -> torch.Tensor:
+        """T V, (H, m, d), before pairing."""
+        V, T, _ = self.factors()
+        V = V[: self.feature_dim] if V.dim() == 2 else V
+        return V.float() if T is None else T.float().unsqueeze(-1) * V.float()
 
     @torch.no_grad()
     def center(self, mean: torch.Tensor) -> None:
-        if self.log_weights is not None:
+        if self.factors()[2] is not None:
             z = self.project(mean[None, None], self.directions())[0, 0]
             self.log_D.copy_(torch.cat((-z, z), dim=-1) if self.pairs else -z)
 
     def exponents(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """Exponents of all features, log-weights included, (B, T, H, M). Pairing appends -W, which makes the kernel even."""
         W = self.directions()
-        return self.project(x, torch.cat((W, -W), dim=1) if self.pairs else W, self.log_weights, scale)
+        return self.project(x, torch.cat((W, -W), dim=1) if self.pairs else W, self.factors()[2], scale)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
         z = self.exponents(x, scale).permute(2, 0, 1, 3)  # the order they have in memory
@@ -80,13 +85,16 @@ class WDCF(ExponentialMap):
             self.C = kept.to(self.C.device)
         return self
 
-    def directions(self) -> torch.Tensor:
-        if self.signs is None:
-            C = self.C[: self.feature_dim]
-        else:
-            C = self.C if self.direction == "forward" else self.C.T
+    @property
+    def is_one_matrix(self) -> bool:
+        return self.signs is None
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        C = self.C
+        if self.signs is not None:
+            C = C if self.direction == "forward" else C.T
             C = torch.cat([C * signs for signs in self.signs])[: self.feature_dim]
-        return self.T.float().unsqueeze(-1) * C
+        return C, self.weight("T"), self.weight("log_D")
 
     def exponents(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         if self.signs is not None:
@@ -97,9 +105,10 @@ class WDCF(ExponentialMap):
         else:
             return super().exponents(x, scale)
         # C x is shared by the heads, T turns it into each head's own
-        halves = (self.size // self.feature_dim, self.feature_dim)
-        log_D, T = self.log_D.float().unflatten(-1, halves), self.T.float().unsqueeze(1)
-        return torch.addcmul(log_D, z.unflatten(-1, halves), T, value=scale).flatten(-2)
+        halves = (self.num_heads, self.size // self.feature_dim, self.feature_dim)
+        _, T, log_D = self.factors()
+        log_D, T = log_D.float().view(halves), T.float().unsqueeze(1)
+        return torch.addcmul(log_D, z.view(*z.shape[:2], *halves), T, value=scale).flatten(-2)
 
 
 class PFF(ExponentialMap):
@@ -119,8 +128,8 @@ class PFF(ExponentialMap):
         directions = F.normalize(torch.special.ndtri(points[:, 1:]), dim=-1)
         return {"T": radii(points[:, 0], self.head_dim, self.radial), "V": directions}
 
-    def directions(self) -> torch.Tensor:
-        return self.T.float().unsqueeze(-1) * self.V.float()
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return self.weight("V"), self.weight("T"), self.weight("log_D") if "log_D" in self._parameters else None
 
 
 class WPFF(PFF):
@@ -148,8 +157,12 @@ class PRF(ExponentialMap):
         generator = torch.Generator().manual_seed(self.seed)
         return {"W": torch.randn(self.feature_dim, self.head_dim, generator=generator)}
 
-    def directions(self) -> torch.Tensor:
-        return self.W.float()
+    @property
+    def is_one_matrix(self) -> bool:
+        return self.activation == "softmax"
+
+    def factors(self) -> tuple[torch.Tensor, None, None]:
+        return self.weight("W"), None, None
 
     def exponents(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         z = super().exponents(x, scale)
@@ -164,7 +177,7 @@ class Hedgehog(ExponentialMap):
     Input (B, T, H, d), output (B, T, H, M).
     """
 
-    settings = ("feature_dim", "feature_activation", "feature_pairs")
+    settings = ("feature_dim", "feature_activation", "feature_pairs", "learn_features")
 
     def __init__(self, config, num_heads: int, seed: int):
         super().__init__(config, num_heads, seed)
@@ -173,5 +186,5 @@ class Hedgehog(ExponentialMap):
     def initial_values(self) -> dict[str, torch.Tensor]:
         return {"W": torch.eye(self.head_dim).repeat(math.ceil(self.feature_dim / self.head_dim), 1)[: self.feature_dim]}
 
-    def directions(self) -> torch.Tensor:
-        return self.W.float()
+    def factors(self) -> tuple[torch.Tensor, None, None]:
+        return self.weight("W"), None, None

@@ -27,7 +27,7 @@ class FeatureMap(nn.Module):
     """
 
     # the settings of `DiJiangConfig` that a map uses
-    settings = ("feature_dim", "feature_activation", "feature_pairs", "feature_seed")
+    settings = ("feature_dim", "feature_activation", "feature_pairs", "feature_seed", "learn_features")
     # whether `forward` must be given positions (B, T), integers: how many real tokens of its sequence came before each
     needs_positions = False
     # whether no feature is ever negative; a map without this is only for layers that divide by no sum of weights
@@ -39,6 +39,7 @@ class FeatureMap(nn.Module):
         self.head_dim, self.feature_dim = config.head_dim, config.feature_dim
         self.activation, self.pairs = config.feature_activation, config.feature_pairs
         self.radial, self.direction = config.radial, config.dct_direction
+        self.learned = config.learn_features
 
     @property
     def size(self) -> int:
@@ -52,7 +53,12 @@ class FeatureMap(nn.Module):
     def add_parameters(self, **shapes: tuple[int, ...]) -> None:
         """Register one float32 parameter per name, (num_heads, *shape)."""
         for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(self.num_heads, *shape, dtype=torch.float32)))
+            value = torch.empty(self.num_heads, *shape, dtype=torch.float32)
+            self.register_parameter(name, nn.Parameter(value, requires_grad=self.learned))
+
+    def weight(self, name: str) -> torch.Tensor:
+        """A parameter as `forward` uses it: loading a checkpoint sets requires_grad on all, so that cannot keep one fixed."""
+        return getattr(self, name) if self.learned else getattr(self, name).detach()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

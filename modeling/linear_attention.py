@@ -146,7 +146,7 @@ def choose_backend(backend: str, mode: str, q: torch.Tensor) -> str:
 
 def torch_sums(q, k, v, log_decay, state, *, sums: bool, mode: str, chunk_size: int | None):
     """`weighted_sums` by torch, one sequence per row, state given: arguments as there, already checked."""
-    (B, T, H, m), G = q.shape, k.shape[2]
+    (B, T, H, _), G = q.shape, k.shape[2]
     if mode != "chunk" or not all(x.dtype == torch.bfloat16 for x in (q, k, v)):
         q, k, v = q.float(), k.float(), v.float()
     if T == 1 and mode == "recurrent":

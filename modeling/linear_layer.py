@@ -14,10 +14,11 @@ from .chunk_attention import PIECE
 from .feature_map_base import MAX_EXPONENT
 from .feature_maps import build_feature_map
 from .layers import ProjectedAttention
-from .linear_attention import TINY, weighted_sums
+from .linear_attention import TINY, recurrent_step, weighted_sums
 from .linear_state import LinearState
+from .native_step import native_step
 from .packing import PackedGroup
-from .window_attention import merge_branches, merge_step, window_attention
+from .window_attention import merge_step, near_and_far_attention
 
 
 class LogScale(nn.Module):
@@ -176,11 +177,16 @@ class DiJiangLinearAttention(ProjectedAttention):
             torch.cat((sink.transpose(1, 2), x[:, T:].transpose(1, 2)), dim=2)
             for sink, x in zip(sinks, (all_k, all_v), strict=True)
         )
-        near, near_log_sum = window_attention(q, all_k, all_v, all_rank >= 0, *sinks, sink_arrival, scale=self.scaling)
-        return merge_branches(near, near_log_sum, far, total, self.branch_scale(q, self.feature_scale)), new.settle(S)
+        c = self.branch_scale(q, self.feature_scale)
+        new.settled = state.settled and valid is None
+        shown = None if new.settled else all_rank >= 0
+        o = near_and_far_attention(q, all_k, all_v, shown, *sinks, sink_arrival, far, total, c, scale=self.scaling)
+        return o, new.settle(S)
 
     def attend_step(self, q, k, v, state: LinearState) -> tuple[torch.Tensor, LinearState]:
         """`attend` of one real token to a settled state, with as few operations as it takes."""
+        if (found := native_step(self, q, k, v, state)) is not None:
+            return found
         S = self.sinks
         new = replace(state, tokens=state.tokens + 1, seen=state.seen + 1)
         if self.window:
@@ -191,8 +197,15 @@ class DiJiangLinearAttention(ProjectedAttention):
             )
         else:
             leaving_k, leaving_v = k, v
-        rank = state.tokens[:, None]
-        far, total, new.state = self.far_branch(q, leaving_k, leaving_v, None, state.state, rank, rank - self.window)
+        q_rank = k_rank = None
+        if self.feature_map_k.needs_positions:
+            q_rank = state.tokens[:, None]
+            k_rank = q_rank - self.window
+        phi_q, phi_k = self.feature_map_q(q, q_rank, self.feature_scale), self.key_features(leaving_k, k_rank)
+        log_decay = None if self.decay is None else self.decay()
+        far, total, new.state = recurrent_step(
+            phi_q.float(), phi_k.float(), leaving_v.float(), log_decay, state.state, sums=self.normalize
+        )
         if not self.window:
             return far if total is None else far / total.clamp_min(TINY).unsqueeze(-1), new
         c = self.branch_scale(q, self.feature_scale)
@@ -237,13 +250,14 @@ class DiJiangLinearAttention(ProjectedAttention):
         Move the first S real tokens into the sinks as they leave the window.
 
         Returns:
-            the sinks' keys and values (B, S, G, d), which are filled (B, S), and when each became visible (B, S).
+            the sinks' keys and values (B, S, G, d), which are filled (B, S), and when each became visible (B, S), None if all
+            of them were.
         """
         T, S = k.shape[1], self.sinks
         stored = [x[:, :, :S].transpose(1, 2) for x in (state.near_k, state.near_v)]
-        arrival = torch.where(state.sink_filled, -1, T)
         if state.settled:
-            return stored, state.sink_filled, arrival
+            return stored, state.sink_filled, None
+        arrival = torch.where(state.sink_filled, -1, T)
         found = rank[:, :, None] == torch.arange(S, device=rank.device)
         present, row = found.any(1), found.long().argmax(1)
         index = row[:, :, None, None].expand(-1, -1, *k.shape[2:])

@@ -35,7 +35,7 @@ class ReLU(FeatureMap):
     starts as unit rows, orthogonal up to d of them, b (H, m) as zero. Input (B, T, H, d), output (B, T, H, m).
     """
 
-    settings = ("feature_dim", "feature_seed")
+    settings = ("feature_dim", "feature_seed", "learn_features")
 
     def __init__(self, config, num_heads: int, seed: int):
         super().__init__(config, num_heads, seed)
@@ -49,7 +49,7 @@ class ReLU(FeatureMap):
         return {"W": orthogonal_rows(self.feature_dim, self.head_dim, self.seed), "b": torch.zeros(self.feature_dim)}
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
-        return self.project(x, self.W, self.b, scale).relu() + FLOOR
+        return self.project(x, self.weight("W"), self.weight("b"), scale).relu() + FLOOR
 
 
 class CosFormer(FeatureMap):

@@ -120,14 +120,14 @@ def align(
         dtype = fastest_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
         student, tokenizer = load_source(checkpoint, dtype=dtype)
         blocks = token_blocks(tokenizer, data, config.block_size)
-        if not kernel_parameters(student):
-            raise ValueError(
-                f"{checkpoint} has no linear-attention layer with kernel parameters, so there is nothing to align"
-            )
         if student.config.output_norm != "none" or student.config.output_gate:
             raise ValueError(
                 f"{checkpoint} has output_norm or output_gate, so its outputs cannot be compared with softmax attention's; "
                 "attention transfer is for layers without them, such as preset recommended"
+            )
+        if not kernel_parameters(student):
+            raise ValueError(
+                f"{checkpoint} has no linear-attention layer with kernel parameters, so there is nothing to align"
             )
         refuse_other_source(provenance, teacher)
         teacher_model, _ = load_source(teacher, dtype=dtype)

@@ -20,7 +20,10 @@ def kernel_parameters(model: DiJiangForCausalLM) -> dict[str, torch.nn.Parameter
     found = {}
     for i, attention in linear_layers(model).items():
         for part in KERNEL_PARTS:
-            if part == "decay" and attention.config.decay != "learned":  # loading sets requires_grad on it all the same
+            # loading sets requires_grad on fixed parts all the same
+            if part == "decay" and attention.config.decay != "learned":
+                continue
+            if part.startswith("feature_map") and not attention.config.learn_features:
                 continue
             if (module := getattr(attention, part)) is not None:
                 prefix = f"model.layers.{i}.self_attn.{part}"

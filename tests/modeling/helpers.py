@@ -80,3 +80,43 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, name: str, toleran
     assert found.shape == expected.shape, f"{name}: {tuple(found.shape)}, expected {tuple(expected.shape)}"
     error = (found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-6)
     assert error < tolerance, f"{name}: relative error {error:.1e}"
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found: dict, expected: dict, tolerance: float = 1e-4) -> None:
+    assert found.keys() == expected.keys() and expected
+    for name in expected:
+        if not name.endswith("key_scale.bias"):  # where it cancels in the denominator its gradient is noise
+            assert_close(found[name], expected[name], name, tolerance)
+
+
+def op_inputs(shape, decay: str, seed: int, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    """Arguments of linear_attention, all of which require gradients: shape (B, T, H, G, m, d), decay none, constant or per_token."""
+    B, T, H, G, m, d = shape
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *size: torch.randn(*size, generator=generator)  # noqa: E731
+    q, k, v = draw(B, T, H, m).exp(), draw(B, T, G, m).exp(), draw(B, T, G, d)
+    log_decay = {"none": None, "constant": -draw(G).exp() / 8, "per_token": -draw(B, T, G).exp() / 8}[decay]
+    tensors = {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype)}
+    if log_decay is not None:
+        tensors["log_decay"] = log_decay
+    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+
+
+def random_state(shape, normalize: bool, seed: int, sequences: int | None = None) -> torch.Tensor:
+    """An initial state for `op_inputs` of this shape, one for each of `sequences` if they are packed."""
+    B, _, _, G, m, d = shape
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(sequences or B, G, m, d + normalize, generator=generator).requires_grad_()
+
+
+def values_and_gradients(inputs: dict[str, torch.Tensor], call, seed: int = 4) -> dict[str, torch.Tensor]:
+    """(o, final state) of `call(**inputs)`, and the gradients of a random sum of both in every input."""
+    outputs = dict(zip(("o", "final state"), call(**inputs), strict=True))
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs.values()]
+    found = torch.autograd.grad(tuple(outputs.values()), list(inputs.values()), cotangents)
+    return outputs | {f"d{name}": gradient for name, gradient in zip(inputs, found, strict=True)}

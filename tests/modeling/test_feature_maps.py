@@ -184,6 +184,17 @@ def test_maps_name_just_the_settings_they_use(name, key):
     assert same == (key not in type(build_map(name)).settings)
 
 
+@pytest.mark.parametrize("name", MAPS)
+def test_features_that_are_not_learned_stay_fixed_even_if_loading_says_otherwise(name):
+    x, positions = rows(1, 20, 3, 8).requires_grad_(), torch.arange(20)[None]
+    learned, fixed = build_map(name), build_map(name, learn_features=False).requires_grad_()
+    assert torch.equal(learned(x, positions), fixed(x, positions))
+    fixed(x, positions).square().sum().backward()
+    assert x.grad.abs().max() > 0 and all(p.grad is None for p in fixed.parameters())
+    learned(x, positions).square().sum().backward()
+    assert all(p.grad is not None for p in learned.parameters())
+
+
 def test_config_knows_every_map():
     assert set(CHOICES["feature_map"]) == set(FEATURE_MAPS)
     assert set(SIGNED_MAPS) == {name for name, feature_map in FEATURE_MAPS.items() if not feature_map.positive}

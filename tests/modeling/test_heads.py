@@ -120,21 +120,6 @@ def test_classifier_refuses_rows_it_cannot_tell_from_padding():
         model(random_ids(2, 5))
 
 
-def test_packed_rows_are_refused_not_mixed_up():
-    model, ids = tiny_model(), random_ids(1, 8)
-    restarted = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
-    with pytest.raises(ValueError, match="packed into one row"):
-        model(ids, position_ids=restarted)
-    with pytest.raises(ValueError, match="packed into one row"):
-        model(ids, cu_seq_lens_q=torch.tensor([0, 4, 8]))
-    with pytest.raises(ValueError, match="packed into one row"):
-        model(ids, position_ids=restarted, attention_mask=torch.ones(1, 8))
-    assert torch.equal(model(ids, position_ids=torch.arange(8)[None]).logits, model(ids).logits)
-    left_padded = {"position_ids": torch.tensor([[1, 1, 1, 0, 1, 2, 3, 4]]), "attention_mask": torch.arange(8)[None] >= 3}
-    assert_close(model(ids, **left_padded).logits[:, 3:], model(ids[:, 3:]).logits, "left-padded", tolerance=1e-4)
-    tiny_model(layer_types=["full_attention"] * 2)(ids, position_ids=restarted, use_cache=False)
-
-
 def test_foreign_caches_and_masks_are_refused():
     model, ids = tiny_model(), random_ids(1, 8)
     with pytest.raises(ValueError, match="DynamicCache; linear layers need a DiJiangCache"):

@@ -1,29 +1,14 @@
+from functools import partial
+
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, op_inputs, random_state, values_and_gradients
 
 from dijiang.modeling import linear_attention
 
 # (B, T, H, G, m, d)
 SHAPES = [(2, 1, 2, 2, 4, 3), (1, 63, 4, 2, 16, 8), (2, 100, 6, 2, 11, 7), (1, 130, 3, 1, 5, 9), (1, 64, 2, 2, 8, 8)]
 DECAYS = ("none", "constant", "per_token")
-
-
-def inputs(shape, decay, seed, dtype=torch.float32):
-    B, T, H, G, m, d = shape
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *size: torch.randn(*size, generator=generator)  # noqa: E731
-    q, k, v = draw(B, T, H, m).exp(), draw(B, T, G, m).exp(), draw(B, T, G, d)
-    log_decay = {"none": None, "constant": -draw(G).exp() / 8, "per_token": -draw(B, T, G).exp() / 8}[decay]
-    tensors = {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype)}
-    if log_decay is not None:
-        tensors["log_decay"] = log_decay
-    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-
-
-def random_state(shape, normalize, seed):
-    B, _, _, G, m, d = shape
-    return torch.rand(B, G, m, d + normalize, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
 def loop_oracle(q, k, v, log_decay=None, *, normalize, initial_state):
@@ -53,7 +38,7 @@ def loop_oracle(q, k, v, log_decay=None, *, normalize, initial_state):
 @pytest.mark.parametrize("mode", ["naive", "chunk", "recurrent"])
 def test_every_form_equals_the_definition(mode, decay, normalize):
     shape = (2, 37, 4, 2, 5, 3)
-    tensors, state = inputs(shape, decay, seed=1), random_state(shape, normalize, seed=2)
+    tensors, state = op_inputs(shape, decay, seed=1), random_state(shape, normalize, seed=2)
     found, _ = linear_attention(**tensors, normalize=normalize, initial_state=state, mode=mode, chunk_size=16)
     expected = loop_oracle(**tensors, normalize=normalize, initial_state=state)
     assert_close(found, expected, "o")
@@ -66,13 +51,11 @@ def test_every_form_equals_the_definition(mode, decay, normalize):
 def test_forms_agree_forward_and_backward(mode, shape, decay, normalize):
     results = {}
     for form in ("naive", mode):
-        tensors = inputs(shape, decay, seed=sum(shape))
+        tensors = op_inputs(shape, decay, seed=sum(shape))
         tensors["initial_state"] = random_state(shape, normalize, seed=3)
-        o, final = linear_attention(**tensors, normalize=normalize, output_final_state=True, mode=form)
-        generator = torch.Generator().manual_seed(4)
-        cotangents = [torch.randn(x.shape, generator=generator) for x in (o, final)]
-        gradients = torch.autograd.grad((o, final), list(tensors.values()), cotangents)
-        results[form] = {"o": o, "final_state": final} | {f"d{n}": g for n, g in zip(tensors, gradients, strict=True)}
+        results[form] = values_and_gradients(
+            tensors, partial(linear_attention, normalize=normalize, output_final_state=True, mode=form)
+        )
     for name, expected in results["naive"].items():
         assert_close(results[mode][name], expected, name, tolerance=1e-4)
 
@@ -80,14 +63,14 @@ def test_forms_agree_forward_and_backward(mode, shape, decay, normalize):
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("chunk_size", [1, 7, 64, 1000])
 def test_chunk_size_does_not_matter(chunk_size, decay):
-    tensors = inputs((1, 100, 2, 1, 6, 5), decay, seed=5)
+    tensors = op_inputs((1, 100, 2, 1, 6, 5), decay, seed=5)
     expected, _ = linear_attention(**tensors, mode="naive")
     assert_close(linear_attention(**tensors, chunk_size=chunk_size)[0], expected, "o")
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_pieces_with_a_state_equal_the_whole(decay):
-    tensors = inputs((2, 90, 4, 2, 7, 5), decay, seed=6)
+    tensors = op_inputs((2, 90, 4, 2, 7, 5), decay, seed=6)
     whole, final = linear_attention(**tensors, output_final_state=True)
     state, pieces = None, []
     for start, end in ((0, 13), (13, 14), (14, 77), (77, 90)):
@@ -99,7 +82,7 @@ def test_pieces_with_a_state_equal_the_whole(decay):
 
 
 def test_grouped_heads_equal_repeated_heads():
-    tensors = inputs((2, 50, 6, 2, 5, 4), "constant", seed=7)
+    tensors = op_inputs((2, 50, 6, 2, 5, 4), "constant", seed=7)
     repeated = {
         name: x.repeat_interleave(3, dim=-1 if name == "log_decay" else 2) for name, x in tensors.items() if name != "q"
     }
@@ -108,7 +91,7 @@ def test_grouped_heads_equal_repeated_heads():
 
 
 def test_without_decay_the_last_row_is_a_weighted_mean():
-    tensors = inputs((1, 80, 1, 1, 4, 3), "none", seed=8)
+    tensors = op_inputs((1, 80, 1, 1, 4, 3), "none", seed=8)
     q, k, v = (tensors[name][0, :, 0] for name in "qkv")
     weights = k @ q[-1]
     assert_close(linear_attention(**tensors)[0][0, -1, 0], weights @ v / weights.sum(), "o")

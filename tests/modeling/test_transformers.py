@@ -6,7 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import MAPS, assert_close, random_ids, tiny_config, tiny_model
+from helpers import MAPS, assert_close, assert_same_gradients, gradients, random_ids, tiny_config, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -40,17 +40,6 @@ def cache_tensors(cache) -> list[torch.Tensor]:
     for layer in cache.layers:
         found += layer.state.tensors() if hasattr(layer, "state") else [layer.keys, layer.values]
     return found
-
-
-def gradients(model) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(found: dict, expected: dict, tolerance: float = 1e-4) -> None:
-    assert found.keys() == expected.keys() and expected
-    for name in expected:
-        if not name.endswith("key_scale.bias"):  # where it cancels in the denominator its gradient is noise
-            assert_close(found[name], expected[name], name, tolerance)
 
 
 @pytest.fixture(autouse=True)

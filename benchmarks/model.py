@@ -1,0 +1,179 @@
+"""
+A model of SmolLM2-135M's shape with linear attention against transformers' LlamaForCausalLM of that shape with its own cache:
+prefill, decoding and one training step.
+
+    python benchmarks/model.py [--dtype float32] [--threads 2] [--quick] [--backend auto|torch|native]
+        [--output benchmarks/results/model.json]
+
+Weights are random, which no time depends on. Ours has the recommended layers (64 tokens of window, 4 sinks, paired features)
+and a linear branch that speaks (branch_scale_init=0). The models take turns. Decoding is one step at a given context. The
+peer's cache is filled with random keys and values, which costs no prefill, and the token that a step adds is cut off again,
+untimed; ours is the state after a short prompt, whose size and time per step are the same at every context.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import measure
+import torch
+
+SHAPE = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+         "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 65536}  # fmt: skip
+TINY = SHAPE | {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+PREFILL = (1024, 4096, 16384)
+DECODE = ((1, 512), (1, 16384), (8, 16384))  # batch, context
+PROMPT = 128  # more than window and sinks, so the state is as it stays
+TRAIN_TOKENS = 1024
+SPARE_BYTES = 3 << 30  # weights, logits and what a step needs, beside the caches
+GOALS = {(8, 16384): 5.0, (1, 512): 0.9}
+CACHE_PER_STATE = 80
+PEER = "transformers' LlamaForCausalLM, its default attention, DynamicCache"
+
+
+def build(shape: dict, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """Our model and the peer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
+
+    ours = DiJiangForCausalLM(DiJiangConfig(**shape, branch_scale_init=0.0)).to(dtype).eval()
+    for layer in ours.model.layers:  # as a checkpoint keeps them
+        for name in ("feature_map_q", "feature_map_k", "branch_scale", "key_scale"):
+            getattr(layer.self_attn, name).float()
+    return {"llama": LlamaForCausalLM(LlamaConfig(**shape)).to(dtype).eval(), "dijiang": ours}
+
+
+def random_ids(model: torch.nn.Module, batch: int, tokens: int) -> torch.Tensor:
+    return torch.randint(0, model.config.vocab_size, (batch, tokens))
+
+
+def cache_bytes(config, batch: int, context: int, dtype: torch.dtype) -> int:
+    """Bytes of the peer's keys and values."""
+    return 2 * batch * context * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+def full_cache(model: torch.nn.Module, batch: int, context: int, dtype: torch.dtype):
+    """The peer's cache, as if it had read `context` tokens."""
+    from transformers.cache_utils import DynamicCache
+
+    config, cache = model.config, DynamicCache(config=model.config)
+    shape = (batch, config.num_key_value_heads, context, config.head_dim)
+    for layer in range(config.num_hidden_layers):
+        cache.update(torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype), layer)
+    return cache
+
+
+def compare(kind: str, dtype: str, batch: int, tokens: int, new_tokens: int, timings: dict, **facts) -> dict:
+    """A row of the result; `new_tokens` is what one call handles."""
+    measure.show_timings(f"{kind}, {dtype}, batch {batch}, {tokens:,} tokens", timings, "llama")
+    rates = {name: new_tokens / x["median_s"] for name, x in timings.items()}
+    measure.console.print(", ".join(f"{name} {rate:,.1f} tokens/s" for name, rate in rates.items()))
+    return {"dtype": dtype, "batch": batch, "tokens": tokens, "timings": timings, "tokens_per_s": rates,
+            "ratio": measure.ratios(timings, "llama")["dijiang"]} | facts  # fmt: skip
+
+
+def prefill(models: dict, dtype: str, tokens: int, options: dict) -> dict:
+    """Read a prompt into a new cache and predict one token."""
+    ids = random_ids(models["llama"], 1, tokens)
+    calls = {name: lambda m=m: m(ids, use_cache=True, logits_to_keep=1).logits for name, m in models.items()}
+    with torch.no_grad():
+        timings = measure.alternate(calls, **options)
+    return compare("prefill", dtype, 1, tokens, tokens, timings)
+
+
+def decode(models: dict, dtype: str, batch: int, context: int, options: dict) -> dict:
+    """One step of `batch` sequences that have `context` tokens behind them."""
+    llama, ours, kind = models["llama"], models["dijiang"], getattr(torch, dtype)
+    needed, available = cache_bytes(llama.config, batch, context, kind) + SPARE_BYTES, measure.available_bytes()
+    if needed > available:
+        reason = f"needs {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are free"
+        measure.console.print(f"decode, {dtype}, batch {batch}, {context:,} tokens: left out, {reason}")
+        return {"dtype": dtype, "batch": batch, "tokens": context, "left_out": reason}
+    step = random_ids(llama, batch, 1)
+    with torch.no_grad():
+        state = ours(random_ids(ours, batch, PROMPT), use_cache=True, logits_to_keep=1).past_key_values
+        cache = full_cache(llama, batch, context, kind)
+        sizes = {"cache_bytes": sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)}
+        calls: dict[str, Callable] = {
+            "llama": lambda: llama(step, past_key_values=cache, use_cache=True).logits,
+            "dijiang": lambda: ours(step, past_key_values=state, use_cache=True).logits,
+        }
+        timings = measure.alternate(calls, after={"llama": lambda: cache.crop(-1)}, **options)
+    sizes |= {"state_bytes": state.memory_bytes(), "cache_per_state": sizes["cache_bytes"] / state.memory_bytes()}
+    row = compare("decode", dtype, batch, context, batch, timings, **sizes)
+    cache, state = sizes["cache_bytes"], sizes["state_bytes"]
+    measure.console.print(f"state {state:,} B, KV cache {cache:,} B, {sizes['cache_per_state']:.1f} times as much")
+    return row
+
+
+def train(models: dict, dtype: str, tokens: int, options: dict) -> dict:
+    """Forward and backward of the loss, all weights trained, no optimiser."""
+    ids = random_ids(models["llama"], 1, tokens)
+    calls = {name: lambda m=m: m(ids, labels=ids, use_cache=False).loss.backward() for name, m in models.items()}
+    for model in models.values():
+        model.train()
+    after = {name: lambda m=m: m.zero_grad(set_to_none=True) for name, m in models.items()}
+    timings = measure.alternate(calls, after=after, **options)
+    for model in models.values():
+        model.eval()
+    return compare("training step", dtype, 1, tokens, tokens, timings)
+
+
+def targets(result: dict) -> list[dict]:
+    """What was aimed for, as far as this run measured it."""
+    found = []
+    for r in result["decode"]:
+        if "left_out" in r:
+            continue
+        what = f"{r['dtype']}, batch {r['batch']}, context {r['tokens']:,}"
+        goal = GOALS.get((r["batch"], r["tokens"]))
+        if goal:
+            found.append(measure.target(f"decode, {what}, vs transformers", goal, r["ratio"]))
+        if r["tokens"] == 16384:
+            found.append(measure.target(f"bytes of KV cache / bytes of state, {what}", CACHE_PER_STATE, r["cache_per_state"]))
+    return found
+
+
+def backends(model: torch.nn.Module) -> dict[str, str]:
+    """Which form of the layer each pass of our model runs."""
+    ids, step = random_ids(model, 1, 256), random_ids(model, 1, 1)
+    with torch.no_grad():
+        ran = {"prefill": measure.backend_of(lambda: model(ids, logits_to_keep=1))}
+        state = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        ran["decode"] = measure.backend_of(lambda: model(step, past_key_values=state, use_cache=True))
+    return ran | {"training": measure.backend_of(lambda: model(ids, logits_to_keep=1))}
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    quick = arguments.quick
+    result = {"shape": TINY if quick else SHAPE, "peer": PEER, "prompt_of_our_state": PROMPT, "backend": {}}
+    result |= {"prefill": [], "decode": [], "train": []}
+    options = {"rounds": arguments.rounds, "seconds": 0.0 if quick else 5.0}
+    for dtype in arguments.dtype:
+        models = build(result["shape"], getattr(torch, dtype))
+        result["peer_attention"] = models["llama"].config._attn_implementation
+        result["backend"][dtype] = measure.check_backend(arguments.backend, backends(models["dijiang"]))
+        for batch, context in ((1, 64), (2, 192)) if quick else DECODE:
+            result["decode"].append(decode(models, dtype, batch, context, options))
+        result["train"].append(train(models, dtype, 64 if quick else TRAIN_TOKENS, options))
+        for tokens in (64, 128) if quick else PREFILL:
+            result["prefill"].append(prefill(models, dtype, tokens, options))
+    return result | {"targets": [] if quick else targets(result)}
+
+
+def main() -> None:
+    arguments = measure.common_arguments(__doc__, ["float32"]).parse_args()
+    measure.choose_backend(arguments.backend)
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    result = measure.header(arguments, "model.py") | run(arguments)
+    measure.show_targets(result["targets"])
+    output = arguments.output or (None if arguments.quick else Path(__file__).parent / "results" / "model.json")
+    if output:
+        measure.write_json(output, result)
+
+
+if __name__ == "__main__":
+    main()

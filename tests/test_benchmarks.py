@@ -1,0 +1,169 @@
+"""The benchmarks' arithmetic, and that each script runs on tiny sizes and writes what it promises."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+COMMON = {"command", "quick", "dtypes", "machine", "versions", "backend", "targets"}
+
+
+@pytest.fixture
+def measure(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import measure
+
+    return measure
+
+
+class Clock:
+    """A clock that `passes(seconds)` moves."""
+
+    def __init__(self):
+        self.now, self.order = 0.0, []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def passes(self, name: str, *seconds: float):
+        left = list(seconds)
+
+        def call():
+            self.order.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return call
+
+
+def test_calls_take_turns_and_warm_up_does_not_count(measure):
+    clock = Clock()
+    calls = {"a": clock.passes("a", 100.0, 1.0, 5.0, 3.0), "b": clock.passes("b", 2.0)}
+    found = measure.alternate(calls, rounds=3, after={"b": clock.passes("after b", 50.0)}, clock=clock)
+    assert clock.order == ["a", "b", "after b"] * 4
+    assert found["a"] == {"median_s": 3.0, "min_s": 1.0, "q1_s": 2.0, "q3_s": 4.0, "rounds": 3}
+    assert found["b"]["median_s"] == 2.0
+
+
+def test_rounds_go_on_until_the_time_is_spent(measure):
+    clock = Clock()
+    assert measure.alternate({"a": clock.passes("a", 1.0)}, rounds=3, seconds=10.0, clock=clock)["a"]["rounds"] == 10
+    assert measure.alternate({"a": clock.passes("a", 1.0)}, rounds=3, seconds=0.0, clock=clock)["a"]["rounds"] == 3
+
+
+def test_ratios_say_how_many_times_faster_than_the_peer(measure):
+    timings = {
+        name: measure.summary(times) for name, times in {"peer": [6, 5, 7], "fast": [3, 2, 9], "slow": [12] * 3}.items()
+    }
+    assert measure.ratios(timings, "peer") == {"fast": 2.0, "slow": 0.5}
+
+
+@pytest.mark.parametrize("features", [4, 6])
+def test_floor_counts_the_products_of_the_chunk_form(measure, features):
+    """By hand: products of (rows, inner) and (inner, columns) cost 2 rows inner columns."""
+    T, H, d, M, C = 12, 2, 5, features, 3
+    product = lambda rows, inner, columns: 2 * rows * inner * columns  # noqa: E731
+    maps = 2 * product(T, d, M)
+    state = T // C * (product(M, C, d) + product(C, M, d))
+    inside = T // C * (product(C, M, C) + product(C, C, d))
+    assert measure.floor_flops(T, H, d, M, chunk=C) == H * (maps + state + inside)
+
+
+def test_floor_is_the_slower_of_computing_and_moving(measure):
+    limits = {"product_gflops": {"float32": 2.0}, "copy_bytes_per_s": 100.0}
+    assert measure.floor_seconds(4e9, 100, limits, "float32") == 2.0
+    assert measure.floor_seconds(4e9, 500, limits, "float32") == 5.0
+
+
+def test_a_target_is_met_from_the_right_side(measure):
+    assert measure.target("speed", 4, 4.0) == {"name": "speed", "target": ">= 4", "measured": 4.0, "met": True}
+    assert not measure.target("speed", 4, 3.9)["met"]
+    assert measure.target("bytes", 4, 3.9, at_most=True)["met"] and not measure.target("bytes", 4, 4.1, at_most=True)["met"]
+
+
+def test_peak_memory_sees_what_was_freed_again(measure):
+    with measure.PeakMemory() as peak:
+        torch.ones(1 << 24)
+    assert 0.9 * (1 << 26) < peak.bytes < 1.5 * (1 << 26)
+
+
+def test_backend_is_told_by_who_answered(measure):
+    def native_step(found):
+        return found
+
+    assert measure.backend_of(lambda: native_step(1)) == "native"
+    assert measure.backend_of(lambda: native_step(None)) == "torch"
+    ran = {"forward": "native", "forward + backward": "torch"}
+    assert measure.check_backend("native", ran) == ran
+    with pytest.raises(SystemExit, match="what ran is"):
+        measure.check_backend("torch", ran)
+
+
+def test_json_is_written_at_once(measure, tmp_path):
+    path = tmp_path / "folder" / "result.json"
+    measure.write_json(path, {"a": 1})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1} and list(path.parent.iterdir()) == [path]
+
+
+def test_peers_compute_what_the_op_computes(measure):
+    pytest.importorskip("triton", reason="fla's plain forms cannot be imported without it")
+    pytest.importorskip("fla")
+    import attention
+
+    torch.manual_seed(0)
+    layers = {f"softmax m={m}": attention.build_layer(m, "softmax", torch.float32) for m in attention.FEATURES}
+    q, k, v = attention.random_inputs(128, torch.float32)
+    with torch.no_grad():
+        calls = {name: call for name, call in attention.other_calls(layers, q, k, v).items() if name.startswith("fla")}
+        assert len(calls) == 4
+        for name, call in calls.items():
+            expected, _ = layers[f"softmax m={name.split('=')[1]}"].attend(q, k, v)
+            torch.testing.assert_close(call(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def quick(measure, monkeypatch, tmp_path):
+    """quick("model") -> the result of that script's quick run, in this process."""
+    threads = torch.get_num_threads()
+
+    def run(name: str) -> dict:
+        path = tmp_path / "result.json"
+        options = ["--quick", "--dtype", "float32", "--threads", "1", "--rounds", "2", "--output", str(path)]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *options])
+        monkeypatch.setattr(measure, "choose_backend", lambda name: None)  # which is for a process of its own
+        importlib.import_module(name).main()
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert result["quick"] and result["targets"] == [], "tiny sizes say nothing about targets"
+        assert result.keys() >= COMMON and str(tmp_path) not in json.dumps(result)
+        assert {"cpu", "cores", "threads", "memory_bytes"} <= result["machine"].keys()
+        return result
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_attention_runs(quick):
+    result = quick("attention")
+    assert result.keys() >= {"shape", "limits", "peers"}
+    assert [r["tokens"] for r in result["forward"]] == [128, 256]
+    ours = {"softmax m=64", "exp m=64", "softmax m=128", "exp m=128"}
+    for row in result["forward"] + result["backward"]:
+        assert row["timings"].keys() >= {"sdpa"} | ours and row["ratios"].keys() == row["timings"].keys() - {"sdpa"}
+    for row in result["growth"]:
+        assert len(row["per_doubling"]) == 1 and all(x["time_per_floor"] > 0 for x in row["rows"])
+    (memory,) = result["memory"]
+    assert memory["peak_bytes"] >= memory["input_output_bytes"] == 4 * 4 * memory["tokens"] * 9 * 64
+    assert result["backend"]["float32"].keys() == {"forward", "forward + backward"}
+
+
+def test_model_runs(quick):
+    result = quick("model")
+    for row in result["prefill"] + result["decode"] + result["train"]:
+        assert row["timings"].keys() == row["tokens_per_s"].keys() == {"llama", "dijiang"} and row["ratio"] > 0
+    short, long = result["decode"]
+    assert short["state_bytes"] * long["batch"] == long["state_bytes"] * short["batch"], "a state knows no context"
+    assert long["cache_bytes"] == 2 * 2 * 192 * 2 * 2 * 16 * 4
+    assert result["backend"]["float32"].keys() == {"prefill", "decode", "training"}
