@@ -272,10 +272,8 @@ def main() -> None:
         tokens, features, dtype = arguments.one
         print(json.dumps(memory_of_one(int(tokens), int(features), dtype)))
         return
-    shape = {"batch": 1, "heads": HEADS, "head_dim": HEAD_DIM}
-    result = measure.header(arguments, "attention.py", "flash-linear-attention", "performer-pytorch", "triton") | {
-        "shape": shape
-    }
+    result = measure.header(arguments, "attention.py", "flash-linear-attention", "performer-pytorch", "triton")
+    result["shape"] = {"batch": 1, "heads": HEADS, "head_dim": HEAD_DIM}
     if arguments.pieces:
         tokens = 256 if arguments.quick else 8192
         result["pieces"] = [x for dtype in arguments.dtype for x in try_pieces(dtype, tokens, arguments.rounds)]

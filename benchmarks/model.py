@@ -29,7 +29,11 @@ TRAIN_TOKENS = 1024
 SPARE_BYTES = 3 << 30  # weights, logits and what a step needs, beside the caches
 GOALS = {(8, 16384): 5.0, (1, 512): 0.9}
 CACHE_PER_STATE = 80
-PEER = "transformers' LlamaForCausalLM, its default attention, DynamicCache"
+PEERS = {
+    "llama": "transformers' LlamaForCausalLM, its default attention, its default cache (DynamicCache), which copies all "
+    "keys and values at every step; the targets are against this",
+    "llama static": "the same with StaticCache, of just the size needed, which is written in place",
+}
 
 
 def build(shape: dict, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
@@ -54,11 +58,12 @@ def cache_bytes(config, batch: int, context: int, dtype: torch.dtype) -> int:
     return 2 * batch * context * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
-def full_cache(model: torch.nn.Module, batch: int, context: int, dtype: torch.dtype):
+def full_cache(model: torch.nn.Module, batch: int, context: int, dtype: torch.dtype, static: bool):
     """The peer's cache, as if it had read `context` tokens."""
-    from transformers.cache_utils import DynamicCache
+    from transformers.cache_utils import DynamicCache, StaticCache
 
-    config, cache = model.config, DynamicCache(config=model.config)
+    config = model.config
+    cache = StaticCache(config=config, max_cache_len=context + 1) if static else DynamicCache(config=config)
     shape = (batch, config.num_key_value_heads, context, config.head_dim)
     for layer in range(config.num_hidden_layers):
         cache.update(torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype), layer)
@@ -86,7 +91,7 @@ def prefill(models: dict, dtype: str, tokens: int, options: dict) -> dict:
 def decode(models: dict, dtype: str, batch: int, context: int, options: dict) -> dict:
     """One step of `batch` sequences that have `context` tokens behind them."""
     llama, ours, kind = models["llama"], models["dijiang"], getattr(torch, dtype)
-    needed, available = cache_bytes(llama.config, batch, context, kind) + SPARE_BYTES, measure.available_bytes()
+    needed, available = 2 * cache_bytes(llama.config, batch, context, kind) + SPARE_BYTES, measure.available_bytes()
     if needed > available:
         reason = f"needs {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are free"
         measure.console.print(f"decode, {dtype}, batch {batch}, {context:,} tokens: left out, {reason}")
@@ -94,14 +99,17 @@ def decode(models: dict, dtype: str, batch: int, context: int, options: dict) ->
     step = random_ids(llama, batch, 1)
     with torch.no_grad():
         state = ours(random_ids(ours, batch, PROMPT), use_cache=True, logits_to_keep=1).past_key_values
-        cache = full_cache(llama, batch, context, kind)
-        sizes = {"cache_bytes": sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)}
+        grown, static = (full_cache(llama, batch, context, kind, static) for static in (False, True))
+        sizes = {"cache_bytes": sum(x.keys.nbytes + x.values.nbytes for x in grown.layers)}
         calls: dict[str, Callable] = {
-            "llama": lambda: llama(step, past_key_values=cache, use_cache=True).logits,
+            "llama": lambda: llama(step, past_key_values=grown, use_cache=True).logits,
+            "llama static": lambda: llama(step, past_key_values=static, use_cache=True).logits,
             "dijiang": lambda: ours(step, past_key_values=state, use_cache=True).logits,
         }
-        timings = measure.alternate(calls, after={"llama": lambda: cache.crop(-1)}, **options)
+        after = {"llama": lambda: grown.crop(-1), "llama static": lambda: [x.cumulative_length.sub_(1) for x in static.layers]}
+        timings = measure.alternate(calls, after=after, **options)
     sizes |= {"state_bytes": state.memory_bytes(), "cache_per_state": sizes["cache_bytes"] / state.memory_bytes()}
+    sizes["ratio_to_static_cache"] = measure.ratios(timings, "llama static")["dijiang"]
     row = compare("decode", dtype, batch, context, batch, timings, **sizes)
     cache, state = sizes["cache_bytes"], sizes["state_bytes"]
     measure.console.print(f"state {state:,} B, KV cache {cache:,} B, {sizes['cache_per_state']:.1f} times as much")
@@ -148,7 +156,7 @@ def backends(model: torch.nn.Module) -> dict[str, str]:
 
 def run(arguments: argparse.Namespace) -> dict:
     quick = arguments.quick
-    result = {"shape": TINY if quick else SHAPE, "peer": PEER, "prompt_of_our_state": PROMPT, "backend": {}}
+    result = {"shape": TINY if quick else SHAPE, "peers": PEERS, "prompt_of_our_state": PROMPT, "backend": {}}
     result |= {"prefill": [], "decode": [], "train": []}
     options = {"rounds": arguments.rounds, "seconds": 0.0 if quick else 5.0}
     for dtype in arguments.dtype:

@@ -13,6 +13,8 @@ import torch
 CHUNK_SIZE = 64
 # tokens per piece: of 128 .. 4096 the fastest on CPUs (benchmarks/attention.py --pieces)
 PIECE = 512
+# a GPU wants long pieces; they only bound the memory
+PIECE_ON_GPU = 8192
 
 
 class Workspace:
@@ -86,7 +88,7 @@ def chunk_linear_attention(q, k, v, log_decay, state, *, sums: bool, chunk_size:
     """
     T, d = v.shape[2:]
     C = min(chunk_size or CHUNK_SIZE, T)
-    whole, step = T - T % C, max(PIECE // C, 1) * C
+    whole, step = T - T % C, max((PIECE if q.is_cpu else PIECE_ON_GPU) // C, 1) * C
     pieces = [(start, min(start + step, whole)) for start in range(0, whole, step)] + [(whole, T)] * (whole < T)
     state, key_sum = (state[..., :d], state[..., d:]) if sums else (state, None)
     numerators, totals, tables, table_shape, work = [], [], None, None, Workspace(q)

@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from .chunk_attention import PIECE
+from .chunk_attention import PIECE, PIECE_ON_GPU
 from .feature_map_base import MAX_EXPONENT
 from .feature_maps import build_feature_map
+from .flex_window import near_and_far
 from .layers import ProjectedAttention
 from .linear_attention import TINY, recurrent_step, weighted_sums
 from .linear_state import LinearState
 from .native_step import native_step
 from .packing import PackedGroup
-from .window_attention import merge_step, near_and_far_attention
+from .window_attention import merge_step
 
 
 class LogScale(nn.Module):
@@ -127,11 +128,12 @@ class DiJiangLinearAttention(ProjectedAttention):
         T = k.shape[1]
         if T == 1 and valid is None and state.settled and self.mode is None:
             return self.attend_step(q, k, v, state)
-        if T <= PIECE:
+        size = PIECE if k.is_cpu else PIECE_ON_GPU
+        if T <= size:
             return self.attend_piece(q, k, v, valid, state)
         outputs, whole = [], None
-        for start in range(0, T, PIECE):
-            piece = slice(start, start + PIECE)
+        for start in range(0, T, size):
+            piece = slice(start, start + size)
             o, state = self.attend_piece(
                 q[:, piece], k[:, piece], v[:, piece], None if valid is None else valid[:, piece], state
             )
@@ -180,7 +182,7 @@ class DiJiangLinearAttention(ProjectedAttention):
         c = self.branch_scale(q, self.feature_scale)
         new.settled = state.settled and valid is None
         shown = None if new.settled else all_rank >= 0
-        o = near_and_far_attention(q, all_k, all_v, shown, *sinks, sink_arrival, far, total, c, scale=self.scaling)
+        o = near_and_far(q, all_k, all_v, shown, *sinks, sink_arrival, far, total, c, scale=self.scaling)
         return o, new.settle(S)
 
     def attend_step(self, q, k, v, state: LinearState) -> tuple[torch.Tensor, LinearState]:
@@ -201,11 +203,10 @@ class DiJiangLinearAttention(ProjectedAttention):
         if self.feature_map_k.needs_positions:
             q_rank = state.tokens[:, None]
             k_rank = q_rank - self.window
-        phi_q, phi_k = self.feature_map_q(q, q_rank, self.feature_scale), self.key_features(leaving_k, k_rank)
+        phi_q = self.feature_map_q(q.float(), q_rank, self.feature_scale)
+        phi_k = self.key_features(leaving_k.float(), k_rank)
         log_decay = None if self.decay is None else self.decay()
-        far, total, new.state = recurrent_step(
-            phi_q.float(), phi_k.float(), leaving_v.float(), log_decay, state.state, sums=self.normalize
-        )
+        far, total, new.state = recurrent_step(phi_q, phi_k, leaving_v.float(), log_decay, state.state, sums=self.normalize)
         if not self.window:
             return far if total is None else far / total.clamp_min(TINY).unsqueeze(-1), new
         c = self.branch_scale(q, self.feature_scale)

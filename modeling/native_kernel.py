@@ -55,9 +55,13 @@ typedef h16 any_h16 __attribute__((aligned(2), may_alias));
 #define PICK(a, b, ...) __builtin_shuffle(a, b, (i16){__VA_ARGS__})
 #endif
 
+struct input {
+    const char *x; /* float32 or bfloat16 */
+    long steps[3]; /* over B, T and heads, in bytes */
+};
+
 struct call {
-    const void *q, *k, *v;                /* float32 or bfloat16 */
-    long q_step[3], k_step[3], v_step[3]; /* strides over B, T and heads */
+    struct input q, k, v;
     const float *W_q, *b_q, *W_k, *b_k, *key_weight, *log_decay, *state;
     void *o;
     float *total, *new_state;
@@ -67,12 +71,26 @@ struct call {
     long next;          /* task to hand out */
 };
 
-INLINE v16 load(const void *x, long at, int bf16)
+INLINE v16 load(const char *row, long at, int bf16)
 {
     if (!bf16)
-        return V((const float *)x + at);
-    u16 bits = __builtin_convertvector(*(any_h16 *)((const uint16_t *)x + at), u16) << 16;
-    return (v16)bits;
+        return V((const float *)row + at);
+    return (v16)(__builtin_convertvector(*(any_h16 *)((const uint16_t *)row + at), u16) << 16);
+}
+
+/* rows of one head, `step` bytes apart */
+struct rows { const char *x; long step, n, width; int bf16; };
+
+INLINE struct rows rows_of(struct input from, long b, long t, long head, long n, long width, int bf16)
+{
+    return (struct rows){from.x + b * from.steps[0] + t * from.steps[1] + head * from.steps[2], from.steps[1], n, width, bf16};
+}
+
+/* row i of the next block on its way to the cache: rows lie too far apart for the processor to foresee them */
+INLINE void fetch(struct rows r, long i)
+{
+    for (long byte = 0; byte < (r.width << (r.bf16 ? 1 : 2)); byte += 64)
+        __builtin_prefetch(r.x + (BLOCK + i) * r.step + byte, 0, 2);
 }
 
 INLINE void store(void *x, long at, v16 value, int bf16)
@@ -137,14 +155,14 @@ INLINE void multiply(v16 (*c)[VECS], int vecs, const float *a, long row, long st
         }
 
 /* rows of a block as columns, out (d, BLOCK): with tokens in the lanes softmax needs no sums across lanes. 0 after n rows */
-static void load_columns(float *out, const void *x, long at, long step, long n, long d, int bf16)
+static void load_columns(float *out, struct rows x)
 {
     for (long t = 0; t < BLOCK; t += 16)
-        for (long c = 0; c < d; c += 16) {
+        for (long c = 0; c < x.width; c += 16) {
             v16 rows[16], other[16];
 #pragma GCC unroll 16
             for (int i = 0; i < 16; i++)
-                rows[i] = t + i < n ? load(x, at + (t + i) * step + c, bf16) : ZERO;
+                rows[i] = t + i < x.n ? load(x.x + (t + i) * x.step, c, x.bf16) : ZERO;
 #pragma GCC unroll 2
             for (int round = 0; round < 2; round++) { /* interleaving the halves log2(16) times transposes */
 #define ZIP(to, from)                                                                                      \
@@ -176,14 +194,20 @@ INLINE void project(float *z, const float *x, const float *W, const float *b, lo
         }
 }
 
-/* phi (M, BLOCK) of x (d, BLOCK) */
-static void features(float *phi, const float *x, const float *W, const float *b, long M, long d, int softmax, const float *weight)
+/* phi (M, BLOCK) of `rows`, whose successors it fetches; x (d, BLOCK) is its workspace */
+static void features(float *phi, float *x, struct rows rows, const float *W, const float *b, long M, int softmax,
+                     const float *weight)
 {
+    const long d = rows.width;
+    load_columns(x, rows);
     v16 peak[LANES], sum[LANES] = {0};
     for (int v = 0; v < LANES; v++)
         peak[v] = ZERO - INFINITY;
-    for (long m = 0; m < M; m += ROWS)
+    for (long m = 0; m < M; m += ROWS) {
+        for (long i = m * BLOCK / M; i < (m + ROWS) * BLOCK / M; i++)
+            fetch(rows, i);
         WIDTHS(project, 0, BLOCK, phi, x, W, b, d, peak, m)
+    }
     for (long m = 0; m < M; m++)
 #pragma GCC unroll 4
         for (int v = 0; v < LANES; v++) {
@@ -265,18 +289,18 @@ static void attend(const struct call *c, float *scratch, long b, long g, long st
     }
     for (long t = 0; t < end; t += BLOCK) {
         const long n = end - t < BLOCK ? end - t : BLOCK;
-        load_columns(x, c->k, b * c->k_step[0] + t * c->k_step[1] + g * c->k_step[2], c->k_step[1], n, d, c->bf16);
         for (long i = 0; i < BLOCK; i++)
             weight[i] = i >= n ? 0.0f : c->key_weight ? c->key_weight[(b * c->T + t + i) * c->G + g] : 1.0f;
-        features(phi_k, x, c->W_k + g * M * d, c->b_k + g * M, M, d, c->softmax, weight);
-        for (long i = 0; i < BLOCK; i++)
+        features(phi_k, x, rows_of(c->k, b, t, g, n, d, c->bf16), c->W_k + g * M * d, c->b_k + g * M, M, c->softmax, weight);
+        const struct rows values = rows_of(c->v, b, t, g, n, e, c->bf16);
+        for (long i = 0; i < BLOCK; i++) {
             for (long j = 0; j < e; j += 16)
-                V(v + i * e + j) = i < n ? load(c->v, b * c->v_step[0] + (t + i) * c->v_step[1] + g * c->v_step[2] + j, c->bf16)
-                                         : ZERO;
+                V(v + i * e + j) = i < n ? load(values.x + i * values.step, j, c->bf16) : ZERO;
+            fetch(values, i);
+        }
         for (long h = g * R; t >= start && h < (g + 1) * R; h++) {
             v16 total[LANES] = {0}, before[LANES] = {0};
-            load_columns(x, c->q, b * c->q_step[0] + t * c->q_step[1] + h * c->q_step[2], c->q_step[1], n, d, c->bf16);
-            features(phi_q, x, c->W_q + h * M * d, c->b_q + h * M, M, d, c->softmax, NULL);
+            features(phi_q, x, rows_of(c->q, b, t, h, n, d, c->bf16), c->W_q + h * M * d, c->b_q + h * M, M, c->softmax, NULL);
             for (long j = 0; j < BLOCK; j += ROWS)
                 WIDTHS(score, j & -16, BLOCK, a, phi_k, phi_q, M, decay, total, j)
             for (long m = 0; c->sums && m < M; m++)
@@ -358,12 +382,21 @@ SIZES = ("B", "T", "H", "G", "M", "d", "e", "bf16", "softmax", "sums", "normaliz
 BLOCK = 64
 
 
+class Input(ctypes.Structure):
+    """`struct input` of the source."""
+
+    _fields_ = [("x", ctypes.c_void_p), ("steps", ctypes.c_long * 3)]
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> "Input":
+        return cls(x.data_ptr(), tuple(step * x.element_size() for step in x.stride()[:3]))
+
+
 class Call(ctypes.Structure):
     """`struct call` of the source."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "qkv"),
-        *((f"{name}_step", ctypes.c_long * 3) for name in "qkv"),
+        *((name, Input) for name in "qkv"),
         *((name, ctypes.c_void_p) for name in POINTERS),
         *((name, ctypes.c_long) for name in SIZES),
         ("ends", ctypes.c_void_p),
@@ -525,7 +558,7 @@ def native_linear_attention(
     o = q.new_empty(B, T, H, e, dtype=v.dtype if normalize else torch.float32)
     total = q.new_empty(B, T, H, dtype=torch.float32) if sums and not normalize else None
     new_state = torch.empty_like(given["state"])
-    tensors = {"q": q, "k": k, "v": v, "o": o, "total": total, "new_state": new_state} | given
+    tensors = {"o": o, "total": total, "new_state": new_state} | given
     # per token and group; the mask leaves about half of a block's weights
     of_keys = M * (d + e)
     ratio = of_keys / (of_keys + H // G * (of_keys + BLOCK // 2 * (M + e)))
@@ -533,12 +566,11 @@ def native_linear_attention(
     whole, ends = plan_pieces(T, threads, pairs, ratio)
     numbers = (B, T, H, G, M, d, e, q.dtype == torch.bfloat16, activation == "softmax", sums, normalize, whole, len(ends))
     ends = (ctypes.c_long * len(ends))(*ends)
-    call = Call(**dict(zip(SIZES, numbers, strict=True)), ends=ctypes.addressof(ends))
+    inputs = {"q": Input.of(q), "k": Input.of(k), "v": Input.of(v)}
+    call = Call(**inputs, **dict(zip(SIZES, numbers, strict=True)), ends=ctypes.addressof(ends))
     for name, x in tensors.items():
         if x is not None:
             setattr(call, name, x.data_ptr())
-    for name, x in (("q_step", q), ("k_step", k), ("v_step", v)):
-        setattr(call, name, (ctypes.c_long * 3)(*x.stride()[:3]))
     work, pointer = load_kernel()[0], ctypes.pointer(call)
     others = min(threads, whole + (pairs - whole) * call.pieces) - 1
     futures = [helpers(others).submit(work, pointer) for _ in range(others)]

@@ -1,8 +1,10 @@
 """The correctness contract on whole models: every map x decay x window, one truth however the tokens are fed."""
 
+from copy import deepcopy
+
 import pytest
 import torch
-from helpers import EVERY, assert_close, random_ids, set_mode, tiny_model
+from helpers import EVERY, assert_close, random_ids, rows, set_mode, tiny_model
 
 # one of each for checks whose code path depends on no map but cosformer, which is given positions
 SOME = [
@@ -177,3 +179,205 @@ def test_compiled_with_a_cache_equals_eager(case):
         first = compiled(ids[:, :20], use_cache=True)
         second = compiled(ids[:, 20:], past_key_values=first.past_key_values)
     assert_close(torch.cat((first.logits, second.logits), 1), expected, "logits", tolerance=1e-4)
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
+@torch.no_grad()
+def test_bfloat16_prompt_in_pieces_equals_the_whole(case):
+    """Root mean squares, as single logits differ by rounding alone: measured, 1.6e-2 at most and 1.2 times."""
+    model, ids = build(case), random_ids(2, 60)
+    full = model(ids, use_cache=False).logits
+    whole = model.to(torch.bfloat16)(ids, use_cache=False).logits
+    cache, pieces = None, []
+    for start, end in ((0, 23), (23, 24), (24, 26), (26, 45), *((t, t + 1) for t in range(45, 60))):
+        output = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        pieces.append(output.logits)
+    pieces = torch.cat(pieces, 1)
+    assert pieces.dtype == torch.bfloat16
+    distance = lambda x, y: ((x.float() - y.float()).norm() / full.norm()).item()  # noqa: E731
+    assert distance(pieces, whole) < 3e-2 and distance(pieces, full) < 1.5 * distance(whole, full)
+
+
+# decoding with states that are settled: sinks filled, the window full of later tokens
+
+
+def layer_and_inputs(case, B: int, T: int, seed: int = 0):
+    """The first layer of a model and q, k, v of T tokens for it."""
+    layer = build(case).model.layers[0].self_attn
+    return layer, [rows(B, T, heads, 8, seed=seed + i) for i, heads in enumerate((6, 2, 2))]
+
+
+def between(tensors, start: int, end: int):
+    return [x[:, start:end] for x in tensors]
+
+
+def decode(layer, qkv, start: int, end: int, state):
+    """Tokens start .. end - 1 one by one."""
+    outputs = []
+    for t in range(start, end):
+        o, state = layer.attend(*between(qkv, t, t + 1), None, state)
+        outputs.append(o)
+    return torch.cat(outputs, dim=1), state
+
+
+def assert_same_state(found, expected, name: str, tolerance: float = 2e-5) -> None:
+    for part in ("state", "near_k", "near_v"):
+        if getattr(expected, part).numel():
+            assert_close(getattr(found, part), getattr(expected, part), f"{name}: {part}", tolerance)
+    for part in ("tokens", "sink_filled", "seen", "settled"):
+        assert torch.equal(torch.as_tensor(getattr(found, part)), torch.as_tensor(getattr(expected, part))), f"{name}: {part}"
+    assert torch.equal(found.ranks(), expected.ranks()), f"{name}: ranks"
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
+@torch.no_grad()
+def test_lean_step_equals_the_general_one(case):
+    """A mode asked for by name takes the general path."""
+    layer, qkv = layer_and_inputs(case, 3, 40)
+    _, state = layer.attend(*between(qkv, 0, 23))
+    assert state.settled
+    for t in range(23, 40):
+        token, kept = between(qkv, t, t + 1), deepcopy(state)
+        layer.mode = "recurrent"
+        expected, expected_state = layer.attend(*token, None, state)
+        layer.mode = None
+        found, found_state = layer.attend(*token, None, state)
+        stepped, _ = layer.attend_step(*token, state)
+        assert torch.equal(found, stepped)
+        assert_close(found, expected, f"o at {t}")
+        assert_same_state(found_state, expected_state, f"state at {t}")
+        assert_same_state(state, kept, "the state given", tolerance=1e-9)
+        state = found_state
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
+@torch.no_grad()
+def test_settled_state_continued_by_pieces_equals_one_pass(case):
+    """Lean steps leave the ranks of the window to be counted again, which positions of keys depend on."""
+    layer, qkv = layer_and_inputs(case, 2, 130, seed=3)
+    expected, last = layer.attend(*qkv)
+    o, state = layer.attend(*between(qkv, 0, 13))
+    outputs = [o]
+    for start, end in ((13, 24), (27, 36), (38, 110), (116, 120)):  # lean steps up to each piece, then the piece
+        if start > state.seen:
+            o, state = decode(layer, qkv, state.seen, start, state)
+            outputs.append(o)
+        o, state = layer.attend(*between(qkv, start, end), None, state)
+        outputs.append(o)
+    o, state = decode(layer, qkv, state.seen, 130, state)
+    assert_close(torch.cat([*outputs, o], dim=1), expected, "o", tolerance=1e-4)
+    assert_same_state(state, last, "state", tolerance=1e-4)
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
+@torch.no_grad()
+def test_rows_that_settle_at_different_times_equal_each_row_alone(case):
+    """A left-padded batch, then steps without a mask, far more than window and sinks hold."""
+    lengths, T, steps = (1, 6, 19), 19, 32
+    layer, qkv = layer_and_inputs(case, 3, T + steps, seed=6)
+    valid = torch.arange(T) >= T - torch.tensor(lengths)[:, None]
+    _, state = layer.attend(*between(qkv, 0, T), valid)
+    assert state.settled == (case[2][0] == 0 or case[2] == (1, 0))
+    found, state = decode(layer, qkv, T, T + steps, state)
+    assert state.settled and state.tokens.tolist() == [length + steps for length in lengths]
+    for row, length in enumerate(lengths):
+        alone = [x[row : row + 1, T - length :] for x in qkv]
+        expected, last = layer.attend(*alone)
+        assert_close(found[row : row + 1], expected[:, length:], f"length {length}", tolerance=1e-4)
+        assert_close(state.state[row : row + 1], last.state, f"state of length {length}", tolerance=1e-4)
+        assert torch.equal(state.ranks()[row : row + 1], last.ranks())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("case", SOME, ids=str)
+@torch.no_grad()
+def test_padding_after_a_settled_state_leaves_no_trace(case, side):
+    """Turns of a chat that differ in length: the padding may be anything, and left of a turn it shifts nothing but the window."""
+    layer, qkv = layer_and_inputs(case, 2, 60, seed=9)
+    _, state = layer.attend(*between(qkv, 0, 30))
+    assert state.settled
+    valid = padding_mask((7, 20), 20, side).bool()
+    results = []
+    for shift in (0.0, 2.0):
+        turn = [torch.where(valid[..., None, None], x, x + shift) for x in between(qkv, 30, 50)]
+        o, after = layer.attend(*turn, valid, state)
+        steps, end = decode(layer, qkv, 50, 60, after)
+        results.append({"o": o[valid], "steps": steps, "state": after.state, "state at the end": end.state})
+        assert after.tokens.tolist() == [37, 50]
+    for name, expected in results[0].items():
+        assert_close(results[1][name], expected, name)
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+@torch.no_grad()
+def test_right_padding_behind_the_first_piece_of_a_long_prompt_leaves_no_trace(case, monkeypatch):
+    """The state is settled after the first piece and meets the padding in the second."""
+    monkeypatch.setattr("dijiang.modeling.linear_layer.PIECE", 16)
+    layer, qkv = layer_and_inputs(case, 2, 48, seed=12)
+    valid = padding_mask((20, 48), 48, "right").bool()
+    results = []
+    for shift in (0.0, 2.0):
+        _, state = layer.attend(*(torch.where(valid[..., None, None], x, x + shift) for x in qkv), valid)
+        results.append(state)
+    assert_close(results[1].state, results[0].state, "state")
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+@torch.no_grad()
+def test_settled_caches_are_copied_and_reordered(case):
+    model, ids, more = build(case), random_ids(4, 30, seed=10), random_ids(4, 25, seed=11)
+    cache = None
+    for piece in (ids[:, :5], *ids[:, 5:].split(1, dim=1)):  # settled long before its last token
+        cache = model(piece, past_key_values=cache, use_cache=True).past_key_values
+    assert all(layer.state.settled for layer in cache.layers)
+    order = torch.tensor([2, 0, 0, 3])
+    for operation, chosen in (
+        (lambda cache: None, torch.arange(4)),
+        (lambda cache: cache.reorder_cache(order), order),
+        (lambda cache: cache.batch_select_indices(order[:2]), order[:2]),
+        (lambda cache: cache.batch_repeat_interleave(2), torch.arange(4).repeat_interleave(2)),
+    ):
+        copy, logits = deepcopy(cache), []
+        operation(copy)
+        for piece in (*more[chosen, :8].split(1, dim=1), more[chosen, 8:17], *more[chosen, 17:].split(1, dim=1)):
+            logits.append(model(piece, past_key_values=copy).logits)
+        expected = model(torch.cat((ids, more), 1)[chosen], use_cache=False).logits[:, 30:]
+        assert_close(torch.cat(logits, 1), expected, "logits", tolerance=1e-4)
+        assert cache.get_seq_length() == 30 and copy.get_seq_length() == 55
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+@torch.no_grad()
+def test_long_decoding_of_a_left_padded_batch_equals_each_row_alone(case):
+    model, lengths, T, steps = build(case), (2, 9, 21), 21, 30
+    ids, more = random_ids(3, T, seed=12), random_ids(3, steps, seed=13)
+    mask = torch.cat((padding_mask(lengths, T, "left"), torch.ones(3, steps, dtype=torch.long)), dim=1)
+    cache = model(ids, attention_mask=mask[:, :T], use_cache=True).past_key_values
+    logits = [
+        model(more[:, t : t + 1], attention_mask=mask[:, : T + t + 1], past_key_values=cache).logits for t in range(steps)
+    ]
+    for row, length in enumerate(lengths):
+        alone = torch.cat((ids[row, T - length :], more[row]))[None]
+        expected = model(alone, use_cache=False).logits[0, length:]
+        assert_close(torch.cat(logits, 1)[row], expected, f"length {length}", tolerance=1e-4)
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_autocast_is_near_full_precision_forward_and_backward(case):
+    """As the Trainer's bf16=True: float32 weights, products in bfloat16."""
+    model, ids = build(case, initializer_range=0.1), random_ids(2, 71)
+    results = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = model(ids, labels=ids, use_cache=False)
+        output.loss.backward()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            inference = model(ids, use_cache=False).logits
+            cache = model(ids[:, :70]).past_key_values
+            step = model(ids[:, 70:], past_key_values=cache).logits
+        results.append((output.logits.detach(), inference, step, {name: p.grad for name, p in model.named_parameters()}))
+        assert all(x is None or torch.isfinite(x).all() for x in results[-1][3].values())
+    for name, expected, found in zip(("logits", "inference", "step"), *results, strict=False):
+        assert_close(found.float(), expected, name, tolerance=0.1)

@@ -1,3 +1,4 @@
+import logging
 from functools import partial
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 from helpers import assert_close, op_inputs, random_state, values_and_gradients
 
 from dijiang.modeling import linear_attention
+from dijiang.modeling.linear_attention import naive_linear_attention
 
 # (B, T, H, G, m, d)
 SHAPES = [(2, 1, 2, 2, 4, 3), (1, 63, 4, 2, 16, 8), (2, 100, 6, 2, 11, 7), (1, 130, 3, 1, 5, 9), (1, 64, 2, 2, 8, 8)]
@@ -58,6 +60,95 @@ def test_forms_agree_forward_and_backward(mode, shape, decay, normalize):
         )
     for name, expected in results["naive"].items():
         assert_close(results[mode][name], expected, name, tolerance=1e-4)
+
+
+def exact(q, k, v, log_decay=None, initial_state=None, *, normalize):
+    """`naive` in float64: o and the final state."""
+    (B, T, H, m), G = q.shape, k.shape[2]
+    q = q.double().view(B, T, G, H // G, m).permute(0, 2, 3, 1, 4)
+    k, v = (x.double().transpose(1, 2) for x in (k, v))
+    if initial_state is None:
+        initial_state = torch.zeros(B, G, m, v.shape[-1] + normalize)
+    log_decay = None if log_decay is None else log_decay.double().expand(B, T, G).transpose(1, 2)
+    o, total, state = naive_linear_attention(q, k, v, log_decay, initial_state.double(), sums=normalize)
+    o = o / total.unsqueeze(-1) if normalize else o
+    return o.permute(0, 3, 1, 2, 4).reshape(B, T, H, -1), state
+
+
+# Largest error over shapes and seeds, relative to the largest value. `chunk` multiplies in bfloat16; the other forms compute
+# in float32, so that what they return in the inputs' dtype is off by its rounding, 2^-9, alone.
+BFLOAT16_LIMITS = {"naive": 4e-3, "chunk": 3e-2, "recurrent": 4e-3}
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 577, 4, 2, 16, 8)], ids=str)
+@pytest.mark.parametrize("mode", BFLOAT16_LIMITS)
+def test_bfloat16_is_near_float32_on_the_same_inputs(mode, shape, decay, normalize):
+    if mode == "recurrent" and shape[1] > 200:
+        pytest.skip("slow, and the same at every length")
+    tensors = op_inputs(shape, decay, seed=sum(shape), dtype=torch.bfloat16)
+    tensors["initial_state"] = random_state(shape, normalize, seed=3)
+    rounded = {name: x.detach().float().requires_grad_() for name, x in tensors.items()}
+    options = {"normalize": normalize, "output_final_state": True}
+    found = values_and_gradients(tensors, partial(linear_attention, mode=mode, **options))
+    expected = values_and_gradients(rounded, partial(linear_attention, mode="naive", **options))
+    for name, x in expected.items():
+        low = name in ("o", "dq", "dk", "dv")
+        assert found[name].dtype == (torch.bfloat16 if low else torch.float32)
+        # the gradient of o comes in rounded, so the others inherit that
+        assert_close(found[name], x, name, tolerance=BFLOAT16_LIMITS[mode])
+
+
+# lengths about the ends of blocks (64) and of pieces (512)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 511, 512, 513, 1025])
+def test_chunk_is_the_same_with_and_without_gradients(T, decay, normalize):
+    shape = (2, T, 6, 2, 5, 3)
+    tensors = op_inputs(shape, decay, seed=T) | {"initial_state": random_state(shape, normalize, seed=1)}
+    options = {"normalize": normalize, "output_final_state": True}
+    with_gradients = linear_attention(**tensors, **options)
+    assert all(x.requires_grad for x in with_gradients)
+    with torch.no_grad():
+        without = linear_attention(**tensors, **options)
+        expected = exact(**tensors, normalize=normalize)
+    with torch.inference_mode():
+        inference = linear_attention(**tensors, **options)
+    for i, name in enumerate(("o", "final state")):
+        assert_close(without[i], with_gradients[i], f"{name} without gradients", tolerance=1e-6)
+        assert_close(inference[i], with_gradients[i], f"{name} in inference mode", tolerance=1e-6)
+        assert_close(without[i], expected[i], name, tolerance=5e-6)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("mode", ["naive", "chunk", "recurrent"])
+@pytest.mark.parametrize("T", [1, 64, 65, 300, 577, 1025])
+def test_calls_share_no_memory_and_leave_their_inputs_alone(T, mode, grad):
+    """Pieces of one call share buffers: none of them may be what a caller gets or gave, views included."""
+    if mode != "chunk" and T > 100:
+        pytest.skip("no buffers, and slow")
+    shape = (1, T, 4, 2, 6, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        for packed in (None, torch.tensor([0, T // 3, T]) if T > 2 else None):
+            results, given = [], []
+            for seed in range(2):
+                tensors = op_inputs(shape, "per_token", seed, dtype)
+                tensors["initial_state"] = random_state(shape, True, seed, None if packed is None else 2)
+                given.append((tensors, {name: x.detach().clone() for name, x in tensors.items()}))
+                with torch.set_grad_enabled(grad):
+                    o, state = linear_attention(**tensors, cu_seqlens=packed, output_final_state=True, mode=mode)
+                views = [x.detach() for x in (o, state, o[:, ::2, 1:], state[..., -1], o.transpose(1, 2))]
+                results.append((views, [x.clone() for x in views]))
+            for views, copies in results:
+                assert all(torch.equal(x, y) for x, y in zip(views, copies, strict=True))
+            for tensors, copies in given:
+                assert all(torch.equal(x, copies[name]) for name, x in tensors.items())
+            owners = [{x.untyped_storage().data_ptr() for x in views} for views, _ in results]
+            owners += [{x.untyped_storage().data_ptr() for x in tensors.values()} for tensors, _ in given]
+            assert len(set.union(*owners)) == sum(map(len, owners))
+            (o, state, *_), _ = results[0]
+            assert o.untyped_storage().data_ptr() != state.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -139,3 +230,25 @@ def test_bad_input_is_refused_with_what_was_found():
         linear_attention(k, k, v, chunk_size=0)
     with pytest.raises(ValueError, match="and 0 tokens"):
         linear_attention(k[:, :0], k[:, :0], v[:, :0])
+
+
+def test_backends_that_do_not_exist_or_cannot_run_here_are_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q = torch.rand(1, 4, 2, 5)
+    with pytest.raises(ValueError, match="backend='cuda' is unknown; choose one of auto, torch, fla"):
+        linear_attention(q, q, q, backend="cuda")
+    message = "backend='fla' cannot run: flash-linear-attention needs a CUDA device, not cpu; use backend='torch' or 'auto'"
+    for options in ({}, {"mode": "recurrent"}, {"mode": "naive"}, {"cu_seqlens": torch.tensor([0, 1, 4])}):
+        with pytest.raises(ValueError, match=message):
+            linear_attention(q, q, q, backend="fla", **options)
+
+
+def test_automatic_choice_on_a_cpu_is_torch_and_says_so_once(caplog):
+    tensors = op_inputs((1, 70, 4, 2, 5, 3), "constant", seed=11)
+    type(logging.getLogger()).info_once.cache_clear()  # of transformers: other tests have been told already
+    with caplog.at_level(logging.INFO, logger="dijiang.modeling.linear_attention"):
+        assert torch.equal(linear_attention(**tensors, backend="torch")[0], linear_attention(**tensors, backend="auto")[0])
+        for mode in ("chunk", "recurrent", "naive"):
+            linear_attention(**tensors, mode=mode)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "torch" in message and "no GPU" in message

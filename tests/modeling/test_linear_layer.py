@@ -1,7 +1,10 @@
+from itertools import product
+
 import pytest
 import torch
-from helpers import EVERY, WINDOWS, assert_close, features, tiny_model
+from helpers import EVERY, MAPS, WINDOWS, assert_close, features, tiny_model
 
+from dijiang.modeling.configuration_dijiang import SIGNED_MAPS
 from dijiang.modeling.linear_layer import Decay
 
 
@@ -78,19 +81,21 @@ def test_grouped_heads_equal_repeated_heads(window):
     assert_close(grouped.attend(q, k, v)[0], repeated, "o")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("decay", ["none", "retnet"])
-def test_32768_tokens_stay_finite_and_the_state_keeps_its_size(dtype, decay):
-    model = tiny_model(decay=decay, num_attention_heads=2, num_key_value_heads=1, hidden_size=16).to(dtype)
-    layer = model.model.layers[0].self_attn
-    q, k, v = (x.to(dtype) * 3 for x in random_qkv(1, 32768, 2, 1))
-    with torch.no_grad():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("feature_map", MAPS)
+@torch.no_grad()
+def test_32768_tokens_stay_finite_and_the_state_keeps_its_size(feature_map, dtype):
+    for decay, (window, sinks) in product(("none", "retnet"), WINDOWS[::2] if feature_map not in SIGNED_MAPS else WINDOWS[:1]):
+        settings = {"feature_map": feature_map, "decay": decay, "attention_window": window, "attention_sinks": sinks}
+        model = tiny_model(**settings, num_attention_heads=2, num_key_value_heads=1, hidden_size=16).to(dtype)
+        layer = model.model.layers[0].self_attn
+        q, k, v = (x.to(dtype) * 3 for x in random_qkv(1, 32768, 2, 1))
         o, state = layer.attend(q, k, v)
         _, short = layer.attend(q[:, :100], k[:, :100], v[:, :100])
-    assert torch.isfinite(o).all() and torch.isfinite(state.state).all()
-    assert state.state.dtype == torch.float32
-    sizes = [x.shape for x in vars(state).values() if isinstance(x, torch.Tensor)]
-    assert sizes == [x.shape for x in vars(short).values() if isinstance(x, torch.Tensor)]
+        step, after = layer.attend(q[:, :1], k[:, :1], v[:, :1], None, state)
+        assert all(torch.isfinite(x).all() for x in (o, state.state, step, after.state)), settings
+        assert state.state.dtype == torch.float32 and state.settled
+        assert [x.shape for x in state.tensors()] == [x.shape for x in short.tensors()] == [x.shape for x in after.tensors()]
 
 
 @pytest.mark.parametrize("window", WINDOWS)

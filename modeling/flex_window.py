@@ -1,0 +1,68 @@
+"""
+The exact part of a linear layer by torch's FlexAttention, one fused kernel for window and sinks, which is what a GPU wants:
+the blocks of window_attention.py, made for CPUs, would go through memory there.
+
+B batch, T new tokens, W window, S sinks, H query heads, G key/value heads, d head size.
+"""
+
+import functools
+
+import torch
+from transformers.utils import logging
+
+from .window_attention import merge_branches, near_and_far_attention
+
+logger = logging.get_logger(__name__)
+
+# filled by the first failure, after which FlexAttention is not tried again
+flex_is_broken: list[Exception] = []
+
+
+@functools.cache
+def compiled_flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def flex_near_and_far(
+    q, k, v, valid, sink_k, sink_v, sink_arrival, far, far_sum, far_log_scale, *, scale: float, attention=None
+) -> torch.Tensor:
+    """`near_and_far_attention`, whose arguments and result these are; `attention` is flex_attention, compiled by default."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    (B, T, _, _), S = q.shape, sink_k.shape[1]
+    W = k.shape[1] - T
+    valid = torch.ones(k.shape[:2], dtype=torch.bool, device=q.device) if valid is None else valid
+    if S and sink_arrival is None:
+        sink_arrival = torch.full((B, S), -1, device=q.device)
+
+    def seen(b, h, query, key):
+        age = query + W - (key - S)
+        near = (key >= S) & (age >= 0) & (age < W) & valid[b, (key - S).clamp(min=0)]
+        return near | ((key < S) & (sink_arrival[b, key.clamp(max=S - 1)] <= query)) if S else near
+
+    mask = create_block_mask(seen, B, None, T, S + W + T, device=q.device)
+    keys, values = (torch.cat(pair, dim=1).to(q.dtype).transpose(1, 2) for pair in ((sink_k, k), (sink_v, v)))
+    attention = attention or compiled_flex_attention()
+    near, log_sum = attention(
+        q.transpose(1, 2), keys, values, block_mask=mask, scale=scale, enable_gqa=q.shape[2] != k.shape[2], return_lse=True
+    )
+    near, log_sum = near.transpose(1, 2).float(), log_sum.transpose(1, 2).float()
+    unseeing = torch.isneginf(log_sum)  # padding, and rows whose keys are all padding
+    near, log_sum = near.masked_fill(unseeing.unsqueeze(-1), 0.0), log_sum.masked_fill(unseeing, -1e30)
+    return merge_branches(near, log_sum, far, far_sum, far_log_scale)
+
+
+def near_and_far(q, *args, **options) -> torch.Tensor:
+    """`near_and_far_attention` by the form that suits q's device; says once which and why."""
+    if not q.is_cuda or torch.compiler.is_compiling() or flex_is_broken:
+        return near_and_far_attention(q, *args, **options)
+    try:
+        result = flex_near_and_far(q, *args, **options)
+        logger.info_once("window attention runs on FlexAttention")
+        return result
+    except Exception as error:  # it is young, and depends on the compiler and the driver found
+        flex_is_broken.append(error)
+        logger.warning_once(f"window attention runs in blocks: FlexAttention fails here ({type(error).__name__}: {error})")
+        return near_and_far_attention(q, *args, **options)
