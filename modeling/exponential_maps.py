@@ -38,10 +38,15 @@ class ExponentialMap(FeatureMap):
             z = self.project(mean[None, None], self.directions())[0, 0]
             self.log_D.copy_(torch.cat((-z, z), dim=-1) if self.pairs else -z)
 
+    def matrix(self, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """W (H, M, d) and b (H, M), where the exponents are W x + b. Pairing appends -W, which makes the kernel even."""
+        W, log_D = self.directions() * scale, self.factors()[2]
+        W = torch.cat((W, -W), dim=1) if self.pairs else W
+        return W, W.new_zeros(W.shape[:2]) if log_D is None else log_D.float()
+
     def exponents(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        """Exponents of all features, log-weights included, (B, T, H, M). Pairing appends -W, which makes the kernel even."""
-        W = self.directions()
-        return self.project(x, torch.cat((W, -W), dim=1) if self.pairs else W, self.factors()[2], scale)
+        """Exponents of all features, log-weights included, (B, T, H, M)."""
+        return self.project(x, *self.matrix(scale))
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
         z = self.exponents(x, scale).permute(2, 0, 1, 3)  # the order they have in memory

@@ -91,7 +91,8 @@ def weighted_sums(
         raise ValueError(f"chunk_size={chunk_size} and {T} tokens: both must be at least 1")
     if cu_seqlens is not None and B != 1:
         raise ValueError(f"cu_seqlens needs one packed row, not a batch of {B}")
-    rows = B if cu_seqlens is None else len(cu_seqlens) - 1
+    rows = B if cu_seqlens is None else max(len(cu_seqlens) - 1, 0)
+    groups = None if cu_seqlens is None else group_sequences(cu_seqlens, T)
     if state is None:
         state = v.new_zeros(rows, G, m, d + sums, dtype=torch.float32)
     elif state.shape != (rows, G, m, d + sums):
@@ -103,13 +104,13 @@ def weighted_sums(
         o, state = fla_linear_attention(q, k, values, log_decay, state, cu_seqlens)
         return (o[..., :-1], o[..., -1].float(), state) if sums else (o, None, state)
     options = {"sums": sums, "mode": mode, "chunk_size": chunk_size}
-    if cu_seqlens is None:
+    if groups is None:
         return torch_sums(q, k, v, log_decay, state, **options)
     if log_decay is not None:
         log_decay = log_decay.expand(1, T, G)
     o, total = v.new_zeros(T, H, d), v.new_zeros(T, H, dtype=torch.float32)
     final = torch.zeros_like(state)
-    for group in group_sequences(cu_seqlens, T):
+    for group in groups:
         keep = group.valid[..., None]
         parts = (group.unpack(q[0]), group.unpack(k[0]) * keep.unsqueeze(-1), group.unpack(v[0]))
         decay = None if log_decay is None else group.unpack(log_decay[0]) * keep
@@ -147,6 +148,9 @@ def choose_backend(backend: str, mode: str, q: torch.Tensor) -> str:
 def torch_sums(q, k, v, log_decay, state, *, sums: bool, mode: str, chunk_size: int | None):
     """`weighted_sums` by torch, one sequence per row, state given: arguments as there, already checked."""
     (B, T, H, _), G = q.shape, k.shape[2]
+    if torch.is_autocast_enabled(q.device.type):  # which would mix the float32 of states with halves
+        with torch.autocast(q.device.type, enabled=False):
+            return torch_sums(q, k, v, log_decay, state, sums=sums, mode=mode, chunk_size=chunk_size)
     if mode != "chunk" or not all(x.dtype == torch.bfloat16 for x in (q, k, v)):
         q, k, v = q.float(), k.float(), v.float()
     if T == 1 and mode == "recurrent":

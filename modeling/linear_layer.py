@@ -9,17 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+from transformers.utils import logging
 
 from .chunk_attention import PIECE, PIECE_ON_GPU
+from .exponential_maps import ExponentialMap
 from .feature_map_base import MAX_EXPONENT
 from .feature_maps import build_feature_map
 from .flex_window import near_and_far
 from .layers import ProjectedAttention
 from .linear_attention import TINY, recurrent_step, weighted_sums
 from .linear_state import LinearState
+from .native_kernel import native_is_usable, native_linear_attention, native_supports
 from .native_step import native_step
 from .packing import PackedGroup
 from .window_attention import merge_step
+
+logger = logging.get_logger(__name__)
 
 
 class LogScale(nn.Module):
@@ -123,12 +128,17 @@ class DiJiangLinearAttention(ProjectedAttention):
         Returns:
             o (B, T, H, d), float32 or, where the whole layer is linear, q's dtype; and the state after the last token.
         """
+        if torch.is_autocast_enabled(q.device.type):  # which would mix the float32 of states with halves
+            with torch.autocast(q.device.type, enabled=False):
+                return self.attend(q, k, v, valid, state)
         if state is None:
-            state = LinearState.empty(k, self.feature_map_k.size, self.window, self.sinks, self.normalize)
+            state = LinearState.empty(k, v, self.feature_map_k.size, self.window, self.sinks, self.normalize)
         T = k.shape[1]
         if T == 1 and valid is None and state.settled and self.mode is None:
             return self.attend_step(q, k, v, state)
         size = PIECE if k.is_cpu else PIECE_ON_GPU
+        if not self.window and self.runs_natively(q, k, v, valid):
+            size = T  # which cuts its own pieces
         if T <= size:
             return self.attend_piece(q, k, v, valid, state)
         outputs, whole = [], None
@@ -144,6 +154,7 @@ class DiJiangLinearAttention(ProjectedAttention):
             whole[:, piece] = o  # while it is in the cache
         return torch.cat(outputs, dim=1) if whole is None else whole, state
 
+    @torch.compiler.disable  # the shapes of each batch of rows would be compiled anew
     def attend_packed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: list[PackedGroup]) -> torch.Tensor:
         """`attend` of several sequences that stand one after another in the rows of q, k and v, laid end to end."""
         o = torch.zeros_like(q, dtype=torch.float32).flatten(0, 1)
@@ -162,9 +173,11 @@ class DiJiangLinearAttention(ProjectedAttention):
             rank, tokens = torch.where(valid, arrived - 1, -1), arrived[:, -1]
         new = replace(state, tokens=tokens, seen=state.seen + T, unpadded=state.unpadded and valid is None)
         if not self.window:
-            visible = None if valid is None else rank >= 0
-            far, total, new.state = self.far_branch(q, k, v, visible, state.state, rank, rank)
             new.settled = True
+            if self.runs_natively(q, k, v, valid):
+                o, _, new.state = self.native_branch(q, k, v, valid, state.state, normalize=self.normalize)
+                return o, new
+            far, total, new.state = self.far_branch(q, k, v, valid, state.state, rank, rank)
             return far if total is None else far / total.clamp_min(TINY).unsqueeze(-1).to(far.dtype), new
         # rows t of `all_*` leave the window when query t arrives
         all_k, all_v = (
@@ -172,7 +185,7 @@ class DiJiangLinearAttention(ProjectedAttention):
         )
         all_rank = torch.cat((state.ranks(), rank), dim=1)
         leaving, new.window_rank = all_rank[:, :T], all_rank[:, T:]
-        visible = None if state.settled else leaving >= S
+        visible = None if state.settled and valid is None else leaving >= S
         far, total, new.state = self.far_branch(q, all_k[:, :T], all_v[:, :T], visible, state.state, rank, leaving)
         sinks, new.sink_filled, sink_arrival = self.store_sinks(state, all_k[:, :T], all_v[:, :T], leaving)
         new.near_k, new.near_v = (
@@ -212,13 +225,43 @@ class DiJiangLinearAttention(ProjectedAttention):
         c = self.branch_scale(q, self.feature_scale)
         return merge_step(q, new.near_k, new.near_v, far, total, c, scale=self.scaling), new
 
+    def runs_natively(self, q, k, v, visible) -> bool:
+        """Whether the C kernel applies to `far_branch` of these; says once if it does, or why it cannot."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.mode is not None or q.shape[1] == 1:
+            return False
+        phi = self.feature_map_q
+        # it decays by the token, hidden ones included
+        fits = isinstance(phi, ExponentialMap) and phi.is_one_matrix and (self.decay is None or visible is None)
+        if not (fits and native_supports(q, k, v, phi.size)):
+            return False
+        usable, reason = native_is_usable()
+        logger.info_once("linear layers run on the native CPU kernel" if usable else f"no native CPU kernel: {reason}")
+        return usable
+
+    def native_branch(self, q, k, v, visible, state, normalize: bool = False):
+        """`far_branch` by the C kernel; with `normalize` its quotient, None, and the state."""
+        weight = None if visible is None else visible.float().unsqueeze(-1).expand(*k.shape[:3])
+        if self.key_scale is not None:
+            weight = self.key_weight(k) if weight is None else self.key_weight(k) * weight
+        return native_linear_attention(
+            *(q, k, v, *self.feature_map_q.matrix(self.feature_scale), *self.feature_map_k.matrix(self.feature_scale)),
+            activation=self.feature_map_q.activation,
+            key_weight=weight,
+            log_decay=None if self.decay is None else self.decay(),
+            state=state,
+            sums=self.normalize,
+            normalize=normalize,
+        )
+
+    def key_weight(self, k: torch.Tensor) -> torch.Tensor:
+        """exp(u.k + b), (B, T, G), of keys k (B, T, G, d), scaled first."""
+        limit = self.key_exponent_limit
+        return self.key_scale(k, self.feature_scale).clamp(-limit, limit).exp()
+
     def key_features(self, k: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """phi(k) exp(u.k + b) of keys k (B, T, G, d), scaled first: (B, T, G, M), what the state accumulates."""
         phi_k = self.feature_map_k(k, positions, self.feature_scale)
-        if self.key_scale is not None:
-            limit = self.key_exponent_limit
-            phi_k = phi_k * self.key_scale(k, self.feature_scale).clamp(-limit, limit).exp().unsqueeze(-1)
-        return phi_k
+        return phi_k if self.key_scale is None else phi_k * self.key_weight(k).unsqueeze(-1)
 
     def far_branch(self, q, k, v, visible, state, q_positions=None, k_positions=None):
         """
@@ -227,6 +270,8 @@ class DiJiangLinearAttention(ProjectedAttention):
         Returns:
             numerator (B, T, H, d), the sum of weights float32 (B, T, H) or None without normalisation, and the new state.
         """
+        if self.runs_natively(q, k, v, visible):
+            return self.native_branch(q, k, v, visible, state)
         # bfloat16 values are mixed by bfloat16 products, sums and states stay float32
         dtype = torch.bfloat16 if v.dtype == torch.bfloat16 and q.shape[1] > 1 else torch.float32
         phi_q = self.feature_map_q(q, q_positions, self.feature_scale).to(dtype)

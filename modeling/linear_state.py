@@ -31,13 +31,13 @@ class LinearState:
     settled: bool = False
 
     @classmethod
-    def empty(cls, k: torch.Tensor, features: int, window: int, sinks: int, sums: bool) -> "LinearState":
-        """The state before the first token, for keys like k (B, T, G, d)."""
+    def empty(cls, k: torch.Tensor, v: torch.Tensor, features: int, window: int, sinks: int, sums: bool) -> "LinearState":
+        """The state before the first token, for keys and values like k, v (B, T, G, d)."""
         B, _, G, d = k.shape
         return cls(
             state=k.new_zeros(B, G, features, d + sums, dtype=torch.float32),
             near_k=k.new_zeros(B, G, sinks + window, d),
-            near_v=k.new_zeros(B, G, sinks + window, d),
+            near_v=v.new_zeros(B, G, sinks + window, d),
             window_rank=k.new_full((B, window), -1, dtype=torch.long),
             sink_filled=k.new_zeros(B, sinks, dtype=torch.bool),
             tokens=k.new_zeros(B, dtype=torch.long),

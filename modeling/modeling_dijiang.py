@@ -157,8 +157,6 @@ class DiJiangModel(DiJiangPreTrainedModel):
                 if position_ids is None:
                     starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
                     position_ids = (torch.arange(T, device=starts.device) - starts)[None]
-            elif torch.is_tensor(attention_mask) and not torch.compiler.is_compiling() and bool(attention_mask.all()):
-                attention_mask = None
         if use_cache and past_key_values is None and groups is None:
             past_key_values = DiJiangCache(self.config)
 
@@ -193,8 +191,10 @@ class DiJiangModel(DiJiangPreTrainedModel):
         }
         masks = {}
         if "linear_attention" in self.config.layer_types:
-            T = inputs_embeds.shape[1]
-            masks["linear_attention"] = groups if attention_mask is None else attention_mask[:, -T:].bool()
+            new = None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :].bool()
+            if new is not None and not torch.compiler.is_compiling() and bool(new.all()):
+                new = None
+            masks["linear_attention"] = groups if new is None else new
         if "full_attention" in self.config.layer_types:
             masks["full_attention"] = create_causal_mask(**arguments)
         if "sliding_attention" in self.config.layer_types:
@@ -217,13 +217,17 @@ def packed_bounds(B, T, attention_mask, position_ids, cu_seqlens, past_key_value
     sequence: by position_ids (B, T) that restart, or by the `cu_seqlens` of a padding-free collator.
 
     Raises:
-        ValueError: on packed rows with padding or with a cache, which holds one sequence per row.
+        ValueError: on packed rows with padding or with a cache, which holds one sequence per row, and on bounds that do not
+            fit the row.
     """
     if T == 1 or (position_ids is None and cu_seqlens is None):
         return None
     real = attention_mask[:, -T:].bool() if torch.is_tensor(attention_mask) else None
     if cu_seqlens is not None:
-        bounds = cu_seqlens.to(torch.long) if B == 1 and len(cu_seqlens) > 2 else None
+        bounds = cu_seqlens.to(torch.long)
+        if B != 1 or len(bounds) < 2 or int(bounds[-1]) != T:
+            raise ValueError(f"cu_seq_lens_q must end at the {T} tokens of a single row, of which there are {B}")
+        bounds = bounds if len(bounds) > 2 else None
     else:
         bounds = sequence_bounds(position_ids.expand(B, T), real)
     if bounds is None:

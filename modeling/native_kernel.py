@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
@@ -27,33 +28,35 @@ SOURCE = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #ifdef __SSE__
 #include <xmmintrin.h>
 #endif
 
-enum { BLOCK = 64, LANES = BLOCK / 16 };  /* tokens per block, and vectors of 16 that hold one number of each */
-
-/* One tile of a product is ROWS x (16 * VECS) sums in registers: 16 of AVX-512's 32, the others can hold four such vectors. */
+/* Vectors of the processor's own size: wider ones compile too, into code that is several times slower. One tile of a product
+   is ROWS x VECS of them in registers: 16 sums of AVX-512's and NEON's 32 registers, 8 of the 16 of others. */
 #ifdef __AVX512F__
-enum { ROWS = 4, VECS = 4 };
+enum { WIDTH = 16, ROWS = 4, VECS = 4 };
+#elif defined(__AVX__)
+enum { WIDTH = 8, ROWS = 4, VECS = 2 };
+#elif defined(__aarch64__)
+enum { WIDTH = 4, ROWS = 4, VECS = 4 };
 #else
-enum { ROWS = 4, VECS = 1 };
+enum { WIDTH = 4, ROWS = 4, VECS = 2 };
 #endif
+enum { BLOCK = 64, LANES = BLOCK / WIDTH }; /* tokens per block, and vectors that hold one number of each */
 
-typedef float v16 __attribute__((vector_size(64)));
-typedef int32_t i16 __attribute__((vector_size(64)));
-typedef uint32_t u16 __attribute__((vector_size(64)));
-typedef uint16_t h16 __attribute__((vector_size(32)));
-typedef v16 any_v16 __attribute__((aligned(4), may_alias));
-typedef h16 any_h16 __attribute__((aligned(2), may_alias));
+typedef float vec __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t bits __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+typedef vec any_vec __attribute__((aligned(4), may_alias));
+typedef halves any_halves __attribute__((aligned(2), may_alias));
 #define INLINE static inline __attribute__((always_inline))
-#define ZERO ((v16){0})
-#define V(p) (*(any_v16 *)(p))
-#if defined(__clang__) || __GNUC__ >= 12
-#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define PICK(a, b, ...) __builtin_shuffle(a, b, (i16){__VA_ARGS__})
-#endif
+#define ZERO ((vec){0})
+#define V(p) (*(any_vec *)(p))
 
 struct input {
     const char *x; /* float32 or bfloat16 */
@@ -66,16 +69,16 @@ struct call {
     void *o;
     float *total, *new_state;
     long B, T, H, G, M, d, e, bf16, softmax, sums, normalize;
-    long whole, pieces; /* (b, g) pairs that are one task each, and tasks for each pair after these */
-    const long *ends;   /* where the pieces end */
-    long next;          /* task to hand out */
+    long tasks, most;  /* how many, and the most pairs that one of them has */
+    const long *table; /* per task the first of its (b, g) pairs, the end of them, the first token and the end of them */
+    long next;         /* task to hand out */
 };
 
-INLINE v16 load(const char *row, long at, int bf16)
+INLINE vec load(const char *row, long at, int bf16)
 {
     if (!bf16)
         return V((const float *)row + at);
-    return (v16)(__builtin_convertvector(*(any_h16 *)((const uint16_t *)row + at), u16) << 16);
+    return (vec)(__builtin_convertvector(*(any_halves *)((const uint16_t *)row + at), bits) << 16);
 }
 
 /* rows of one head, `step` bytes apart */
@@ -86,56 +89,58 @@ INLINE struct rows rows_of(struct input from, long b, long t, long head, long n,
     return (struct rows){from.x + b * from.steps[0] + t * from.steps[1] + head * from.steps[2], from.steps[1], n, width, bf16};
 }
 
-/* row i of the next block on its way to the cache: rows lie too far apart for the processor to foresee them */
-INLINE void fetch(struct rows r, long i)
+/* Sends for the share of m .. m + ROWS of M in the next block: rows lie too far apart for the processor to foresee them, and
+   it can wait for no more than a dozen lines at once. */
+INLINE void fetch(struct rows r, long m, long M)
 {
-    for (long byte = 0; byte < (r.width << (r.bf16 ? 1 : 2)); byte += 64)
-        __builtin_prefetch(r.x + (BLOCK + i) * r.step + byte, 0, 2);
+    for (long i = m * BLOCK / M; i < (m + ROWS) * BLOCK / M; i++)
+        for (long byte = 0; byte < r.width * (r.bf16 ? 2 : 4); byte += 64)
+            __builtin_prefetch(r.x + (BLOCK + i) * r.step + byte, 0, 2);
 }
 
-INLINE void store(void *x, long at, v16 value, int bf16)
+INLINE void store(void *x, long at, vec value, int bf16)
 {
     if (!bf16) {
         V((float *)x + at) = value;
         return;
     }
-    u16 bits = (u16)value;
-    bits += 0x7fff + (bits >> 16 & 1); /* round to nearest, ties to even */
-    *(any_h16 *)((uint16_t *)x + at) = __builtin_convertvector(bits >> 16, h16);
+    bits b = (bits)value;
+    b += 0x7fff + (b >> 16 & 1); /* round to nearest, ties to even */
+    *(any_halves *)((uint16_t *)x + at) = __builtin_convertvector(b >> 16, halves);
 }
 
 /* a where `mask`, else b. Comparisons with NaN are false. */
-INLINE v16 choose(i16 mask, v16 a, v16 b)
+INLINE vec choose(ints mask, vec a, vec b)
 {
-    return (v16)((mask & (i16)a) | (~mask & (i16)b));
+    return (vec)((mask & (ints)a) | (~mask & (ints)b));
 }
 
-INLINE v16 at_least(v16 x, v16 low) { return choose(x < low, low, x); }
+INLINE vec at_least(vec x, vec low) { return choose(x < low, low, x); }
 
-INLINE v16 at_most(v16 x, v16 high) { return choose(x > high, high, x); }
+INLINE vec at_most(vec x, vec high) { return choose(x > high, high, x); }
 
 /* exp(x), relative error below 2e-7; x at most 88. Below -87 it stays at 1e-38, NaN stays NaN. */
-INLINE v16 exponential(v16 x)
+INLINE vec exponential(vec x)
 {
     x = at_least(x, ZERO - 87.0f);
-    v16 shifted = x * 0x1.715476p+0f + 0x1.8p+23f; /* rounds: the low bits are now the integer n, x = n log 2 + r */
-    v16 n = shifted - 0x1.8p+23f;
-    v16 r = x - n * 0.693359375f + n * 2.12194440e-4f; /* log 2 in two parts, the first exact times n */
-    v16 p = 0.008312503336352882f * r + 0.04189033460940764f;
+    vec shifted = x * 0x1.715476p+0f + 0x1.8p+23f; /* rounds: the low bits are now the integer n, x = n log 2 + r */
+    vec n = shifted - 0x1.8p+23f;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f; /* log 2 in two parts, the first exact times n */
+    vec p = 0.008312503336352882f * r + 0.04189033460940764f;
     p = p * r + 0.16667115375946315f;
     p = p * r + 0.49999230280142115f;
     p = p * (r * r) + r + 1.0f;
-    return (v16)((i16)p + ((i16)shifted << 23)); /* times 2^n */
+    return (vec)((ints)p + ((ints)shifted << 23)); /* times 2^n */
 }
 
 /* c[r][:] += sum_p a[r * row + p * step] * b[p * b_step + :] */
-INLINE void multiply(v16 (*c)[VECS], int vecs, const float *a, long row, long step, const float *b, long b_step, long n)
+INLINE void multiply(vec (*c)[VECS], int vecs, const float *a, long row, long step, const float *b, long b_step, long n)
 {
     for (long p = 0; p < n; p++, a += step, b += b_step) {
-        v16 x[VECS];
+        vec x[VECS];
 #pragma GCC unroll 4
         for (int v = 0; v < vecs; v++)
-            x[v] = V(b + 16 * v);
+            x[v] = V(b + WIDTH * v);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
@@ -144,52 +149,62 @@ INLINE void multiply(v16 (*c)[VECS], int vecs, const float *a, long row, long st
     }
 }
 
-/* calls f(..., vecs) with a constant for each width that is left, so that the tile's loops unroll */
-#define WIDTHS(f, from, to, ...)                                     \
-    for (long at = from, left; (left = ((to)-at) / 16) > 0; at += 16 * (left < VECS ? left : VECS)) \
-        switch (left < VECS ? left : VECS) {                         \
-        case 1: f(__VA_ARGS__, at, 1); break;                        \
-        case 2: f(__VA_ARGS__, at, 2 < VECS ? 2 : VECS); break;      \
-        case 3: f(__VA_ARGS__, at, 3 < VECS ? 3 : VECS); break;      \
-        default: f(__VA_ARGS__, at, VECS);                           \
+/* f(..., at, vecs) along a row of tiles, the width in vectors a constant in each call, so that f's loops unroll */
+#define WIDTHS(f, from, to, ...)                                   \
+    for (long at = from; at < (to); at += WIDTH * VECS)            \
+        switch (((to) - at) / WIDTH) {                             \
+        case 1: f(__VA_ARGS__, at, 1); break;                      \
+        case 2: f(__VA_ARGS__, at, 2 < VECS ? 2 : VECS); break;    \
+        case 3: f(__VA_ARGS__, at, 3 < VECS ? 3 : VECS); break;    \
+        default: f(__VA_ARGS__, at, VECS);                         \
         }
 
-/* rows of a block as columns, out (d, BLOCK): with tokens in the lanes softmax needs no sums across lanes. 0 after n rows */
+#if defined(__AVX512F__) && (defined(__clang__) || __GNUC__ >= 12)
+#define ZIP(to, a, b)                                                                                            \
+    to[0] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);               \
+    to[1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#define ZIPS(to, from) _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) { ZIP((to + 2 * i), from[i], from[i + 8]) }
+#endif
+
+/* rows of a block as columns, out (d, BLOCK), 0 after the last: with tokens in the lanes softmax needs no sums across lanes */
 static void load_columns(float *out, struct rows x)
 {
-    for (long t = 0; t < BLOCK; t += 16)
-        for (long c = 0; c < x.width; c += 16) {
-            v16 rows[16], other[16];
+    for (long t = 0; t < BLOCK; t += WIDTH)
+        for (long c = 0; c < x.width; c += WIDTH) {
+            vec rows[WIDTH];
 #pragma GCC unroll 16
-            for (int i = 0; i < 16; i++)
+            for (int i = 0; i < WIDTH; i++)
                 rows[i] = t + i < x.n ? load(x.x + (t + i) * x.step, c, x.bf16) : ZERO;
+#ifdef ZIPS
+            vec other[WIDTH];
 #pragma GCC unroll 2
             for (int round = 0; round < 2; round++) { /* interleaving the halves log2(16) times transposes */
-#define ZIP(to, from)                                                                                      \
-    _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) {                                                  \
-        to[2 * i] = PICK(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);    \
-        to[2 * i + 1] = PICK(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31); \
-    }
-                ZIP(other, rows)
-                ZIP(rows, other)
+                ZIPS(other, rows)
+                ZIPS(rows, other)
             }
 #pragma GCC unroll 16
-            for (int i = 0; i < 16; i++)
+            for (int i = 0; i < WIDTH; i++)
                 V(out + (c + i) * BLOCK + t) = rows[i];
+#else
+            for (int i = 0; i < WIDTH; i++)
+                for (int k = 0; k < WIDTH; k++)
+                    out[(c + k) * BLOCK + t + i] = rows[i][k];
+#endif
         }
 }
 
-INLINE void project(float *z, const float *x, const float *W, const float *b, long d, v16 *peak, long m, long at, int vecs)
+/* z = W x + b, tokens in the lanes, and the largest of each token */
+INLINE void project(float *z, const float *x, const float *W, const float *b, long d, vec *peak, long m, long at, int vecs)
 {
-    v16 c[ROWS][VECS];
+    vec c[ROWS][VECS];
     for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < vecs; v++)
             c[r][v] = ZERO + b[m + r];
     multiply(c, vecs, W + m * d, d, 1, x + at, BLOCK, d);
     for (int v = 0; v < vecs; v++)
         for (int r = 0; r < ROWS; r++) {
-            V(z + (m + r) * BLOCK + at + 16 * v) = c[r][v];
-            v16 *top = peak + at / 16 + v;
+            V(z + (m + r) * BLOCK + at + WIDTH * v) = c[r][v];
+            vec *top = peak + at / WIDTH + v;
             *top = at_least(*top, c[r][v]);
         }
 }
@@ -200,55 +215,57 @@ static void features(float *phi, float *x, struct rows rows, const float *W, con
 {
     const long d = rows.width;
     load_columns(x, rows);
-    v16 peak[LANES], sum[LANES] = {0};
+    vec peak[LANES], sum[LANES] = {0};
     for (int v = 0; v < LANES; v++)
         peak[v] = ZERO - INFINITY;
     for (long m = 0; m < M; m += ROWS) {
-        for (long i = m * BLOCK / M; i < (m + ROWS) * BLOCK / M; i++)
-            fetch(rows, i);
+        fetch(rows, m, M);
         WIDTHS(project, 0, BLOCK, phi, x, W, b, d, peak, m)
     }
     for (long m = 0; m < M; m++)
 #pragma GCC unroll 4
         for (int v = 0; v < LANES; v++) {
-            v16 z = V(phi + m * BLOCK + 16 * v);
+            vec z = V(phi + m * BLOCK + WIDTH * v);
             if (softmax)
                 z -= peak[v];
             else
                 z = at_most(at_least(z, ZERO - 20.0f), ZERO + 20.0f);
             z = exponential(z);
             sum[v] += z;
-            V(phi + m * BLOCK + 16 * v) = z;
+            V(phi + m * BLOCK + WIDTH * v) = z;
         }
     for (int v = 0; v < LANES; v++) {
         sum[v] = softmax ? 1.0f / sum[v] : ZERO + 1.0f / sqrtf(M);
         if (weight)
-            sum[v] *= V(weight + 16 * v);
+            sum[v] *= V(weight + WIDTH * v);
     }
     for (long m = 0; m < M; m++)
 #pragma GCC unroll 4
         for (int v = 0; v < LANES; v++)
-            V(phi + m * BLOCK + 16 * v) *= sum[v];
+            V(phi + m * BLOCK + WIDTH * v) *= sum[v];
 }
 
-INLINE void score(float *a, const float *phi_k, const float *phi_q, long M, const float *decay, v16 *total, long j, long at, int vecs)
+/* a[j][i] = decay[i - j] phi(k_j).phi(q_i), queries in the lanes; total sums over the keys */
+INLINE void score(float *a, const float *phi_k, const float *phi_q, long M, const float *decay, vec *total, long j, long at,
+                  int vecs)
 {
-    v16 c[ROWS][VECS] = {0};
+    vec c[ROWS][VECS] = {0};
     multiply(c, vecs, phi_k + j, 1, BLOCK, phi_q + at, BLOCK, M);
     for (int v = 0; v < vecs; v++)
         for (int r = 0; r < ROWS; r++) {
-            c[r][v] *= V(decay + at + 16 * v - j - r);
-            V(a + (j + r) * BLOCK + at + 16 * v) = c[r][v];
-            total[at / 16 + v] += c[r][v];
+            c[r][v] *= V(decay + at + WIDTH * v - j - r);
+            V(a + (j + r) * BLOCK + at + WIDTH * v) = c[r][v];
+            total[at / WIDTH + v] += c[r][v];
         }
 }
 
 struct place { void *o; long at, step, rows; int bf16; }; /* of a block of outputs */
 
+/* numerators of queries i .. i + ROWS: of the state first, which decays on the way, then of the keys up to theirs */
 INLINE void output(struct place to, const float *a, const float *v, const float *phi_q, const float *S, long M, long e,
                    const float *decay, const float *scale, long i, long at, int vecs)
 {
-    v16 c[ROWS][VECS] = {0};
+    vec c[ROWS][VECS] = {0};
     multiply(c, vecs, phi_q + i, 1, BLOCK, S + at, e, M);
     for (int r = 0; r < ROWS; r++)
         for (int w = 0; w < vecs; w++)
@@ -256,116 +273,134 @@ INLINE void output(struct place to, const float *a, const float *v, const float 
     multiply(c, vecs, a + i, 1, BLOCK, v + at, e, i + ROWS);
     for (int r = 0; r < ROWS && i + r < to.rows; r++)
         for (int w = 0; w < vecs; w++)
-            store(to.o, to.at + (i + r) * to.step + at + 16 * w, c[r][w] * scale[i + r], to.bf16);
+            store(to.o, to.at + (i + r) * to.step + at + WIDTH * w, c[r][w] * scale[i + r], to.bf16);
 }
 
+/* S = fade S + phi_k v */
 INLINE void remember(float *S, const float *phi_k, const float *v, long e, float fade, long m, long at, int vecs)
 {
-    v16 c[ROWS][VECS];
+    vec c[ROWS][VECS];
     for (int r = 0; r < ROWS; r++)
         for (int w = 0; w < vecs; w++)
-            c[r][w] = V(S + (m + r) * e + at + 16 * w) * fade;
+            c[r][w] = V(S + (m + r) * e + at + WIDTH * w) * fade;
     multiply(c, vecs, phi_k + m * BLOCK, BLOCK, 1, v + at, e, BLOCK);
     for (int r = 0; r < ROWS; r++)
         for (int w = 0; w < vecs; w++)
-            V(S + (m + r) * e + at + 16 * w) = c[r][w];
+            V(S + (m + r) * e + at + WIDTH * w) = c[r][w];
 }
 
-/* tokens before `start` enter the state only, those up to `end` are attended to */
-static void attend(const struct call *c, float *scratch, long b, long g, long start, long end)
+/* what one (b, g) pair carries from block to block */
+struct memory {
+    float decay[3 * BLOCK]; /* [BLOCK + i] over a distance of i tokens: 0 for those to come, which is the causal mask */
+    float S[];              /* (M, e), then key_sum (M) */
+};
+
+static void start_pair(const struct call *c, struct memory *memory, long pair)
 {
-    const long M = c->M, d = c->d, e = c->e, R = c->H / c->G, columns = e + c->sums;
-    float *x = scratch, *phi_q = x + d * BLOCK, *phi_k = phi_q + M * BLOCK, *a = phi_k + M * BLOCK;
-    float *v = a + BLOCK * BLOCK, *S = v + BLOCK * e, *key_sum = S + M * e;
-    float factors[3 * BLOCK], weight[BLOCK], scale[BLOCK];
-    float *decay = factors + BLOCK; /* of a distance between tokens: 0 for those to come, which is the causal mask */
-    const float g_decay = c->log_decay ? c->log_decay[g] : 0.0f;
+    const long M = c->M, e = c->e, columns = e + c->sums;
+    const float *old = c->state + pair * M * columns, g = c->log_decay ? c->log_decay[pair % c->G] : 0.0f;
     for (long i = -BLOCK; i < 2 * BLOCK; i++)
-        decay[i] = i < 0 ? 0.0f : expf(g_decay * i);
-    const float *old = c->state + (b * c->G + g) * M * columns;
+        memory->decay[BLOCK + i] = i < 0 ? 0.0f : expf(g * i);
     for (long m = 0; m < M; m++) {
-        memcpy(S + m * e, old + m * columns, e * sizeof(float));
-        key_sum[m] = c->sums ? old[m * columns + e] : 0.0f;
+        memcpy(memory->S + m * e, old + m * columns, e * sizeof(float));
+        memory->S[M * e + m] = c->sums ? old[m * columns + e] : 0.0f;
     }
-    for (long t = 0; t < end; t += BLOCK) {
-        const long n = end - t < BLOCK ? end - t : BLOCK;
-        for (long i = 0; i < BLOCK; i++)
-            weight[i] = i >= n ? 0.0f : c->key_weight ? c->key_weight[(b * c->T + t + i) * c->G + g] : 1.0f;
-        features(phi_k, x, rows_of(c->k, b, t, g, n, d, c->bf16), c->W_k + g * M * d, c->b_k + g * M, M, c->softmax, weight);
-        const struct rows values = rows_of(c->v, b, t, g, n, e, c->bf16);
-        for (long i = 0; i < BLOCK; i++) {
-            for (long j = 0; j < e; j += 16)
-                V(v + i * e + j) = i < n ? load(values.x + i * values.step, j, c->bf16) : ZERO;
-            fetch(values, i);
-        }
-        for (long h = g * R; t >= start && h < (g + 1) * R; h++) {
-            v16 total[LANES] = {0}, before[LANES] = {0};
-            features(phi_q, x, rows_of(c->q, b, t, h, n, d, c->bf16), c->W_q + h * M * d, c->b_q + h * M, M, c->softmax, NULL);
-            for (long j = 0; j < BLOCK; j += ROWS)
-                WIDTHS(score, j & -16, BLOCK, a, phi_k, phi_q, M, decay, total, j)
-            for (long m = 0; c->sums && m < M; m++)
-#pragma GCC unroll 4
-                for (int w = 0; w < LANES; w++)
-                    before[w] += V(phi_q + m * BLOCK + 16 * w) * key_sum[m];
-            for (int w = 0; w < LANES; w++)
-                total[w] += before[w] * V(decay + 16 * w + 1);
-            for (long i = 0; i < BLOCK; i++) {
-                float sum = total[i / 16][i % 16];
-                scale[i] = c->normalize ? 1.0f / (sum < 1e-30f ? 1e-30f : sum) : 1.0f;
-                if (c->total && i < n)
-                    c->total[(b * c->T + t + i) * c->H + h] = sum;
-            }
-            struct place to = {c->o, ((b * c->T + t) * c->H + h) * e, c->H * e, n, c->bf16 && c->normalize};
-            for (long i = 0; i < BLOCK; i += ROWS)
-                WIDTHS(output, 0, e, to, a, v, phi_q, S, M, e, decay, scale, i)
-        }
-        for (long m = 0; m < M; m++) {
-            v16 sum = {0};
-            for (int w = 0; w < LANES; w++) {
-                v16 *p = (v16 *)(phi_k + m * BLOCK) + w;
-                if (c->log_decay) {
-                    for (int i = 0; i < 16; i++)
-                        (*p)[i] *= decay[n - 1 - 16 * w - i];
-                }
-                sum += *p;
-            }
-            float s = 0.0f;
-            for (int i = 0; i < 16; i++)
-                s += sum[i];
-            key_sum[m] = key_sum[m] * decay[n] + s;
-        }
-        for (long m = 0; m < M; m += ROWS)
-            WIDTHS(remember, 0, e, S, phi_k, v, e, decay[n], m)
-    }
-    if (end < c->T)
-        return;
-    float *new = c->new_state + (b * c->G + g) * M * columns;
+}
+
+static void end_pair(const struct call *c, const struct memory *memory, long pair)
+{
+    const long M = c->M, e = c->e, columns = e + c->sums;
+    float *new = c->new_state + pair * M * columns;
     for (long m = 0; m < M; m++) {
-        memcpy(new + m * columns, S + m * e, e * sizeof(float));
+        memcpy(new + m * columns, memory->S + m * e, e * sizeof(float));
         if (c->sums)
-            new[m * columns + e] = key_sum[m];
+            new[m * columns + e] = memory->S[M * e + m];
+    }
+}
+
+/* n tokens from t on of one pair: their outputs if `attended`, and what they add to the memory */
+static void block(const struct call *c, float *scratch, struct memory *memory, long pair, long t, long n, int attended)
+{
+    const long M = c->M, d = c->d, e = c->e, R = c->H / c->G, b = pair / c->G, g = pair % c->G;
+    float *x = scratch, *phi_q = x + d * BLOCK, *phi_k = phi_q + M * BLOCK, *a = phi_k + M * BLOCK, *v = a + BLOCK * BLOCK;
+    float *S = memory->S, *key_sum = S + M * e, *decay = memory->decay + BLOCK, weight[BLOCK], scale[BLOCK];
+    for (long i = 0; i < BLOCK; i++)
+        weight[i] = i >= n ? 0.0f : c->key_weight ? c->key_weight[(b * c->T + t + i) * c->G + g] : 1.0f;
+    features(phi_k, x, rows_of(c->k, b, t, g, n, d, c->bf16), c->W_k + g * M * d, c->b_k + g * M, M, c->softmax, weight);
+    const struct rows values = rows_of(c->v, b, t, g, n, e, c->bf16);
+    for (long i = 0; i < BLOCK; i++)
+        for (long j = 0; j < e; j += WIDTH)
+            V(v + i * e + j) = i < n ? load(values.x + i * values.step, j, c->bf16) : ZERO;
+    for (long h = g * R; attended && h < (g + 1) * R; h++) {
+        vec total[LANES] = {0}, before[LANES] = {0};
+        features(phi_q, x, rows_of(c->q, b, t, h, n, d, c->bf16), c->W_q + h * M * d, c->b_q + h * M, M, c->softmax, NULL);
+        for (long j = 0; j < BLOCK; j += ROWS)
+            WIDTHS(score, j & -WIDTH, BLOCK, a, phi_k, phi_q, M, decay, total, j)
+        for (long m = 0; c->sums && m < M; m++)
+#pragma GCC unroll 4
+            for (int w = 0; w < LANES; w++)
+                before[w] += V(phi_q + m * BLOCK + WIDTH * w) * key_sum[m];
+        for (int w = 0; w < LANES; w++)
+            total[w] += before[w] * V(decay + WIDTH * w + 1);
+        for (long i = 0; i < BLOCK; i++) {
+            float sum = total[i / WIDTH][i % WIDTH];
+            scale[i] = c->normalize ? 1.0f / (sum < 1e-30f ? 1e-30f : sum) : 1.0f;
+            if (c->total && i < n)
+                c->total[(b * c->T + t + i) * c->H + h] = sum;
+        }
+        struct place to = {c->o, ((b * c->T + t) * c->H + h) * e, c->H * e, n, c->bf16 && c->normalize};
+        for (long i = 0; i < BLOCK; i += ROWS)
+            WIDTHS(output, 0, e, to, a, v, phi_q, S, M, e, decay, scale, i)
+    }
+    for (long m = 0; m < M; m++) {
+        float *row = phi_k + m * BLOCK, s = 0.0f;
+        if (c->log_decay) { /* from the token to the end of the block */
+            for (long i = 0; i < BLOCK; i++)
+                row[i] *= decay[n - 1 - i];
+        }
+        vec sum = ZERO;
+        for (int w = 0; w < LANES; w++)
+            sum += V(row + WIDTH * w);
+        for (int i = 0; i < WIDTH; i++)
+            s += sum[i];
+        key_sum[m] = key_sum[m] * decay[n] + s;
+    }
+    for (long m = 0; m < M; m += ROWS) {
+        fetch(values, m, M);
+        WIDTHS(remember, 0, e, S, phi_k, v, e, decay[n], m)
     }
 }
 
 /* works on tasks until none is left; any number of threads may be in here. Returns nonzero if memory ran out */
 int dijiang_work(struct call *c)
 {
-    void *scratch;
-    const long size = c->d * BLOCK + 2 * c->M * BLOCK + BLOCK * BLOCK + BLOCK * c->e + c->M * c->e + c->M;
-    if (posix_memalign(&scratch, 64, size * sizeof(float)))
+    const long M = c->M, d = c->d, e = c->e, T = c->T;
+    const long own = 3 * BLOCK + M * e + M, shared = (d + 2 * M + BLOCK + e) * BLOCK; /* numbers, both multiples of 16 */
+    float *scratch;
+    if (posix_memalign((void **)&scratch, 64, (shared + c->most * own) * sizeof(float)))
         return 1;
+#ifdef MADV_HUGEPAGE /* a large output is new memory, whose pages of 4 KB take longer to come than all that goes into them */
+    const uintptr_t page = 2 << 20, from = ((uintptr_t)c->o + page - 1) & -page;
+    const uintptr_t to = ((uintptr_t)c->o + c->B * T * c->H * e * (c->bf16 && c->normalize ? 2 : 4)) & -page;
+    if (to > from)
+        madvise((void *)from, to - from, MADV_HUGEPAGE);
+#endif
 #ifdef __SSE__
     const unsigned mode = _mm_getcsr();
     _mm_setcsr(mode | 0x8040); /* tiny weights become 0: numbers below 1e-38 cost a hundred cycles each */
 #endif
-    const long pairs = c->B * c->G, tasks = c->whole + (pairs - c->whole) * c->pieces;
-    for (long i; (i = __atomic_fetch_add(&c->next, 1, __ATOMIC_RELAXED)) < tasks;) {
-        long pair = i, piece = 0, whole = i < c->whole;
-        if (!whole) {
-            pair = c->whole + (i - c->whole) / c->pieces;
-            piece = (i - c->whole) % c->pieces;
-        }
-        attend(c, scratch, pair / c->G, pair % c->G, piece ? c->ends[piece - 1] : 0, whole ? c->T : c->ends[piece]);
+    for (long i; (i = __atomic_fetch_add(&c->next, 1, __ATOMIC_RELAXED)) < c->tasks;) {
+        const long *task = c->table + 4 * i, first = task[0], pairs = task[1] - first, start = task[2], end = task[3];
+#define MEMORY(p) ((struct memory *)(scratch + shared + (p) * own))
+        for (long p = 0; p < pairs; p++)
+            start_pair(c, MEMORY(p), first + p);
+        /* heads inside, tokens outside: neighbouring heads lie in the same pages, and looking those up costs as much as the
+           data. Tokens before `start` enter the memory only */
+        for (long t = 0; t < end; t += BLOCK)
+            for (long p = 0; p < pairs; p++)
+                block(c, scratch, MEMORY(p), first + p, t, end - t < BLOCK ? end - t : BLOCK, t >= start);
+        for (long p = 0; p < pairs && end == T; p++)
+            end_pair(c, MEMORY(p), first + p);
     }
 #ifdef __SSE__
     _mm_setcsr(mode);
@@ -377,9 +412,12 @@ int dijiang_work(struct call *c)
 
 FLAGS = ["-O3", "-fno-math-errno", "-fPIC", "-shared", "-x", "c"]
 POINTERS = ("W_q", "b_q", "W_k", "b_k", "key_weight", "log_decay", "state", "o", "total", "new_state")
-SIZES = ("B", "T", "H", "G", "M", "d", "e", "bf16", "softmax", "sums", "normalize", "whole", "pieces")
-# one block's products need this many tokens before a second thread pays for its start
-BLOCK = 64
+SIZES = ("B", "T", "H", "G", "M", "d", "e", "bf16", "softmax", "sums", "normalize", "tasks", "most")
+BLOCK = 64  # as in the source
+# (b, g) pairs that go through the tokens together: their states and matrices must fit the processor's second cache
+BUNDLE = 4
+# most pieces of one pair: however many there are, the last one costs no less than `ratio` of the whole
+PIECES = 4
 
 
 class Input(ctypes.Structure):
@@ -399,14 +437,14 @@ class Call(ctypes.Structure):
         *((name, Input) for name in "qkv"),
         *((name, ctypes.c_void_p) for name in POINTERS),
         *((name, ctypes.c_long) for name in SIZES),
-        ("ends", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
         ("next", ctypes.c_long),
     ]
 
 
 def find_compiler() -> list[str] | None:
     """The command of the C compiler: `CC`, which may hold options, else the first of the usual names."""
-    for command in [shlex.split(os.environ.get("CC", ""))] + [["cc"], ["gcc"], ["clang"]]:
+    for command in [shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"]]:
         if command and shutil.which(command[0]):
             return command
     return None
@@ -432,7 +470,7 @@ def describe_processor() -> str:
 
 
 def build(compiler: list[str], folder: Path) -> ctypes.CDLL:
-    """The compiled library from `folder`, put there if need be. OSError where the folder, RuntimeError where the code fails."""
+    """The library in `folder`, compiled if need be. OSError if the folder is of no use, RuntimeError if the compiler is."""
     binary = Path(shutil.which(compiler[0])).resolve()
     identity = [SOURCE, *compiler, *FLAGS, str(binary), str(binary.stat().st_mtime_ns), describe_processor()]
     name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:24]
@@ -499,18 +537,25 @@ if hasattr(os, "register_at_fork"):  # threads do not survive a fork
     os.register_at_fork(after_in_child=helpers.cache_clear)
 
 
-def plan_pieces(T: int, threads: int, pairs: int, ratio: float) -> tuple[int, list[int]]:
+def plan_tasks(T: int, threads: int, pairs: int, ratio: float) -> list[tuple[int, int, int, int]]:
     """
-    How many of the (b, g) pairs are one task each, and where to cut the others, which would leave threads idle.
+    Tasks of about the same cost for each thread: (first pair, end of the pairs, first token, end of the tokens).
 
-    A piece first runs through the keys before it, at `ratio` of the cost of attending, so that no piece waits for another and
-    the numbers do not depend on the cut. Pieces of equal cost get shorter by 1 - ratio each.
+    Every thread gets as many whole (b, g) pairs, in bundles. The pairs that remain are cut: a piece first runs through the
+    keys before it, at `ratio` of the cost of attending, so that no piece waits for another and the numbers do not depend on
+    the cut. Such pieces of equal cost get shorter by a factor of 1 - ratio each.
     """
-    count = threads // (pairs % threads) if pairs % threads else 1
-    if count == 1 or T < 4 * BLOCK * count:
-        return pairs, []
-    ends = [T * (1 - (1 - ratio) ** (i + 1)) / (1 - (1 - ratio) ** count) for i in range(count)]
-    return pairs - pairs % threads, [*(round(end / BLOCK) * BLOCK for end in ends[:-1]), T]
+    share, rest = divmod(pairs, threads)
+    count = min(threads // rest, PIECES) if rest else 1
+    if count == 1 or T < 4 * BLOCK * count:  # not worth a cut
+        share, rest = -(-pairs // threads), 0
+    bundles = -(-share // BUNDLE)
+    bounds = [thread * share + i * share // bundles for thread in range(threads) for i in range(bundles)] if share else []
+    bounds = [bound for bound in bounds if bound < pairs - rest] + [pairs - rest]
+    tasks = [(first, last, 0, T) for first, last in pairwise(bounds)]
+    left = 1 - ratio
+    ends = [round(T * (1 - left**i) / (1 - left**count) / BLOCK) * BLOCK for i in range(count)] + [T]
+    return tasks + [(pair, pair + 1, *piece) for pair in range(pairs - rest, pairs) for piece in pairwise(ends)]
 
 
 @torch.no_grad()
@@ -562,17 +607,19 @@ def native_linear_attention(
     # per token and group; the mask leaves about half of a block's weights
     of_keys = M * (d + e)
     ratio = of_keys / (of_keys + H // G * (of_keys + BLOCK // 2 * (M + e)))
-    threads, pairs = torch.get_num_threads(), B * G
-    whole, ends = plan_pieces(T, threads, pairs, ratio)
-    numbers = (B, T, H, G, M, d, e, q.dtype == torch.bfloat16, activation == "softmax", sums, normalize, whole, len(ends))
-    ends = (ctypes.c_long * len(ends))(*ends)
+    threads = torch.get_num_threads()
+    tasks = plan_tasks(T, threads, B * G, ratio)
+    most = max(last - first for first, last, *_ in tasks)
+    numbers = (B, T, H, G, M, d, e, q.dtype == torch.bfloat16, activation == "softmax", sums, normalize, len(tasks), most)
+    table = (ctypes.c_long * (4 * len(tasks)))(*chain.from_iterable(tasks))
     inputs = {"q": Input.of(q), "k": Input.of(k), "v": Input.of(v)}
-    call = Call(**inputs, **dict(zip(SIZES, numbers, strict=True)), ends=ctypes.addressof(ends))
+    call = Call(**inputs, **dict(zip(SIZES, numbers, strict=True)), table=ctypes.addressof(table))
     for name, x in tensors.items():
         if x is not None:
             setattr(call, name, x.data_ptr())
+    call.kept = tensors, q, k, v, table  # by the threads too, whatever interrupts this one
     work, pointer = load_kernel()[0], ctypes.pointer(call)
-    others = min(threads, whole + (pairs - whole) * call.pieces) - 1
+    others = min(threads, len(tasks)) - 1
     futures = [helpers(others).submit(work, pointer) for _ in range(others)]
     failed = [work(pointer), *(future.result() for future in futures)]
     if any(failed):

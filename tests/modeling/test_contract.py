@@ -293,7 +293,7 @@ def test_rows_that_settle_at_different_times_equal_each_row_alone(case):
 @pytest.mark.parametrize("case", SOME, ids=str)
 @torch.no_grad()
 def test_padding_after_a_settled_state_leaves_no_trace(case, side):
-    """Turns of a chat that differ in length: the padding may be anything, and left of a turn it shifts nothing but the window."""
+    """Turns of a chat that differ in length: padding may be anything, and left of a turn it shifts nothing but the window."""
     layer, qkv = layer_and_inputs(case, 2, 60, seed=9)
     _, state = layer.attend(*between(qkv, 0, 30))
     assert state.settled
