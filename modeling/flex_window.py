@@ -10,7 +10,8 @@ import functools
 import torch
 from transformers.utils import logging
 
-from .window_attention import merge_branches, near_and_far_attention
+from .linear_attention import TINY
+from .window_attention import near_and_far_attention
 
 logger = logging.get_logger(__name__)
 
@@ -52,6 +53,23 @@ def flex_near_and_far(
     unseeing = torch.isneginf(log_sum)  # padding, and rows whose keys are all padding
     near, log_sum = near.masked_fill(unseeing.unsqueeze(-1), 0.0), log_sum.masked_fill(unseeing, -1e30)
     return merge_branches(near, log_sum, far, far_sum, far_log_scale)
+
+
+def merge_branches(
+    near: torch.Tensor, near_log_sum: torch.Tensor, far: torch.Tensor, far_sum: torch.Tensor, far_log_scale: torch.Tensor
+) -> torch.Tensor:
+    """
+    One softmax-like average over both branches: (exp(l) near + exp(c) far) / (exp(l) + exp(c) far_sum).
+
+    Args:
+        near: (B, T, H, d) normalised output of the window; near_log_sum l: (B, T, H).
+        far: (B, T, H, d) linear branch, not normalised; far_sum: (B, T, H) its sum of weights.
+        far_log_scale: c (B, T, H), what one unit of the linear branch weighs in the softmax's units, as a logarithm.
+    """
+    top = torch.maximum(near_log_sum, far_log_scale).detach()
+    near_weight, far_weight = (near_log_sum - top).exp(), (far_log_scale - top).exp()
+    total = (near_weight + far_weight * far_sum).clamp_min(TINY)
+    return (near_weight / total).unsqueeze(-1) * near + (far_weight / total).unsqueeze(-1) * far
 
 
 def near_and_far(q, *args, **options) -> torch.Tensor:

@@ -232,7 +232,9 @@ class DiJiangLinearAttention(ProjectedAttention):
         phi = self.feature_map_q
         # it decays by the token, hidden ones included
         fits = isinstance(phi, ExponentialMap) and phi.is_one_matrix and (self.decay is None or visible is None)
-        if not (fits and native_supports(q, k, v, phi.size)):
+        # offloaded weights are on no device until their own module is called
+        maps = (*phi.parameters(), *self.feature_map_k.parameters())
+        if not (fits and native_supports(q, k, v, phi.size) and all(p.is_cpu for p in maps)):
             return False
         usable, reason = native_is_usable()
         logger.info_once("linear layers run on the native CPU kernel" if usable else f"no native CPU kernel: {reason}")

@@ -226,7 +226,7 @@ def packed_bounds(B, T, attention_mask, position_ids, cu_seqlens, past_key_value
     if cu_seqlens is not None:
         bounds = cu_seqlens.to(torch.long)
         if B != 1 or len(bounds) < 2 or int(bounds[-1]) != T:
-            raise ValueError(f"cu_seq_lens_q must end at the {T} tokens of a single row, of which there are {B}")
+            raise ValueError(f"cu_seq_lens_q must rise from 0 to the {T} tokens of a single row, of which there are {B}")
         bounds = bounds if len(bounds) > 2 else None
     else:
         bounds = sequence_bounds(position_ids.expand(B, T), real)

@@ -4,7 +4,6 @@ launch costs far more than their arithmetic. Without a C compiler torch does the
 """
 
 import ctypes
-import functools
 from dataclasses import replace
 
 import torch
@@ -124,10 +123,9 @@ void dijiang_step(const int *sizes, const float *scalars, const void **x, const 
 """
 
 
-@functools.cache
 def step_function():
     """The compiled function, or None where it cannot be had."""
-    library, _ = load_library(SOURCE)
+    library, _ = load_library(SOURCE, reordered_sums=True)
     return None if library is None else library.dijiang_step
 
 
@@ -163,7 +161,9 @@ def native_step(layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state:
         *((None, None) if branch_scale is None else (branch_scale.weight, branch_scale.bias)),
         None if layer.decay is None else layer.decay(),
     )
-    if any(x is not None and (x.dtype != torch.float32 or not x.is_contiguous()) for x in (*weights, state.state)):
+    # offloaded weights are on no device until their own module is called
+    present = [x for x in (*weights, state.state) if x is not None]
+    if any(not x.is_cpu or x.dtype != torch.float32 or not x.is_contiguous() for x in present):
         return None
     near_k, near_v = state.near_k.contiguous(), state.near_v.contiguous()
     new = replace(

@@ -6,7 +6,6 @@ B batch, T new tokens, W window, S sinks, H query heads, G key/value heads, d he
 """
 
 import torch
-import torch.nn.functional as F
 
 from .linear_attention import TINY
 
@@ -14,87 +13,6 @@ from .linear_attention import TINY
 BLOCK_SIZE = 64
 # the score of a key that is not seen: below every real one, above float32's lowest number by so much that sums stay finite
 HIDDEN = -1e30
-
-
-def window_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    valid: torch.Tensor,
-    sink_k: torch.Tensor,
-    sink_v: torch.Tensor,
-    sink_arrival: torch.Tensor,
-    *,
-    scale: float,
-    block_size: int = BLOCK_SIZE,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Softmax attention of query t to key rows t + 1 .. t + W and to the sinks that left the window by then.
-
-    Args:
-        q: (B, T, H, d).
-        k, v: (B, W + T, G, d), the W tokens before the first query and the T own ones.
-        valid: (B, W + T) bool, False for padding and for rows before the first token.
-        sink_k, sink_v: (B, S, G, d).
-        sink_arrival: (B, S), the first query that sees the sink; -1 for all, T for none.
-        scale: factor on q.k.
-        block_size: queries per block. With T it is one dense block, quadratic in T.
-
-    Returns:
-        o (B, T, H, d), normalised, and the logarithm of its denominator (B, T, H), both float32. A row that sees no key has
-        a log-denominator near float32's lowest number, so that a merge gives it no weight.
-    """
-    B, T, H, d = q.shape
-    G, W = k.shape[2], k.shape[1] - T
-    R, C = H // G, min(block_size, T)
-    N = -(-T // C)
-    pad = N * C - T
-    lowest = torch.finfo(torch.float32).min
-
-    q, k, v = q.float() * scale, k.float(), v.float()
-    if pad:
-        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)) for x in (q, k, v))
-        valid = F.pad(valid, (0, pad))
-    q = q.view(B, N, C, G, R, d).permute(0, 3, 1, 4, 2, 5).reshape(B, G, N, R * C, d)
-    # every block of C queries meets the W + C keys that any of them can see
-    k, v = (x.transpose(1, 2).unfold(2, W + C, C) for x in (k, v))
-    seen = valid.unfold(1, W + C, C)
-    age = torch.arange(C, device=q.device)[:, None] + W - torch.arange(W + C, device=q.device)
-    visible = seen[:, None, :, None, None, :] & ((age >= 0) & (age < W))
-    scores = (q @ k).view(B, G, N, R, C, W + C).masked_fill(~visible, lowest)
-    if sink_k.shape[1]:
-        sink_scores = (q.reshape(B, G, N * R * C, d) @ sink_k.float().permute(0, 2, 3, 1)).view(B, G, N, R, C, -1)
-        queries = torch.arange(N * C, device=q.device).view(1, 1, N, 1, C, 1)
-        arrived = sink_arrival[:, None, None, None, None, :] <= queries
-        scores = torch.cat((scores, sink_scores.masked_fill(~arrived, lowest)), dim=-1)
-    top = scores.detach().amax(dim=-1, keepdim=True)
-    weights = (scores - top).exp()
-    total = weights.sum(dim=-1)
-    o = weights[..., : W + C].reshape(B, G, N, R * C, W + C) @ v.transpose(-1, -2)
-    if sink_k.shape[1]:
-        sink_weights = weights[..., W + C :].reshape(B, G, N * R * C, -1)
-        o = o + (sink_weights @ sink_v.float().transpose(1, 2)).view(B, G, N, R * C, d)
-    o = o.view(B, G, N, R, C, d) / total.unsqueeze(-1)
-    o = o.permute(0, 2, 4, 1, 3, 5).reshape(B, N * C, H, d)[:, :T]
-    log_total = top.squeeze(-1) + total.log()
-    return o, log_total.permute(0, 2, 4, 1, 3).reshape(B, N * C, H)[:, :T]
-
-
-def merge_branches(
-    near: torch.Tensor, near_log_sum: torch.Tensor, far: torch.Tensor, far_sum: torch.Tensor, far_log_scale: torch.Tensor
-) -> torch.Tensor:
-    """
-    One softmax-like average over both branches: (exp(l) near + exp(c) far) / (exp(l) + exp(c) far_sum).
-
-    Args:
-        near: (B, T, H, d) normalised output of the window; near_log_sum l: (B, T, H).
-        far: (B, T, H, d) linear branch, not normalised; far_sum: (B, T, H) its sum of weights.
-        far_log_scale: c (B, T, H), what one unit of the linear branch weighs in the softmax's units, as a logarithm.
-    """
-    top = torch.maximum(near_log_sum, far_log_scale).detach()
-    near_weight, far_weight = (near_log_sum - top).exp(), (far_log_scale - top).exp()
-    total = (near_weight + far_weight * far_sum).clamp_min(TINY)
-    return (near_weight / total).unsqueeze(-1) * near + (far_weight / total).unsqueeze(-1) * far
 
 
 def near_and_far_attention(
@@ -191,11 +109,10 @@ def merge_step(
     scale: float,
 ) -> torch.Tensor:
     """
-    `window_attention` of one query to a list of keys, all of them visible, and `merge_branches`, as a single softmax in which
-    the linear branch is one more key: the step of decoding.
+    `near_and_far_attention` of one query to a list of keys, all of them visible: the step of decoding.
 
     Args:
-        q: (B, 1, H, d); near_k, near_v: (B, G, N, d), sinks and window; far, far_sum, far_log_scale: as `merge_branches`.
+        q: (B, 1, H, d); near_k, near_v: (B, G, N, d), sinks and window; the rest as `near_and_far_attention`.
 
     Returns:
         (B, 1, H, d) float32.

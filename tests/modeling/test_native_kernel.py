@@ -6,12 +6,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dijiang.modeling import native_kernel
+from dijiang.modeling import native_build
 from dijiang.modeling.exponential_maps import ExponentialMap
 from dijiang.modeling.linear_attention import TINY, weighted_sums
 from dijiang.modeling.native_kernel import native_is_usable, native_linear_attention, native_supports, plan_tasks
+from dijiang.modeling.native_step import SOURCE
 
-needs_compiler = pytest.mark.skipif(native_kernel.find_compiler() is None, reason="no C compiler")
+needs_compiler = pytest.mark.skipif(native_build.find_compiler() is None, reason="no C compiler")
 NAMES = ("numerator", "state", "sums")
 
 
@@ -19,7 +20,7 @@ NAMES = ("numerator", "state", "sums")
 def fresh(monkeypatch):
     monkeypatch.delenv("DIJIANG_NATIVE", raising=False)
     yield
-    native_kernel.load_kernel.cache_clear()
+    native_build.find_or_build.cache_clear()
 
 
 @pytest.fixture
@@ -226,7 +227,7 @@ def test_off_by_environment(monkeypatch):
 
 
 def test_without_a_compiler(monkeypatch, tmp_path):
-    native_kernel.load_kernel.cache_clear()
+    native_build.find_or_build.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CC", "no-such-compiler")
     usable, reason = native_is_usable()
@@ -234,7 +235,7 @@ def test_without_a_compiler(monkeypatch, tmp_path):
 
 
 def test_a_compiler_that_fails(monkeypatch, tmp_path):
-    native_kernel.load_kernel.cache_clear()
+    native_build.find_or_build.cache_clear()
     compiler = tmp_path / "broken"
     compiler.write_text("#!/bin/sh\necho 'error: out of order' >&2\nexit 1\n")
     compiler.chmod(0o755)
@@ -247,23 +248,40 @@ def test_a_compiler_that_fails(monkeypatch, tmp_path):
 
 @needs_compiler
 def test_a_cache_that_is_not_writable(monkeypatch, tmp_path):
-    native_kernel.load_kernel.cache_clear()
+    native_build.find_or_build.cache_clear()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(native_kernel.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(native_build.tempfile, "tempdir", str(tmp_path))
     assert native_is_usable() == (True, "")
 
 
 @needs_compiler
 def test_two_processes_may_compile_at_once(tmp_path):
     code = (
-        "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('native_kernel', {native_kernel.__file__!r})\n"
-        "module = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(module)\n"
-        "assert module.native_is_usable() == (True, ''), module.native_is_usable()\n"
+        "from dijiang.modeling.native_kernel import native_is_usable\n"
+        "assert native_is_usable() == (True, ''), native_is_usable()\n"
     )
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     running = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait(timeout=120) for process in running] == [0, 0]
     assert [path.suffix for path in (tmp_path / "dijiang").iterdir()] == [".so"]
+
+
+@needs_compiler
+def test_a_library_is_built_once_per_source_and_processor(monkeypatch, tmp_path):
+    compiler, source = native_build.find_compiler(), "int answer(void) { return 42; }"
+    for flags in (native_build.FLAGS, native_build.FLAGS + native_build.REORDERED_SUMS):
+        assert native_build.build(source, compiler, flags, tmp_path).answer() == 42
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    native_build.build(source, compiler, native_build.FLAGS, tmp_path)
+    assert len(made) == 2 and made == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    monkeypatch.setattr(native_build, "describe_processor", lambda: "another")
+    native_build.build(source, compiler, native_build.FLAGS, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@needs_compiler
+def test_native_code_leaves_the_rounding_of_tiny_numbers_alone():
+    assert native_is_usable()[0] and native_build.load_library(SOURCE, reordered_sums=True)[0]
+    tiny = torch.tensor([1e-39])  # a subnormal number, which -ffast-math would flush to zero in the whole process
+    assert (tiny * 1.0).item() > 0

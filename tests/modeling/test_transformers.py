@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 
 from dijiang.modeling import DiJiangForCausalLM, DiJiangForSequenceClassification
-from dijiang.modeling.window_attention import window_attention
+from dijiang.modeling.window_attention import near_and_far_attention
 
 CASES = {
     "wdcf": {},
@@ -401,7 +401,8 @@ def test_compiled_window_takes_a_second_length():
         B, N = keys.shape[:2]
         sinks = keys.new_zeros(B, 0, 2, 8)
         valid = torch.ones(B, N, dtype=torch.bool)
-        return window_attention(q, keys, keys, valid, sinks, sinks, valid[:, :0].long(), scale=0.3, block_size=8)[0]
+        far = {"far": q, "far_sum": q[..., 0].exp(), "far_log_scale": q[..., 1]}
+        return near_and_far_attention(q, keys, keys, valid, sinks, sinks, None, **far, scale=0.3, block_size=8)
 
     compiled = torch.compile(mixed, backend="aot_eager", fullgraph=True)
     for T in (21, 33, 42):

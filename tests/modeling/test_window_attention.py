@@ -2,7 +2,8 @@ import pytest
 import torch
 from helpers import assert_close
 
-from dijiang.modeling.window_attention import merge_branches, merge_step, near_and_far_attention, window_attention
+from dijiang.modeling.flex_window import flex_near_and_far, merge_branches
+from dijiang.modeling.window_attention import merge_step, near_and_far_attention
 
 
 def inputs(B, T, H, G, d, W, S, seed):
@@ -37,18 +38,16 @@ def loop_oracle(q, k, v, valid, sink_k, sink_v, sink_arrival, *, scale):
     return o, log_sum
 
 
-@pytest.mark.parametrize("block_size", [1, 4, 29, 64])
-@pytest.mark.parametrize(
-    "shape", [(2, 29, 6, 2, 5, 7, 3), (1, 29, 2, 2, 4, 1, 0), (2, 3, 4, 1, 5, 7, 2), (1, 1, 2, 1, 4, 5, 2)]
-)
-def test_blocks_equal_the_definition(shape, block_size):
-    tensors = inputs(*shape, seed=sum(shape))
-    o, log_sum = window_attention(**tensors, scale=0.7, block_size=block_size)
-    expected, expected_sum = loop_oracle(**tensors, scale=0.7)
-    seen = torch.isfinite(expected_sum)
-    assert_close(o[seen], expected[seen], "o")
-    assert_close(log_sum[seen], expected_sum[seen], "log sum")
-    assert (log_sum[~seen] < -1e30).all()
+def window_attention(q, k, v, valid, sink_k, sink_v, sink_arrival, *, scale):
+    """`loop_oracle` as one masked softmax, quadratic and differentiable."""
+    (_, T, H, _), W = q.shape, k.shape[1] - q.shape[1]
+    age = torch.arange(T)[:, None] + W - torch.arange(W + T)
+    near = valid[:, None] & (age >= 0) & (age < W)
+    seen = torch.cat((near, sink_arrival[:, None] <= torch.arange(T)[:, None]), dim=-1)[:, None]
+    keys, values = (torch.cat(pair, 1).repeat_interleave(H // k.shape[2], 2) for pair in ((k, sink_k), (v, sink_v)))
+    scores = torch.einsum("bihd,bjhd->bhij", q, keys) * scale
+    scores = scores.masked_fill(~seen, -1e30)
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), values), scores.logsumexp(-1).transpose(1, 2)
 
 
 def far_inputs(B, T, H, d, seed) -> dict[str, torch.Tensor]:
@@ -174,38 +173,30 @@ def test_gradients_where_the_linear_branch_is_empty_or_nothing_is_near():
             x.requires_grad_(False)
 
 
-def test_gradients_do_not_depend_on_the_blocks():
-    gradients = []
-    for block_size in (7, 41):
-        tensors = inputs(1, 41, 4, 2, 5, 6, 2, seed=3)
-        leaves = [tensors[name].requires_grad_() for name in ("q", "k", "v", "sink_k", "sink_v")]
-        tensors["valid"][:, 6:] = True
-        o, log_sum = window_attention(**tensors, scale=0.5, block_size=block_size)
-        weight = torch.linspace(-1, 1, o.numel()).view_as(o)
-        gradients.append(torch.autograd.grad((o * weight).sum() + log_sum.sin().sum(), leaves))
-    for name, found, expected in zip(("q", "k", "v", "sink_k", "sink_v"), *gradients, strict=True):
-        assert_close(found, expected, f"d{name}")
+@pytest.mark.parametrize("hidden", [True, False])
+@pytest.mark.parametrize("shape", [(2, 29, 6, 2, 8, 7, 3), (1, 29, 2, 2, 8, 1, 0), (2, 150, 6, 2, 8, 64, 4)], ids=str)
+def test_flex_attention_equals_the_blocks(shape, hidden):
+    """Not compiled, which is a matter of GPUs."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    B, T, H, _, d, _, _ = shape
+    tensors, far = inputs(*shape, seed=sum(shape)), far_inputs(B, T, H, d, seed=16)
+    if hidden:
+        tensors["valid"][:, : T // 2] = False  # some queries see nothing
+    else:
+        tensors |= {"valid": None, "sink_arrival": None}
+    found = flex_near_and_far(**tensors, **far, scale=0.7, attention=flex_attention)
+    assert_close(found, near_and_far_attention(**tensors, **far, scale=0.7), "o")
 
 
-def test_window_longer_than_the_row_is_full_causal_attention():
-    B, T, H, d = 2, 17, 3, 4
-    generator = torch.Generator().manual_seed(4)
-    q, k, v = (torch.randn(B, T, H, d, generator=generator) for _ in range(3))
-    W = 40
-    before = torch.randn(B, W, H, d, generator=generator)
-    none = torch.zeros(B, 0, H, d)
-    o, _ = window_attention(
-        q,
-        torch.cat((before, k), 1),
-        torch.cat((before, v), 1),
-        torch.cat((torch.zeros(B, W), torch.ones(B, T)), 1).bool(),
-        none,
-        none,
-        torch.zeros(B, 0),
-        scale=d**-0.5,
-    )
-    expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
-    assert_close(o, expected.transpose(1, 2), "o")
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flex_attention_on_a_gpu_equals_the_blocks_on_the_cpu(dtype):
+    tensors, far = inputs(2, 700, 9, 3, 64, 64, 4, seed=17), far_inputs(2, 700, 9, 64, seed=18)
+    on_gpu = {name: x.cuda().to(dtype) if x.is_floating_point() else x.cuda() for name, x in tensors.items()}
+    found = flex_near_and_far(**on_gpu, **{name: x.cuda() for name, x in far.items()}, scale=0.125)
+    expected = near_and_far_attention(**tensors, **far, scale=0.125)
+    assert_close(found.cpu(), expected, "o", tolerance=6e-3 if dtype == torch.float32 else 4e-2)
 
 
 def test_merge_is_one_average_over_both_branches():

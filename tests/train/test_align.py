@@ -318,7 +318,8 @@ def test_a_checkpoint_without_linear_layers(run, pair, tmp_path, refused):
     softmax = convert_model(pair.teacher, tmp_path / "softmax", progress=False, layer_types="full_attention")
     message = "{} has no linear-attention layer with kernel parameters, so there is nothing to align$"
     refused(tmp_path, lambda: run(checkpoint=softmax), message.format(softmax))
-    bare = convert_model(pair.teacher, tmp_path / "bare", "paper", progress=False, feature_map="elu", output_norm="none", output_gate=False)
+    plain = {"feature_map": "elu", "output_norm": "none", "output_gate": False}
+    bare = convert_model(pair.teacher, tmp_path / "bare", "paper", progress=False, **plain)
     refused(tmp_path, lambda: run(checkpoint=bare), message.format(bare))
 
 
