@@ -22,7 +22,7 @@ SHAPE = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "nu
          "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 65536}  # fmt: skip
 TINY = SHAPE | {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
                 "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
-PREFILL = (1024, 4096, 16384)
+PREFILL = (1024, 4096)
 DECODE = ((1, 512), (1, 16384), (8, 16384))  # batch, context
 PROMPT = 128  # more than window and sinks, so the state is as it stays
 TRAIN_TOKENS = 1024
