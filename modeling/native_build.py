@@ -79,7 +79,7 @@ def build(source: str, compiler: list[str], flags: list[str], folder: Path) -> c
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as work:
             made = Path(work) / "native.so"
-            for tuned in (["-march=native"], []):
+            for tuned in (["-march=native", "-fopenmp"], ["-march=native"], []):
                 command = [*compiler, *tuned, *flags, "-", "-o", str(made), "-lm"]
                 result = subprocess.run(command, input=source, capture_output=True, text=True, timeout=300)
                 if result.returncode == 0:

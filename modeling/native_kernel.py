@@ -22,6 +22,7 @@ from .native_kernel_source import SOURCE
 POINTERS = ("W_q", "b_q", "W_k", "b_k", "key_weight", "log_decay", "state", "o", "total", "new_state")
 SIZES = ("B", "T", "H", "G", "M", "d", "e", "bf16", "softmax", "sums", "normalize", "tasks", "most")
 BLOCK = 64  # as in the source
+WITHOUT_OPENMP = 2  # what dijiang_run says then
 # (b, g) pairs that go through the tokens together: their states and matrices must fit the processor's second cache
 BUNDLE = 4
 # most pieces of one pair: however many there are, the last one costs no less than `ratio` of the whole
@@ -51,12 +52,13 @@ class Call(ctypes.Structure):
 
 
 def load_kernel() -> tuple:
-    """The C function and why there is none; one of them is None."""
+    """The library and why there is none; one of them is None."""
     library, reason = load_library(SOURCE)
     if library is None:
         return None, reason
-    library.dijiang_work.argtypes, library.dijiang_work.restype = [ctypes.POINTER(Call)], ctypes.c_int
-    return library.dijiang_work, None
+    library.dijiang_work.argtypes = [ctypes.POINTER(Call)]
+    library.dijiang_run.argtypes = [ctypes.POINTER(Call), ctypes.c_int]
+    return library, None
 
 
 def native_is_usable() -> tuple[bool, str]:
@@ -164,10 +166,12 @@ def native_linear_attention(
         if x is not None:
             setattr(call, name, x.data_ptr())
     call.kept = tensors, q, k, v, table  # by the threads too, whatever interrupts this one
-    work, pointer = load_kernel()[0], ctypes.pointer(call)
-    others = min(threads, len(tasks)) - 1
-    futures = [helpers(others).submit(work, pointer) for _ in range(others)]
-    failed = [work(pointer), *(future.result() for future in futures)]
-    if any(failed):
+    library, pointer = load_kernel()[0], ctypes.pointer(call)
+    threads = min(threads, len(tasks))
+    failed = library.dijiang_run(pointer, threads)
+    if failed == WITHOUT_OPENMP:
+        futures = [helpers(threads - 1).submit(library.dijiang_work, pointer) for _ in range(threads - 1)]
+        failed = any([library.dijiang_work(pointer), *(future.result() for future in futures)])
+    if failed:
         raise MemoryError("the native kernel could not get its scratch memory")
     return o, total, new_state

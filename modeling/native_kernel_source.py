@@ -385,4 +385,18 @@ int dijiang_work(struct call *c)
     free(scratch);
     return 0;
 }
+
+/* the same on so many threads; torch's own if it brought the OpenMP library that this one finds, else they would wait for
+   each other. 2 if there is no OpenMP here */
+int dijiang_run(struct call *c, int threads)
+{
+#ifdef _OPENMP
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    failed |= dijiang_work(c);
+    return failed;
+#else
+    return 2;
+#endif
+}
 """
