@@ -82,9 +82,8 @@ class FeatureMap(nn.Module):
         self, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1.0
     ) -> torch.Tensor:
         """matrix_h (scale x_h) + bias_h for every head h: matrix (H, m, d), bias (H, m), result (B, T, H, m)."""
-        x = x if x.dtype == torch.bfloat16 else x.float()
-        matrix = (matrix.float() if scale == 1.0 else matrix.float() * scale).to(x.dtype)
-        z = torch.bmm(x.flatten(0, 1).transpose(0, 1), matrix.transpose(1, 2))
-        z = z if bias is None else z.add_(bias.to(x.dtype).unsqueeze(1))
+        matrix = matrix.float() if scale == 1.0 else matrix.float() * scale
+        z = torch.bmm(x.float().flatten(0, 1).transpose(0, 1), matrix.transpose(1, 2))
+        z = z if bias is None else z.add_(bias.float().unsqueeze(1))
         # the heads stay outermost in memory, which is how linear attention wants them
         return z.unflatten(1, x.shape[:2]).permute(1, 2, 0, 3)

@@ -8,10 +8,12 @@ B batch, T new tokens, W window, S sinks, H query heads, G key/value heads, d he
 import functools
 
 import torch
+from torch.nn.attention.flex_attention import create_block_mask as plain_block_mask
+from torch.nn.attention.flex_attention import flex_attention
 from transformers.utils import logging
 
 from .linear_attention import TINY
-from .window_attention import near_and_far_attention
+from .window_attention import BLOCK_SIZE, near_and_far_attention
 
 logger = logging.get_logger(__name__)
 
@@ -20,18 +22,15 @@ flex_is_broken: list[Exception] = []
 
 
 @functools.cache
-def compiled_flex_attention():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
+def compiled_flex():
+    """create_block_mask and flex_attention, compiled."""
+    return torch.compile(plain_block_mask), torch.compile(flex_attention)
 
 
 def flex_near_and_far(
     q, k, v, valid, sink_k, sink_v, sink_arrival, far, far_sum, far_log_scale, *, scale: float, attention=None
 ) -> torch.Tensor:
     """`near_and_far_attention`, whose arguments and result these are; `attention` is flex_attention, compiled by default."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
     (B, T, _, _), S = q.shape, sink_k.shape[1]
     W = k.shape[1] - T
     valid = torch.ones(k.shape[:2], dtype=torch.bool, device=q.device) if valid is None else valid
@@ -43,9 +42,10 @@ def flex_near_and_far(
         near = (key >= S) & (age >= 0) & (age < W) & valid[b, (key - S).clamp(min=0)]
         return near | ((key < S) & (sink_arrival[b, key.clamp(max=S - 1)] <= query)) if S else near
 
+    # the mask is compiled too where attention is, else every pair of query and key would pass through memory
+    create_block_mask, attention = compiled_flex() if attention is None else (plain_block_mask, attention)
     mask = create_block_mask(seen, B, None, T, S + W + T, device=q.device)
     keys, values = (torch.cat(pair, dim=1).to(q.dtype).transpose(1, 2) for pair in ((sink_k, k), (sink_v, v)))
-    attention = attention or compiled_flex_attention()
     near, log_sum = attention(
         q.transpose(1, 2), keys, values, block_mask=mask, scale=scale, enable_gqa=q.shape[2] != k.shape[2], return_lse=True
     )
@@ -74,12 +74,15 @@ def merge_branches(
 
 def near_and_far(q, *args, **options) -> torch.Tensor:
     """`near_and_far_attention` by the form that suits q's device; says once which and why."""
-    if not q.is_cuda or torch.compiler.is_compiling() or flex_is_broken:
+    # a few queries are not worth a compilation for their number
+    if not q.is_cuda or q.shape[1] <= BLOCK_SIZE or torch.compiler.is_compiling() or flex_is_broken:
         return near_and_far_attention(q, *args, **options)
     try:
         result = flex_near_and_far(q, *args, **options)
         logger.info_once("window attention runs on FlexAttention")
         return result
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # it is young, and depends on the compiler and the driver found
         flex_is_broken.append(error)
         logger.warning_once(f"window attention runs in blocks: FlexAttention fails here ({type(error).__name__}: {error})")

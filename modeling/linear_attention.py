@@ -101,14 +101,17 @@ def weighted_sums(
 
     if choose_backend(backend, mode, q) == "fla":
         values = F.pad(v, (0, 1), value=1.0) if sums else v
-        o, state = fla_linear_attention(q, k, values, log_decay, state, cu_seqlens)
+        bounds = None if cu_seqlens is None else cu_seqlens.to(q.device, torch.long)
+        o, state = fla_linear_attention(q, k, values, log_decay, state, bounds)
         return (o[..., :-1], o[..., -1].float(), state) if sums else (o, None, state)
     options = {"sums": sums, "mode": mode, "chunk_size": chunk_size}
     if groups is None:
         return torch_sums(q, k, v, log_decay, state, **options)
     if log_decay is not None:
         log_decay = log_decay.expand(1, T, G)
-    o, total = v.new_zeros(T, H, d), v.new_zeros(T, H, dtype=torch.float32)
+    # not divided yet, so float16 could not hold it
+    dtype = torch.bfloat16 if all(x.dtype == torch.bfloat16 for x in (q, k, v)) else torch.float32
+    o, total = v.new_zeros(T, H, d, dtype=dtype), v.new_zeros(T, H, dtype=torch.float32)
     final = torch.zeros_like(state)
     for group in groups:
         keep = group.valid[..., None]

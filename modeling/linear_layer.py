@@ -133,13 +133,16 @@ class DiJiangLinearAttention(ProjectedAttention):
                 return self.attend(q, k, v, valid, state)
         if state is None:
             state = LinearState.empty(k, v, self.feature_map_k.size, self.window, self.sinks, self.normalize)
+        if state.near_k.shape[2] != self.sinks + self.window:
+            found, expected = state.near_k.shape[2], f"{self.sinks} sinks and a window of {self.window}"
+            raise ValueError(f"the state has {found} places for near keys, the layer {expected}; start from a new cache")
         T = k.shape[1]
         if T == 1 and valid is None and state.settled and self.mode is None:
             return self.attend_step(q, k, v, state)
         size = PIECE if k.is_cpu else PIECE_ON_GPU
         if not self.window and self.runs_natively(q, k, v, valid):
             size = T  # which cuts its own pieces
-        if T <= size:
+        if T <= size or torch.compiler.is_compiling():  # which would unroll the loop
             return self.attend_piece(q, k, v, valid, state)
         outputs, whole = [], None
         for start in range(0, T, size):
@@ -227,7 +230,8 @@ class DiJiangLinearAttention(ProjectedAttention):
 
     def runs_natively(self, q, k, v, visible) -> bool:
         """Whether the C kernel applies to `far_branch` of these; says once if it does, or why it cannot."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.mode is not None or q.shape[1] == 1:
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if torch.is_grad_enabled() or traced or self.mode is not None or q.shape[1] == 1:
             return False
         phi = self.feature_map_q
         # it decays by the token, hidden ones included
@@ -242,6 +246,10 @@ class DiJiangLinearAttention(ProjectedAttention):
 
     def native_branch(self, q, k, v, visible, state, normalize: bool = False):
         """`far_branch` by the C kernel; with `normalize` its quotient, None, and the state."""
+        if state is None:
+            state = k.new_zeros(
+                k.shape[0], k.shape[2], self.feature_map_k.size, v.shape[3] + self.normalize, dtype=torch.float32
+            )
         weight = None if visible is None else visible.float().unsqueeze(-1).expand(*k.shape[:3])
         if self.key_scale is not None:
             weight = self.key_weight(k) if weight is None else self.key_weight(k) * weight

@@ -132,8 +132,8 @@ class DiJiangModel(DiJiangPreTrainedModel):
         Args:
             input_ids: (B, T), or inputs_embeds: (B, T, hidden).
             attention_mask: (B, past + T), 1 for tokens and 0 for padding on either side.
-            position_ids: (B, T). Default: counted over real tokens, so padding does not shift them. Where they restart in
-                mid-row, another sequence begins, which sees nothing of those before (packed rows; no cache is made then).
+            position_ids: (B, T). Default: counted over real tokens, so padding does not shift them. Where they do not
+                rise by one, another sequence begins, which sees nothing of those before (packed rows; no cache is made then).
             past_key_values: a `DiJiangCache` of the tokens before; made here if `use_cache`.
             cu_seq_lens_q: (N + 1,), in place of position_ids: where the sequences packed into a single row begin and end.
 
@@ -151,6 +151,8 @@ class DiJiangModel(DiJiangPreTrainedModel):
         if self.config.has_linear_layers:
             refuse_what_linear_layers_cannot_honour(past, T, attention_mask, past_key_values)
             cu_seqlens = kwargs.get("cu_seq_lens_q")
+            if cu_seqlens is not None:
+                cu_seqlens = cu_seqlens.to(inputs_embeds.device, torch.long)
             bounds = packed_bounds(B, T, attention_mask, position_ids, cu_seqlens, past_key_values)
             if bounds is not None:
                 groups, attention_mask = group_sequences(bounds, B * T), None
@@ -224,7 +226,7 @@ def packed_bounds(B, T, attention_mask, position_ids, cu_seqlens, past_key_value
         return None
     real = attention_mask[:, -T:].bool() if torch.is_tensor(attention_mask) else None
     if cu_seqlens is not None:
-        bounds = cu_seqlens.to(torch.long)
+        bounds = cu_seqlens
         if B != 1 or len(bounds) < 2 or int(bounds[-1]) != T:
             raise ValueError(f"cu_seq_lens_q must rise from 0 to the {T} tokens of a single row, of which there are {B}")
         bounds = bounds if len(bounds) > 2 else None

@@ -29,7 +29,10 @@ def load_library(source: str, reordered_sums: bool = False) -> tuple[ctypes.CDLL
 
 @functools.cache
 def find_or_build(source: str, reordered_sums: bool) -> tuple[ctypes.CDLL | None, str]:
-    compiler = find_compiler()
+    try:
+        compiler = find_compiler()
+    except ValueError as error:
+        return None, f"CC={os.environ['CC']!r} is not a command: {error}"
     if compiler is None:
         return None, "no C compiler found (CC, cc, gcc, clang)"
     reason = "no folder to keep native code in"
@@ -76,12 +79,14 @@ def build(source: str, compiler: list[str], flags: list[str], folder: Path) -> c
     identity = [source, *compiler, *flags, str(binary), str(binary.stat().st_mtime_ns), describe_processor()]
     library = folder / f"{hashlib.sha256(chr(0).join(identity).encode()).hexdigest()[:24]}.so"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid") and (folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022):
+        raise PermissionError(f"{folder} can be written by others")
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as work:
             made = Path(work) / "native.so"
             for tuned in (["-march=native", "-fopenmp"], ["-march=native"], []):
                 command = [*compiler, *tuned, *flags, "-", "-o", str(made), "-lm"]
-                result = subprocess.run(command, input=source, capture_output=True, text=True, timeout=300)
+                result = subprocess.run(command, input=source, capture_output=True, text=True, errors="replace", timeout=300)
                 if result.returncode == 0:
                     break
             else:

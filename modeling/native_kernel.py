@@ -73,7 +73,13 @@ def native_supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, M: int) -
     if not alike or any(x.device.type != "cpu" or x.dim() != 4 or x.stride(3) != 1 for x in (q, k, v)):
         return False
     fits = q.shape[:2] == k.shape[:2] and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]
-    return fits and q.shape[2] % k.shape[2] == 0 and not (M % 16 or q.shape[3] % 16 or v.shape[3] % 16) and q.numel() > 0
+    return (
+        fits
+        and q.shape[2] % k.shape[2] == 0
+        and not (M % 16 or q.shape[3] % 16 or v.shape[3] % 16)
+        and q.numel() > 0
+        and v.numel() > 0
+    )
 
 
 @functools.cache

@@ -34,6 +34,9 @@ static float dot(const float *a, const float *b, int n) {
     return sum;
 }
 
+/* lets NaN through, as torch does */
+static float clamp(float x, float limit) { return x < -limit ? -limit : x > limit ? limit : x; }
+
 static void softmax(float *z, int n) {
     float top = z[0], sum = 0;
     for (int i = 1; i < n; i++) top = z[i] > top ? z[i] : top;
@@ -54,12 +57,13 @@ static void features(float *phi, const float *x, const float *C, const float *T,
     if (D) for (int r = 0; r < M; r++) phi[r] += D[r];
     if (normalized) { softmax(phi, M); return; }
     float unit = 1 / sqrtf(M);
-    for (int r = 0; r < M; r++) phi[r] = unit * expf(fminf(fmaxf(phi[r], -limit), limit));
+    for (int r = 0; r < M; r++) phi[r] = unit * expf(clamp(phi[r], limit));
 }
 
-void dijiang_step(const int *sizes, const float *scalars, const void **x, const float **w, void **out) {
+void dijiang_step(const long *sizes, const float *scalars, const void **x, const float **w, void **out) {
     int B = sizes[0], H = sizes[1], G = sizes[2], d = sizes[3], m = sizes[4], pairs = sizes[5], S = sizes[6], W = sizes[7];
-    int bf16 = sizes[8], normalized = sizes[9], shared = sizes[10], sq = sizes[11], sk = sizes[12], sv = sizes[13];
+    int bf16 = sizes[8], normalized = sizes[9], shared = sizes[10];
+    long sq = sizes[11], sk = sizes[12], sv = sizes[13];
     float scale = scalars[0], scaling = scalars[1], limit = scalars[2], key_limit = scalars[3];
     int R = H / G, M = pairs ? 2 * m : m, N = S + W, bytes = bf16 ? 2 : 4;
     float row[d], value[d], phi[M], far[d], scores[N + 1], *o = out[3];
@@ -76,18 +80,18 @@ void dijiang_step(const int *sizes, const float *scalars, const void **x, const 
                 const char *from = (const char *)x[3 + i] + first * bytes, *token = x[1 + i];
                 memcpy(to, from, (long)S * d * bytes);
                 memcpy(to + (long)S * d * bytes, from + (long)(S + 1) * d * bytes, (long)(W - 1) * d * bytes);
-                memcpy(to + (long)(N - 1) * d * bytes, token + ((long)b * (i ? sv : sk) + g * d) * bytes, (long)d * bytes);
+                memcpy(to + (long)(N - 1) * d * bytes, token + (b * (i ? sv : sk) + g * d) * bytes, (long)d * bytes);
             }
             load(near_k, out[0], first, N * d, bf16);
             load(near_v, out[1], first, N * d, bf16);
         } else {
-            load(row, x[1], (long)b * sk + g * d, d, bf16);
-            load(value, x[2], (long)b * sv + g * d, d, bf16);
+            load(row, x[1], b * sk + g * d, d, bf16);
+            load(value, x[2], b * sv + g * d, d, bf16);
         }
         features(phi, row, w[3] + (shared ? 0 : (long)g * m * d), w[4] ? w[4] + g * m : 0, w[5] ? w[5] + g * M : 0, m, d,
                  pairs, normalized, scale, limit);
         float weight = 1, kept = w[10] ? expf(w[10][g]) : 1;
-        if (w[6]) weight = expf(fminf(fmaxf(scale * dot(w[6] + g * d, row, d) + w[7][g], -key_limit), key_limit));
+        if (w[6]) weight = expf(clamp(scale * dot(w[6] + g * d, row, d) + w[7][g], key_limit));
         for (int r = 0; r < M; r++) {
             float p = phi[r] * weight, *to = next + (long)r * (d + 1);
             const float *from = state + (long)r * (d + 1);
@@ -95,7 +99,7 @@ void dijiang_step(const int *sizes, const float *scalars, const void **x, const 
             to[d] = kept * from[d] + p;
         }
         for (int h = g * R; h < (g + 1) * R; h++) {
-            load(row, x[0], (long)b * sq + h * d, d, bf16);
+            load(row, x[0], b * sq + h * d, d, bf16);
             features(phi, row, w[0] + (shared ? 0 : (long)h * m * d), w[1] ? w[1] + h * m : 0, w[2] ? w[2] + h * M : 0, m, d,
                      pairs, normalized, scale, limit);
             float total = 0, *result = o + ((long)b * H + h) * d;
@@ -105,7 +109,7 @@ void dijiang_step(const int *sizes, const float *scalars, const void **x, const 
                 for (int j = 0; j < d; j++) far[j] += phi[r] * from[j];
                 total += phi[r] * from[d];
             }
-            total = fmaxf(total, 1e-30f);
+            total = total < 1e-30f ? 1e-30f : total;
             if (!W) {
                 for (int j = 0; j < d; j++) result[j] = far[j] / total;
                 continue;
@@ -129,8 +133,8 @@ def step_function():
     return None if library is None else library.dijiang_step
 
 
-# buffers of the compiled code for keys and values lie on its stack
-STACK_FLOATS = 65536
+# what the compiled code keeps on its stack: 512 KB at most
+STACK_FLOATS = 131072
 
 
 def native_step(layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: LinearState):
@@ -143,15 +147,25 @@ def native_step(layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state:
     if (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or not (q.is_cpu and layer.normalize and dtype in (torch.float32, torch.bfloat16) and k.dtype == v.dtype == dtype)
         or not (isinstance(map_q, ExponentialMap) and map_q.is_one_matrix and state.near_k.dtype == dtype)
-        or (layer.sinks + window) * d > STACK_FLOATS
+        or 2 * (layer.sinks + window) * d + 2 * map_q.size > STACK_FLOATS
     ):
         return None
     function = step_function()
     if function is None:
         return None
     (B, _, H, _), G = q.shape, k.shape[2]
+    near = (B, G, layer.sinks + window, d)
+    if (
+        state.state.shape != (B, G, map_k.size, d + 1)
+        or not state.near_k.shape == state.near_v.shape == near
+        or not state.near_k.dtype == state.near_v.dtype == dtype
+        or not k.shape == v.shape == (B, 1, G, d)
+        or (window and layer.branch_scale is None)
+    ):
+        return None  # torch says what does not fit
     q, k, v = (x if x.stride()[2:] == (d, 1) else x.contiguous() for x in (q, k, v))
     (matrix_q, T_q, D_q), (matrix_k, T_k, D_k) = map_q.factors(), map_k.factors()
     key_scale, branch_scale = layer.key_scale, layer.branch_scale
@@ -174,12 +188,12 @@ def native_step(layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state:
         near_k=torch.empty_like(near_k),
         near_v=torch.empty_like(near_v),
     )
-    o = torch.empty(B, 1, H, d)
+    o = q.new_empty(B, 1, H, d, dtype=torch.float32)
     sizes = (B, H, G, d, map_q.feature_dim, map_q.pairs, layer.sinks, window, dtype == torch.bfloat16)
     sizes += (map_q.activation == "softmax", matrix_q.dim() == 2, q.stride(0), k.stride(0), v.stride(0))
     scalars = (layer.feature_scale, layer.scaling, MAX_EXPONENT, layer.key_exponent_limit)
     function(
-        (ctypes.c_int * len(sizes))(*sizes),
+        (ctypes.c_long * len(sizes))(*sizes),
         (ctypes.c_float * len(scalars))(*scalars),
         pointers(q, k, v, near_k, near_v, state.state),
         pointers(*weights),

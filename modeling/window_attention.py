@@ -57,7 +57,7 @@ def near_and_far_attention(
     R, C = H // G, min(block_size, T)
     N = -(-T // C)
     far_sum = far_sum.clamp_min(TINY)
-    far_score = far_sum.log() + far_log_scale
+    far_score = torch.where(far_sum > TINY, far_sum.log() + far_log_scale, HIDDEN)
     if pad := N * C - T:  # by cat: torch 2.13 compiles the gradient of F.pad wrongly where lengths are dynamic
         q, k, v, far_score = (torch.cat((x, x.new_zeros(B, pad, *x.shape[2:])), dim=1) for x in (q, k, v, far_score))
         valid = valid if valid is None else torch.cat((valid, valid.new_zeros(B, pad)), dim=1)

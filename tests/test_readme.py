@@ -81,3 +81,30 @@ def test_memory_line_is_that_of_the_recorded_benchmark():
     assert line in " ".join(README.split())
     (state,) = {row["state_bytes"] for row in rows}
     assert f"{state:,} bytes" in README
+
+
+def kernel_rows(recorded: dict) -> list[str]:
+    """Milliseconds of SDPA, then of the op with m = 64 and m = 128 and how many times faster they are."""
+    rows = []
+    for r in recorded["forward"]:
+        times = {name: 1e3 * x["median_s"] for name, x in r["timings"].items()}
+        ours = [f"{times[name]:,.1f} ({r['ratios'][name]:.1f}x)" for name in ("softmax m=64", "softmax m=128")]
+        rows.append(f"| {r['dtype']} | {r['tokens']:,} | {times['sdpa']:,.1f} | {ours[0]} | {ours[1]} |")
+    return rows
+
+
+def decode_rows(recorded: dict) -> list[str]:
+    """Tokens per second of the LLaMA with its default and with a static cache, then ours; bytes of cache over state."""
+    rows = []
+    for r in recorded["decode"]:
+        rates = [r["tokens_per_s"][name] for name in ("llama", "llama static", "dijiang")]
+        shown = " | ".join(f"{rate:,.1f}" for rate in rates)
+        rows.append(f"| {r['dtype']} | {r['batch']} | {r['tokens']:,} | {shown} | {r['cache_per_state']:,.1f}x |")
+    return rows
+
+
+def test_speeds_are_those_of_the_recorded_benchmarks():
+    for name, render in (("attention", kernel_rows), ("model", decode_rows)):
+        recorded = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        for row in render(recorded):
+            assert row in README, row

@@ -6,6 +6,8 @@ import pytest
 import torch
 from helpers import EVERY, assert_close, random_ids, rows, set_mode, tiny_model
 
+from dijiang.modeling.native_kernel import native_is_usable
+
 # one of each for checks whose code path depends on no map but cosformer, which is given positions
 SOME = [
     ("wdcf", "none", (0, 0)),
@@ -381,3 +383,59 @@ def test_autocast_is_near_full_precision_forward_and_backward(case):
         assert all(x is None or torch.isfinite(x).all() for x in results[-1][3].values())
     for name, expected, found in zip(("logits", "inference", "step"), *results, strict=False):
         assert_close(found.float(), expected, name, tolerance=0.1)
+
+
+# head and feature sizes that the C kernels take; the tiny ones of the other tests go through torch
+NATIVE = {"hidden_size": 96, "head_dim": 16, "feature_dim": 16}
+NATIVE_CASES = [("wdcf", "none", (0, 0)), ("wdcf", "learned", (5, 2)), ("hedgehog", "retnet", (1, 0)), ("prf", "none", (5, 2))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", NATIVE_CASES, ids=str)
+def test_native_layers_equal_torchs(case, dtype, monkeypatch):
+    """Whole rows, padded ones, prompts in pieces and steps, with DIJIANG_NATIVE=0 and without."""
+    model, ids = build(case, **NATIVE).to(dtype), random_ids(3, 90, seed=11)
+    layer = model.model.layers[0].self_attn
+    mask = padding_mask((90, 41, 66), 90, "left")
+
+    def outputs():
+        with torch.no_grad():
+            yield model(ids, use_cache=False).logits
+            yield model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+            cache, pieces = None, []
+            for start, end in ((0, 7), (7, 60), *((t, t + 1) for t in range(60, 75)), (75, 90)):
+                output = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                pieces.append(output.logits)
+            yield torch.cat(pieces, dim=1)
+
+    with torch.no_grad():
+        q, k, v = layer.project(
+            torch.randn(1, 9, 96, dtype=dtype), model.model.rotary_emb(ids.to(dtype), torch.arange(9)[None])
+        )
+        assert layer.runs_natively(q, k, v, None) == native_is_usable()[0]
+    native = list(outputs())
+    monkeypatch.setenv("DIJIANG_NATIVE", "0")
+    for name, found, expected in zip(("whole", "padded", "pieces"), native, outputs(), strict=True):
+        assert_close(found, expected, name, tolerance=1e-4 if dtype == torch.float32 else 4e-2)
+    assert_close(native[2], native[0], "pieces of the whole", tolerance=1e-4 if dtype == torch.float32 else 8e-2)
+
+
+def test_calibration_reads_sums_of_weights_from_layers_of_any_size():
+    """Without a state and with values of no columns, as train/ asks for them."""
+    layer = build(("wdcf", "none", (5, 2)), **NATIVE).model.layers[0].self_attn
+    q, k = torch.randn(2, 40, 6, 16), torch.randn(2, 40, 2, 16)
+    with torch.no_grad():
+        _, total, _ = layer.far_branch(q, k, k[..., :0], None, None)
+        _, expected, _ = layer.far_branch(q, k, k, None, None)
+    assert_close(total, expected, "sums")
+
+
+def test_windows_changed_on_a_live_layer_need_a_new_cache():
+    model, ids = build(("wdcf", "none", (5, 2))), random_ids(1, 20)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        for layer in model.model.layers:
+            layer.self_attn.window = 9
+        with pytest.raises(ValueError, match="7 places for near keys, the layer 2 sinks and a window of 9; start from a new"):
+            model(ids[:, :1], past_key_values=cache)

@@ -360,3 +360,11 @@ def test_softmax_layers_alone_take_packed_rows_as_transformers_does():
     model, ids = tiny_model(layer_types=["full_attention"] * 2), random_ids(1, sum(LENGTHS))
     found = model(ids, position_ids=restarts(LENGTHS), use_cache=False).logits
     assert_close(found, separate_logits(model, ids, LENGTHS), "logits", tolerance=1e-4)
+
+
+def test_float16_sums_beyond_its_range_stay_finite_in_packed_rows():
+    """The numerator is divided before it is stored: 2,000 tokens of 64 features of 1 sum to twice what float16 holds."""
+    ones = torch.ones(1, 2000, 1, 64, dtype=torch.float16)
+    values = ones[..., :4]
+    o, _ = linear_attention(ones, ones, values, cu_seqlens=torch.tensor([0, 2000]))
+    assert_close(o, values, "o", tolerance=1e-3)
