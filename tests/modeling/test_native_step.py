@@ -10,6 +10,11 @@ needs_compiler = pytest.mark.skipif(native_build.find_compiler() is None, reason
 MAPS_IN_C = ("wdcf", "wpff", "pff", "prf", "hedgehog")
 
 
+@pytest.fixture(autouse=True)
+def native(monkeypatch):
+    monkeypatch.delenv("DIJIANG_NATIVE", raising=False)
+
+
 def settled_layer(dtype=torch.float32, B=2, seed=0, **settings):
     """A layer in eval mode, the state after some tokens, and q, k, v of the next one as `project` gives them: views."""
     layer = tiny_model(seed, **settings).model.layers[0].self_attn
