@@ -420,6 +420,7 @@ def test_compiled_window_takes_a_second_length():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.xfail(run=False, reason="the backward pass that torch 2.13's inductor generates for CPUs aborts the process")
 def test_inductor_equals_eager_forward_and_backward_at_two_lengths():
     model = build("wdcf", decay="learned", num_hidden_layers=1)
     compiled = torch.compile(model, fullgraph=True)
