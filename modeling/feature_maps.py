@@ -4,8 +4,7 @@ its name in `CHOICES` of `configuration_dijiang.py`.
 """
 
 from .exponential_maps import PFF, PRF, WDCF, WPFF, Hedgehog
-from .feature_map_base import MAX_EXPONENT, FeatureMap
-from .frequency import frequency_matrix, low_discrepancy, radii
+from .feature_map_base import FeatureMap
 from .simple_maps import ELU, CosFormer, Identity, ReLU
 
 FEATURE_MAPS: dict[str, type[FeatureMap]] = {
@@ -26,14 +25,3 @@ def build_feature_map(config, num_heads: int, seed: int) -> FeatureMap:
     feature_map = FEATURE_MAPS[config.feature_map](config, num_heads, seed)
     feature_map.reset_parameters()
     return feature_map
-
-
-__all__ = [
-    "FEATURE_MAPS",
-    "MAX_EXPONENT",
-    "FeatureMap",
-    "build_feature_map",
-    "frequency_matrix",
-    "low_discrepancy",
-    "radii",
-]

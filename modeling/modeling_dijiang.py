@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_dijiang import DiJiangCache
 from .configuration_dijiang import DiJiangConfig
-from .feature_maps import FeatureMap
+from .feature_map_base import FeatureMap
 from .layers import DiJiangMLP, DiJiangRotaryEmbedding, ProjectedAttention, build_norm
 from .linear_layer import Decay, DiJiangLinearAttention, LogScale, OutputGate
 from .packing import group_sequences, sequence_bounds
