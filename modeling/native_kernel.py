@@ -2,8 +2,8 @@ r"""
 Linear attention, feature map included, as one pass in C for CPUs. Torch's matrix products leave every intermediate tensor in
 memory; here 64 tokens at a time stay in the processor's cache from the projection to the output. No gradients.
 
-The source, native_kernel_source.py, is compiled at first use with the user's C compiler (`CC`, else cc, gcc or clang), kept on disk and called
-through ctypes, which lets the threads run at once. DIJIANG_NATIVE=0 turns it off.
+The source, native_kernel_source.py, is compiled at first use with the user's C compiler (`CC`, else cc, gcc or clang), kept on
+disk and called through ctypes. DIJIANG_NATIVE=0 turns it off.
 
 B batch, T tokens, H query heads, G key/value heads, R = H // G, M features, d head size, e value size.
 """
