@@ -1,7 +1,17 @@
 """Recovers a converted model's quality from its teacher."""
 
-from .align import AlignConfig, align
+from .config import AlignConfig, ConvertConfig, DataConfig, DistillConfig, Recipe, RunConfig, SourceConfig
 from .data import token_blocks
 from .recipe import load_recipe
 
-__all__ = ["AlignConfig", "align", "load_recipe", "token_blocks"]
+__all__ = [
+    "AlignConfig",
+    "ConvertConfig",
+    "DataConfig",
+    "DistillConfig",
+    "Recipe",
+    "RunConfig",
+    "SourceConfig",
+    "load_recipe",
+    "token_blocks",
+]

@@ -1,10 +1,5 @@
-"""
-Attention transfer: every linear layer learns to give the output that the teacher's softmax attention gives on the teacher's
-own hidden states (LoLCATs, arXiv 2410.10254; RADLADS, arXiv 2505.03005). Layers do not depend on one another, so one teacher
-pass trains all of them, and each layer's graph is freed before the next one is built.
-"""
+"""What attention transfer works on: a student's kernel parameters, and what goes into and out of its teacher's attention."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -48,8 +43,11 @@ class TeacherPass:
 
 
 @torch.no_grad()
-def run_teacher(teacher: DiJiangForCausalLM, input_ids: torch.Tensor) -> TeacherPass:
-    """Run `teacher`, a softmax model in our own decoder, on input_ids (B, T), and keep every layer's attention in and out."""
+def run_teacher(teacher: DiJiangForCausalLM, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> TeacherPass:
+    """
+    Run `teacher`, a softmax model in our own decoder, on input_ids (B, T) at position_ids (B, T), and keep every layer's
+    attention in and out.
+    """
     kept, handles = TeacherPass(), []
     for i, layer in enumerate(teacher.model.layers):
 
@@ -63,21 +61,8 @@ def run_teacher(teacher: DiJiangForCausalLM, input_ids: torch.Tensor) -> Teacher
         handles.append(layer.self_attn.register_forward_pre_hook(keep_input, with_kwargs=True))
         handles.append(layer.self_attn.o_proj.register_forward_pre_hook(keep_output))
     try:
-        teacher.model(input_ids=input_ids, use_cache=False)
+        teacher.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     return kept
-
-
-def layer_losses(student: DiJiangForCausalLM, teacher_pass: TeacherPass) -> Iterator[tuple[int, torch.Tensor]]:
-    """
-    Yield (layer, loss) for every linear layer of `student`: the squared error of its attention output, before the output
-    projection, over the squared target. The caller calls `backward` before it asks for the next one.
-    """
-    for i, attention in linear_layers(student).items():
-        with torch.no_grad():
-            q, k, v = attention.project(teacher_pass.inputs[i], teacher_pass.position_embeddings)
-            target = teacher_pass.outputs[i].float()
-        output, _ = attention.attend(q, k, v)
-        yield i, (output.flatten(2) - target).square().mean() / target.square().mean()

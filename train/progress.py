@@ -15,13 +15,16 @@ class TokenProgress:
     Args:
         title: what is going on.
         total: tokens to do.
+        done: how many of them were done before; they do not count for the speed.
         shown: False for silence.
+        lines: False for no lines but those of `line`.
     """
 
-    def __init__(self, title: str, total: int, *, shown: bool = True):
-        self.title, self.total, self.done = title, total, 0
-        self.console = Console(stderr=True)
-        self.lines = shown and not self.console.is_terminal
+    def __init__(self, title: str, total: int, *, done: int = 0, shown: bool = True, lines: bool = True):
+        self.title, self.total, self.done, self.done_before = title, total, done, done
+        self.console, self.shown = Console(stderr=True), shown
+        no_bar = not shown or not self.console.is_terminal
+        self.lines = shown and lines and no_bar
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -29,8 +32,8 @@ class TokenProgress:
             TextColumn("loss {task.fields[loss]:.4f}"),
             TimeRemainingColumn(),
         )
-        self.bar = Progress(*columns, console=self.console, disable=not shown or self.lines)
-        self.task = self.bar.add_task(title, total=total, speed=0.0, loss=float("nan"))
+        self.bar = Progress(*columns, console=self.console, disable=no_bar)
+        self.task = self.bar.add_task(title, total=total, completed=done, speed=0.0, loss=float("nan"))
 
     def __enter__(self) -> "TokenProgress":
         self.started = self.last_line = time.perf_counter()
@@ -44,10 +47,15 @@ class TokenProgress:
         """Count `tokens` more, the last of them at this loss."""
         now = time.perf_counter()
         self.done += tokens
-        speed = self.done / (now - self.started)
+        speed = (self.done - self.done_before) / (now - self.started)
         self.bar.update(self.task, advance=tokens, speed=speed, loss=loss)
         if self.lines and (now - self.last_line > LINE_EVERY_SECONDS or self.done >= self.total):
             self.last_line = now
             left = (self.total - self.done) / speed
             done = f"{self.done:,}/{self.total:,} tokens, {speed:,.0f} tokens/s"
             self.console.print(f"{self.title}: {done}, loss {loss:.4f}, {left:.0f} s left", highlight=False, soft_wrap=True)
+
+    def line(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if self.shown:
+            self.console.print(text, highlight=False, soft_wrap=True, markup=False)

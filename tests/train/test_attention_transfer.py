@@ -1,11 +1,11 @@
-"""What a teacher pass keeps, and the losses made from it."""
+"""What a teacher pass keeps, and which parameters are the kernels'."""
 
 import pytest
 import torch
 
 from dijiang.convert import load_source
 from dijiang.modeling.linear_layer import linear_layers
-from dijiang.train.attention_transfer import kernel_parameters, layer_losses, run_teacher
+from dijiang.train.attention_transfer import kernel_parameters, run_teacher
 
 
 @pytest.fixture(scope="module")
@@ -65,57 +65,15 @@ def test_kernel_parameters_are_those_that_conversion_added(teacher, make_student
     assert kernel_parameters(teacher) == {} and linear_layers(teacher) == {}
 
 
-def test_linear_layers_by_their_index(make_student, teacher, tokens):
+def test_linear_layers_by_their_index(make_student):
     student = make_student(layer_types=["full_attention", "linear_attention"])
     assert {i: layer.layer_idx for i, layer in linear_layers(student).items()} == {1: 1}
-    assert [i for i, _ in layer_losses(student, run_teacher(teacher, tokens(12)))] == [1]
 
 
-def test_losses_are_relative_squared_errors_of_the_heads_output(teacher, make_student, tokens):
-    student, ids = make_student(), tokens(24)
-    kept = run_teacher(teacher, ids)
-    losses = dict(layer_losses(student, kept))
-    assert losses.keys() == {0, 1}
-    for i, layer in enumerate(student.model.layers):
-        said = []
-        handle = layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args, said=said: said.append(args[0]))
-        layer.self_attn(kept.inputs[i], kept.position_embeddings)
-        handle.remove()
-        expected = ((said[0] - kept.outputs[i]) ** 2).sum() / (kept.outputs[i] ** 2).sum()
-        assert losses[i].item() == pytest.approx(expected.item(), rel=1e-5) and expected > 0.01
-
-
-def test_a_window_over_the_whole_text_leaves_no_loss(teacher, make_student, tokens):
-    student = make_student(layer_types="linear_attention", attention_window=24)
-    for _, loss in layer_losses(student, run_teacher(teacher, tokens(24))):
-        assert loss < 1e-10
-
-
-def test_gradients_reach_every_kernel_parameter_and_nothing_else(teacher, make_student, tokens):
-    student = make_student()
-    for _, loss in layer_losses(student, run_teacher(teacher, tokens(24))):
-        loss.backward()
-    kernels = kernel_parameters(student)
-    for name, parameter in student.named_parameters():
-        moved = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
-        assert moved == (name in kernels), name
-        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
-    assert all(parameter.grad is None for parameter in teacher.parameters())
-
-
-def test_a_layers_loss_moves_that_layer_only(teacher, make_student, tokens):
-    student = make_student()
-    for i, loss in layer_losses(student, run_teacher(teacher, tokens(24))):
-        student.zero_grad(set_to_none=True)
-        loss.backward()
-        moved = {name.split(".")[2] for name, parameter in student.named_parameters() if parameter.grad is not None}
-        assert moved == {str(i)}
-
-
-def test_losses_of_half_precision_models_are_float32(pair, tokens):
-    teacher, student = (load_source(folder, dtype=torch.bfloat16)[0] for folder in pair)
-    kept = run_teacher(teacher, tokens(24))
-    assert kept.outputs[0].dtype == torch.bfloat16
-    exact = dict(layer_losses(load_source(pair.checkpoint)[0], run_teacher(load_source(pair.teacher)[0], tokens(24))))
-    for i, loss in layer_losses(student, kept):
-        assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact[i].item(), rel=0.1)
+def test_positions_that_all_shift_leave_the_teachers_attention_as_it_is(teacher, tokens):
+    ids = tokens(20)
+    plain, shifted = (run_teacher(teacher, ids, torch.arange(start, start + 20)[None]) for start in (0, 17))
+    for i in plain.outputs:
+        assert (plain.outputs[i] - shifted.outputs[i]).abs().max() < 1e-4
+    assert (plain.position_embeddings[0] - shifted.position_embeddings[0]).abs().max() > 0.1
+    assert torch.equal(run_teacher(teacher, ids).outputs[1], plain.outputs[1])

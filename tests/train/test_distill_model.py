@@ -1,0 +1,249 @@
+"""What trains, in which dtype and group, and the loss between student and teacher."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import random_ids, tiny_model
+
+from dijiang.train.adapters import merged_state
+from dijiang.train.attention_transfer import kernel_parameters
+from dijiang.train.config import DistillConfig
+from dijiang.train.distill_model import DistillModel
+from dijiang.train.recovery_model import next_token_labels
+
+FULL = ["full_attention", "full_attention"]
+HYBRID = ["full_attention", "linear_attention"]
+PAPER = {"output_norm": "group_norm", "output_gate": True, "decay": "retnet", "learn_features": False}
+
+
+def config(**settings) -> DistillConfig:
+    return DistillConfig(**{"tokens": 64, "block_size": 32, "chunk_tokens": 7} | settings)
+
+
+def build(dtype=torch.float32, *, settings=None, teacher=True, **overrides) -> DistillModel:
+    softmax = tiny_model(7, layer_types=FULL).to(dtype) if teacher else None
+    return DistillModel(tiny_model(1, **overrides).to(dtype), softmax, config(**settings or {}), dtype).train()
+
+
+def packed_rows(seed=0):
+    """input_ids and position_ids (2, 19), two documents in the second row."""
+    positions = torch.arange(19).repeat(2, 1)
+    positions[1, 7:] = torch.arange(12)
+    return random_ids(2, 19, seed), positions
+
+
+def trained(model) -> set[str]:
+    return {name.removeprefix("student.") for name, p in model.named_parameters() if p.requires_grad}
+
+
+def names(model, *parts: str) -> set[str]:
+    return {name for name, _ in model.student.named_parameters() if any(part in name for part in parts)}
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@pytest.mark.parametrize("types", [None, HYBRID])
+def test_what_trains(types):
+    model = build(settings={"trains": "kernel"}, layer_types=types)
+    kernel = set(kernel_parameters(model.student))
+    assert trained(model) == kernel
+    layers = [1] if types else [0, 1]
+    linear = {name for i in layers for name in names(model, *(f"layers.{i}.self_attn.{part}" for part in PROJECTIONS))}
+    assert trained(build(settings={"trains": "attention"}, layer_types=types)) == kernel | linear
+    embeddings = {"model.embed_tokens.weight", "lm_head.weight"}
+    everything = names(model, "")
+    assert trained(build(layer_types=types)) == everything - embeddings
+    assert trained(build(settings={"train_embeddings": True}, layer_types=types)) == everything
+
+
+@pytest.mark.parametrize("trains", ["kernel", "attention", "all"])
+def test_fixed_kernels_stay_and_what_conversion_added_beside_them_trains(trains):
+    model = build(settings={"trains": trains}, **PAPER, attention_window=0, attention_sinks=0, key_scale=False)
+    assert not kernel_parameters(model.student)
+    added = names(model, "output_norm", "output_gate")
+    assert added <= trained(model) and not trained(model) & names(model, "feature_map", "decay")
+    groups = {group["name"]: group["params"] for group in model.parameter_groups()}
+    assert "kernel" not in groups
+    assert {id(model.student.get_parameter(name)) for name in added} <= {id(p) for p in groups["attention"]}
+
+
+def test_adapters_stand_in_for_the_matrices():
+    kernel, own = set(kernel_parameters(tiny_model(1))), tiny_model(1)
+    matrices = {name.removesuffix(".weight") for name, p in own.named_parameters() if "_proj" in name}
+    for trains, expected in (("all", matrices), ("attention", {name for name in matrices if "self_attn" in name})):
+        model = build(settings={"trains": trains, "lora_rank": 2})
+        adapters = {name.partition(".lora_")[0] for name in trained(model) if ".lora_" in name}
+        assert adapters == expected and {name for name in trained(model) if ".lora_" not in name} == kernel
+        assert model.student.get_submodule("model.layers.0.self_attn.q_proj").scaling == {"default": 2.0}
+        assert merged_state(model.student).keys() == kernel | {f"{name}.weight" for name in expected}
+    # more matrices than peft compares one by one
+    settings = {"trains": "attention", "lora_rank": 2, "lora_alpha": 3.0}
+    hybrid = build(settings=settings, layer_types=HYBRID * 6, num_hidden_layers=12)
+    adapters = {name.partition(".lora_")[0] for name in trained(hybrid) if ".lora_" in name}
+    assert adapters == {f"model.layers.{i}.self_attn.{part}" for i in range(1, 12, 2) for part in PROJECTIONS}
+    assert hybrid.student.get_submodule("model.layers.1.self_attn.q_proj").scaling == {"default": 1.5}
+
+
+@pytest.mark.parametrize("settings", [{}, {"trains": "attention"}, {"lora_rank": 2}, {"train_embeddings": True}])
+def test_groups_hold_every_trained_parameter_once_at_its_rate(settings):
+    rates = {"kernel_learning_rate": 3.0, "attention_learning_rate": 2.0, "learning_rate": 1.0}
+    model = build(settings=settings | rates, tie_word_embeddings=True)
+    groups = {group["name"]: group for group in model.parameter_groups()}
+    assert {name: group["lr"] for name, group in groups.items()} == {
+        name: lr for name, lr in (("kernel", 3.0), ("attention", 2.0), ("rest", 1.0)) if name in groups
+    }
+    found = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(found) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert ("rest" in groups) == (settings.get("trains") != "attention")
+    by_id = {id(p): name for name, p in model.named_parameters()}
+    assert all(("self_attn" in by_id[id(p)]) == (name != "rest") for name, g in groups.items() for p in g["params"])
+
+
+MIXTURES = [{}, {"trains": "attention"}, {"trains": "kernel"}, {"lora_rank": 2}, {"train_embeddings": True}]
+SHAPES = [
+    {},
+    {"tie_word_embeddings": True, "decay": "learned", "output_norm": "group_norm", "output_gate": True},
+    {"norm_type": "layer_norm", "mlp_type": "plain", "attention_bias": True, "mlp_bias": True, "layer_types": HYBRID},
+]
+
+
+@pytest.mark.parametrize("settings", MIXTURES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_computations_with_float32_weights_that_train(settings, shape):
+    """Losses and gradients near float32's; every trained parameter gets a gradient, no frozen one does."""
+    ids, positions = packed_rows()
+    settings = settings | {"ce_weight": 0.3}
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build(dtype, settings=settings, **shape)
+        for name, p in model.named_parameters():
+            kernel = any(part in name for part in ("feature_map", "branch_scale", "key_scale", "decay"))
+            assert p.dtype == (torch.float32 if p.requires_grad or kernel else dtype), name
+        measures = model(ids, positions)
+        measures["loss"].backward()
+        assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+        gradient = torch.cat([p.grad.float().flatten() for group in model.parameter_groups() for p in group["params"]])
+        found[dtype] = measures, gradient
+    (exact, right), (rough, near) = found.values()
+    assert rough.keys() == {"loss", "kl", "ce"} and not rough["kl"].requires_grad
+    assert all(abs(rough[key] - exact[key]) < 0.03 * exact[key] for key in exact)
+    assert F.cosine_similarity(near, right, dim=0) > 0.98
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_loss_is_that_of_the_logits_of_both(seed):
+    ids, positions = packed_rows(seed)
+    model = build(settings={"ce_weight": 0.6, "kl_weight": 0.8, "temperature": 1.7})
+    out = model(ids, positions)
+    with torch.no_grad():
+        # the documents apart, each as a row of its own
+        parts = [ids[:1], ids[1:, :7], ids[1:, 7:]]
+        s, t = (torch.cat([m(part).logits[0] for part in parts]) for m in (model.student, model.teacher))
+    kl = F.kl_div((s / 1.7).log_softmax(-1), (t / 1.7).log_softmax(-1), log_target=True, reduction="batchmean") * 1.7**2
+    targets = torch.cat([F.pad(part[0, 1:], (0, 1), value=-100) for part in parts])
+    ce = F.cross_entropy(s, targets, reduction="sum")
+    assert abs(out["kl"] - kl) < 1e-4 * kl and abs(out["ce"] - ce / 35) < 1e-4 * out["ce"]
+    assert abs(out["loss"] - (0.8 * kl + 0.6 * ce / 38)) < 1e-4 * out["loss"]
+    model.eval()
+    assert model(ids, positions).keys() == {"loss"} and abs(model(ids, positions)["loss"] - ce / 35) < 1e-4 * out["ce"]
+
+
+def test_all_the_tokens_on_disk_are_as_good_as_the_teacher():
+    ids, positions = packed_rows()
+    model, alone = build(), build(teacher=False)
+    t = model.teacher.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    logprobs, top = model.teacher.lm_head(t).log_softmax(-1).topk(97)
+    found = alone(ids, positions, teacher_ids=top, teacher_logprobs=logprobs.detach())
+    assert abs(found["loss"] - model(ids, positions)["loss"]) < 1e-5
+    with pytest.raises(ValueError, match="needs a teacher"):
+        alone(ids, positions)
+    assert alone.eval()(ids, positions).keys() == {"loss"}
+
+
+def test_cross_entropy_alone_needs_no_teacher():
+    ids, _ = packed_rows()
+    model = build(teacher=False, settings={"kl_weight": 0.0, "ce_weight": 2.0})
+    out = model(ids)
+    right = model.student(ids, labels=ids).loss
+    assert out.keys() == {"loss", "ce"} and abs(out["ce"] - right) < 1e-5 * right
+    assert abs(out["loss"] - 2 * right * 18 / 19) < 1e-5 * right
+
+
+def test_means_of_equal_batches_are_the_mean_of_both():
+    """Whatever the batches are cut into, also where documents leave fewer labels in one of them."""
+    ids, positions = packed_rows()
+    model = build(settings={"ce_weight": 0.5})
+    whole = model(ids, positions)["loss"]
+    parts = [model(ids[i : i + 1], positions[i : i + 1])["loss"] for i in range(2)]
+    assert abs(whole - sum(parts) / 2) < 1e-5 * whole
+
+
+def test_the_teacher_is_no_part_of_the_module():
+    model = build()
+    before = {name: p.clone() for name, p in model.teacher.named_parameters()}
+    assert [name for name, _ in model.named_children()] == ["student"]
+    assert not any("teacher" in name for name in model.state_dict())
+    model.train()
+    assert not model.teacher.training and not any(p.requires_grad for p in model.teacher.parameters())
+    model(*packed_rows())["loss"].backward()
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.teacher.named_parameters())
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    ids, positions = packed_rows()
+    found = []
+    for on in (False, True):
+        model = build(torch.bfloat16)
+        if on:
+            model.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model(ids, positions)["loss"].backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_some_steps_bring_the_student_nearer():
+    ids, positions = packed_rows()
+    for settings in ({}, {"lora_rank": 4, "trains": "attention"}):
+        model = build(torch.bfloat16, settings=settings | {"kernel_learning_rate": 1e-2, "attention_learning_rate": 1e-2})
+        optimizer = torch.optim.AdamW(
+            [{key: value for key, value in group.items() if key != "name"} for group in model.parameter_groups()]
+        )
+        losses = []
+        for _ in range(12):
+            losses.append(model(ids, positions)["loss"])
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+        assert losses[-1] < 0.8 * losses[0]
+
+
+def test_labels_end_with_their_documents():
+    ids, positions = packed_rows()
+    labels = next_token_labels(ids, positions)
+    assert labels[0].tolist() == [*ids[0, 1:].tolist(), -100]
+    assert labels[1].tolist() == [*ids[1, 1:7].tolist(), -100, *ids[1, 8:].tolist(), -100]
+    assert torch.equal(next_token_labels(ids, None)[1], torch.tensor([*ids[1, 1:].tolist(), -100]))
+
+
+def test_what_cannot_be_trained_is_refused():
+    with pytest.raises(ValueError, match="97 vocabulary entries, the student 90"):
+        build(vocab_size=90)
+    for trains in ("kernel", "attention"):
+        with pytest.raises(ValueError, match="leaves nothing to train"):
+            build(settings={"trains": trains}, layer_types=FULL)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"trains": "kernel", "lora_rank": 4}, "lora_rank=4 needs trains=attention or all"),
+        ({"lora_alpha": 8.0}, "lora_alpha=8.0 needs lora_rank"),
+        ({"lora_rank": 2, "lora_alpha": 0.0}, "lora_alpha=0.0 must be greater than 0"),
+        ({"trains": "attention", "train_embeddings": True}, "train_embeddings needs trains=all"),
+        ({"kl_weight": 0.0, "ce_weight": 1.0, "teacher_top_k": 5}, "teacher_top_k=5 needs kl_weight"),
+    ],
+)
+def test_settings_without_effect_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings)

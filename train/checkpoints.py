@@ -1,0 +1,109 @@
+"""Checkpoints of a running stage: each is complete once it has its name, and only such a one is ever picked."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial-"
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class Checkpoints:
+    """
+    The folders `checkpoint-<step>` below `folder`.
+
+    Args:
+        folder: that holds them; made when the first is written.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+
+    def all(self) -> list[Path]:
+        """The folders that have the name of a checkpoint, newest first."""
+        found = [path for path in self.folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
+        return sorted(found, key=step_of, reverse=True)
+
+    def newest(self) -> Path | None:
+        """The newest one that is whole. A damaged one is reported on stderr and passed over."""
+        for path in self.all():
+            if (problem := damage(path)) is None:
+                return path
+            print(f"dijiang: {path} is damaged ({problem}); using the one before it", file=sys.stderr)
+        return None
+
+    def partial(self, step: int) -> Path:
+        """The folder below which everything of this step's checkpoint is written, as `checkpoint-<step>`."""
+        return self.folder / f"{PARTIAL}{step}"
+
+    def clean(self) -> None:
+        """Remove what killed runs left half-written or half-removed."""
+        for path in self.folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(path)
+
+    def commit(self, step: int, facts: dict) -> Path:
+        """
+        Give the checkpoint below `partial(step)` its name, with a manifest of `facts` and of its files' sizes, once all of it
+        is on disk; then remove the oldest beyond `keep`.
+        """
+        partial = self.partial(step)
+        written = partial / f"checkpoint-{step}"
+        files = sorted(path for path in written.rglob("*") if path.is_file())
+        sizes = {path.relative_to(written).as_posix(): path.stat().st_size for path in files}
+        manifest = written / MANIFEST
+        manifest.write_text(json.dumps({"step": step, **facts, "files": sizes}, indent=1), encoding="utf-8")
+        for path in (*files, manifest, *(path for path in written.rglob("*") if path.is_dir()), written):
+            to_disk(path)
+        target = self.folder / written.name
+        if target.exists():  # damaged, or it would have been resumed from
+            self.remove(target)
+        written.rename(target)
+        to_disk(self.folder)
+        partial.rmdir()
+        for path in [path for path in self.all() if step_of(path) <= step][self.keep :]:
+            self.remove(path)
+        return target
+
+    def remove(self, path: Path) -> None:
+        """Take the name first, so that no half-removed folder looks like a checkpoint."""
+        doomed = self.folder / f"{PARTIAL}removed-{step_of(path)}"
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def step_of(path: Path) -> int:
+    return int(NAME.fullmatch(path.name).group(1))
+
+
+def read_manifest(path: Path) -> dict:
+    """What `commit` wrote of the checkpoint `path`."""
+    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint `path`, by its manifest; None if nothing is."""
+    try:
+        files = read_manifest(path)["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is missing or cannot be read"
+    for name, size in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, {size} were written"
+    return None
+
+
+def to_disk(path: Path) -> None:
+    """Have the operating system write a file's content, or a folder's list of names, to the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,337 @@
+"""What a recipe may say: one dataclass for each of its sections. `recipe.py` reads YAML into them."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless `condition`."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_positive(config, *names: str) -> None:
+    for name in names:
+        require(getattr(config, name) > 0, f"{name}={getattr(config, name)} must be greater than 0")
+
+
+def require_share(config, *names: str) -> None:
+    for name in names:
+        require(0 <= getattr(config, name) <= 1, f"{name}={getattr(config, name)} must lie between 0 and 1")
+
+
+def require_not_negative(config, *names: str) -> None:
+    for name in names:  # written so that NaN fails too
+        require(getattr(config, name) >= 0, f"{name}={getattr(config, name)} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertConfig:
+    """
+    How the student is made where it does not exist yet.
+
+    Attributes:
+        preset: `recommended` or `paper`.
+        settings: on top of the preset, as `dijiang convert --set`.
+        dtype: of the stored weights: `auto` (as in the source), `float32`, `bfloat16` or `float16`.
+    """
+
+    preset: str = "recommended"
+    settings: dict = field(default_factory=dict)
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """
+    One source of text.
+
+    Attributes:
+        path: file, folder, glob (`books/**/*.txt`) or hub name. Text (.txt, .md), JSONL (.jsonl, .json) and Parquet files, also
+            .gz for the first two. What exists on disk is read from there, everything else is asked of the hub.
+        weight: share of the tokens among all sources; any scale.
+        column: that holds the text, of JSONL, Parquet and hub rows.
+        subset: name of a configuration of a hub data set.
+        split: of a hub data set.
+    """
+
+    path: str
+    weight: float = 1.0
+    column: str = "text"
+    subset: str | None = None
+    split: str = "train"
+
+    def __post_init__(self):
+        require(bool(self.path), "path must not be empty")
+        require_positive(self, "weight")
+        require(math.isfinite(self.weight), f"weight={self.weight} must be finite")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """
+    The text of all stages.
+
+    Attributes:
+        train: sources of training text, mixed by weight.
+        held_out: sources of the text on which perplexity is measured during training. Without them nothing is measured.
+        held_out_tokens: how many of their tokens, equally from each source.
+        respect_documents: positions, attention and state start anew at each document of a block.
+        bad_records: `error` stops at the first record that cannot be read, `skip` counts it and goes on.
+        streaming: read only as much of each training source as the token budget asks for.
+        cache: folder of tokenised text; default `dijiang` in the user's cache folder.
+    """
+
+    train: list[SourceConfig]
+    held_out: list[SourceConfig] = field(default_factory=list)
+    held_out_tokens: int = 32_768
+    respect_documents: bool = True
+    bad_records: Literal["error", "skip"] = "error"
+    streaming: bool = False
+    cache: str | None = None
+
+    def __post_init__(self):
+        require(bool(self.train), "train must name at least one source of text")
+        require_positive(self, "held_out_tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """
+    How a stage runs; nothing here changes what it learns.
+
+    Attributes:
+        device: `auto`, `cpu` or `cuda`.
+        dtype: of computations and frozen weights: `auto` (the faster one here), `bfloat16` or `float32`. What trains is
+            float32.
+        deepspeed: DeepSpeed settings: a JSON file, or `zero0`, `zero1`, `zero2`, `zero3`, `zero2_offload`, `zero3_offload` of
+            configs/deepspeed. None: plain PyTorch, data-parallel if a launcher started several processes.
+        micro_batch_size: blocks per device and forward pass; the rest of a batch is accumulated.
+        gradient_checkpointing: recompute activations instead of keeping them.
+        save_every: steps between checkpoints; 0: at the end only.
+        keep_checkpoints: how many are kept, at least 2.
+        log_every: steps between log lines.
+        evaluate_every: steps between measurements of held-out perplexity; 0: at the end only.
+        report_to: experiment trackers: tensorboard, wandb, trackio.
+    """
+
+    device: str = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    deepspeed: str | None = None
+    micro_batch_size: int = 1
+    gradient_checkpointing: bool = False
+    save_every: int = 100
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    evaluate_every: int = 0
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+    def __post_init__(self):
+        require_positive(self, "micro_batch_size", "log_every")
+        require_not_negative(self, "save_every", "evaluate_every")
+        require(self.keep_checkpoints >= 2, f"keep_checkpoints={self.keep_checkpoints} must be at least 2")
+        usual = self.device in ("auto", "cpu") or self.device.startswith("cuda")
+        require(usual, f"device={self.device!r} is unknown; choose auto, cpu or cuda")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """
+    What both stages set.
+
+    Attributes:
+        tokens: budget of training tokens, rounded down to whole steps; a text shorter than that is read again.
+        block_size: tokens per sequence.
+        start_block_size: sequence length at the beginning; it doubles at equal shares of the budget until it is `block_size`,
+            of which it must be a power-of-two fraction. None: `block_size` throughout.
+        position_range: each sequence starts at a random position such that it ends below this one. A linear layer sees
+            absolute positions in its rotated keys, where softmax sees distances alone, so a student that only ever trained on
+            positions below `block_size` fails beyond them. None: positions start at 0.
+        batch_size: sequences per step, over all devices, whatever their length.
+        schedule: of the learning rates after the warm-up: `cosine` down to `final_share` of the peak, or `flat`.
+        warmup_share: share of the steps in which they rise from 0.
+        final_share: of the peak, at the end of `cosine`.
+        clip: largest norm of the gradient; 0: none.
+        weight_decay: AdamW's.
+        betas: AdamW's.
+        seed: of the order of the text and of everything random.
+    """
+
+    tokens: int
+    block_size: int = 1024
+    start_block_size: int | None = None
+    position_range: int | None = None
+    batch_size: int = 1
+    schedule: Literal["cosine", "flat"] = "cosine"
+    warmup_share: float = 0.05
+    final_share: float = 0.05
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    seed: int = 0
+
+    def __post_init__(self):
+        require_positive(self, "tokens", "block_size", "batch_size")
+        require_not_negative(self, "clip", "weight_decay")
+        require_share(self, "warmup_share", "final_share", *())
+        if self.start_block_size is not None:
+            require_positive(self, "start_block_size")
+            doublings = math.log2(self.block_size / self.start_block_size)
+            require(
+                doublings == int(doublings) and doublings > 0,
+                f"start_block_size={self.start_block_size} must be block_size={self.block_size} halved once or more",
+            )
+        if self.position_range is not None:
+            require(
+                self.position_range >= self.block_size,
+                f"position_range={self.position_range} must be at least block_size={self.block_size}",
+            )
+        least = self.batch_size * self.block_size * len(self.sequence_lengths)
+        require(self.tokens >= least, f"tokens={self.tokens} is less than one step of each sequence length, {least} in all")
+
+    @property
+    def sequence_lengths(self) -> list[int]:
+        """Length of the sequences in each equal share of the budget."""
+        lengths = [self.start_block_size or self.block_size]
+        while lengths[-1] < self.block_size:
+            lengths.append(2 * lengths[-1])
+        return lengths
+
+    @property
+    def phases(self) -> list[tuple[int, int]]:
+        """(steps, tokens per sequence) of each share of the budget."""
+        share = self.tokens // len(self.sequence_lengths)
+        return [(share // (length * self.batch_size), length) for length in self.sequence_lengths]
+
+    @property
+    def steps(self) -> int:
+        return sum(steps for steps, _ in self.phases)
+
+    def tokens_after(self, step: int) -> int:
+        """Training tokens seen when `step` steps are done."""
+        seen = 0
+        for steps, length in self.phases:
+            seen += min(step, steps) * length * self.batch_size
+            step -= min(step, steps)
+        return seen
+
+    @property
+    def total_tokens(self) -> int:
+        """The budget in whole steps."""
+        return self.tokens_after(self.steps)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.block_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlignConfig(StageConfig):
+    """
+    Attention transfer: each layer learns to give what the teacher's attention gives on the teacher's own hidden states.
+
+    Attributes:
+        trains: `kernel`, the parameters that conversion added, or `attention`, the layer's projections too.
+        kernel_learning_rate: peak, of the kernel parameters.
+        attention_learning_rate: peak, of the projections.
+        combined_weight: of the layer's output (window, sinks and linear branch) against the teacher's.
+        linear_weight: of the linear branch's own output, applied to all keys, against the teacher's.
+        window_dropout: share of the steps in which the layers see their linear branch alone.
+        calibrate_blocks: blocks of the closed-form start; 0 leaves it out.
+        quiet: how far below its fitted share the linear branch starts, as a logarithm.
+    """
+
+    tokens: int = 100_000
+    clip: float = 0.0
+    trains: Literal["kernel", "attention"] = "kernel"
+    kernel_learning_rate: float = 5e-2
+    attention_learning_rate: float = 1e-3
+    combined_weight: float = 1.0
+    linear_weight: float = 0.0
+    window_dropout: float = 0.0
+    calibrate_blocks: int = 2
+    quiet: float = 0.5
+
+    def __post_init__(self):
+        StageConfig.__post_init__(self)
+        require_positive(self, "kernel_learning_rate", "attention_learning_rate")
+        require_not_negative(self, "combined_weight", "linear_weight", "calibrate_blocks", "quiet")
+        require(self.combined_weight + self.linear_weight > 0, "combined_weight and linear_weight are both 0: no loss is left")
+        require_share(self, "window_dropout")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig(StageConfig):
+    """
+    The whole student against the frozen teacher.
+
+    Attributes:
+        trains: `all` weights, `attention` (projections and kernels of the linear layers), or `kernel`.
+        lora_rank: train `trains` through low-rank adapters of this rank, which the result has merged; 0: the weights
+            themselves. Kernel parameters always train themselves.
+        lora_alpha: adapters are scaled by lora_alpha / lora_rank; None: 2 * lora_rank.
+        train_embeddings: with `all`, embeddings and the language-model head train too.
+        kernel_learning_rate, attention_learning_rate, learning_rate: peaks, of the kernel parameters, of the attention
+            projections, of everything else.
+        kl_weight: of the Kullback-Leibler divergence from the teacher's next-token distribution.
+        ce_weight: of the cross-entropy with the text.
+        temperature: of both distributions in the divergence, which is multiplied by its square.
+        teacher_top_k: 0: the teacher runs beside the student. Else its k most likely tokens at each place are written to disk
+            first, and it need not be in memory afterwards.
+        chunk_tokens: tokens whose logits are in memory at a time.
+    """
+
+    tokens: int = 200_000
+    trains: Literal["all", "attention", "kernel"] = "all"
+    lora_rank: int = 0
+    lora_alpha: float | None = None
+    train_embeddings: bool = False
+    kernel_learning_rate: float = 5e-3
+    attention_learning_rate: float = 2e-4
+    learning_rate: float = 2e-4
+    kl_weight: float = 1.0
+    ce_weight: float = 0.0
+    temperature: float = 1.0
+    teacher_top_k: int = 0
+    chunk_tokens: int = 256
+
+    def __post_init__(self):
+        StageConfig.__post_init__(self)
+        require_positive(
+            self, "kernel_learning_rate", "attention_learning_rate", "learning_rate", "temperature", "chunk_tokens"
+        )
+        require_not_negative(self, "lora_rank", "kl_weight", "ce_weight", "teacher_top_k")
+        require(self.kl_weight + self.ce_weight > 0, "kl_weight and ce_weight are both 0: no loss is left")
+        adaptable = self.trains != "kernel"
+        require(adaptable or not self.lora_rank, f"lora_rank={self.lora_rank} needs trains=attention or all, not kernel")
+        require(self.lora_alpha is None or self.lora_rank > 0, f"lora_alpha={self.lora_alpha} needs lora_rank of at least 1")
+        require(self.lora_alpha is None or self.lora_alpha > 0, f"lora_alpha={self.lora_alpha} must be greater than 0")
+        require(self.trains == "all" or not self.train_embeddings, f"train_embeddings needs trains=all, not {self.trains}")
+        require(self.kl_weight > 0 or not self.teacher_top_k, f"teacher_top_k={self.teacher_top_k} needs kl_weight above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """
+    One job: a source model, the student made of it, and the stages that recover its quality.
+
+    Attributes:
+        source: hub id, folder or GGUF file of the softmax model, which is also the teacher.
+        output: folder of everything the job writes: `converted`, and for each stage its `checkpoints`, its logs and, once it
+            is complete, `model`.
+        convert, data, align, distill, run: see their classes. A stage that is not named is left out.
+    """
+
+    source: str
+    output: str
+    data: DataConfig
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
+    align: AlignConfig | None = None
+    distill: DistillConfig | None = None
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages of this recipe, in order."""
+        return [name for name in ("align", "distill") if getattr(self, name) is not None]

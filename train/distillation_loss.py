@@ -1,0 +1,222 @@
+"""
+The distillation loss on hidden states: logits exist for a few tokens at a time, and their gradient is written down in closed
+form instead of being recorded, so that neither (tokens, vocabulary) array is ever kept.
+"""
+
+import torch
+
+IN_CACHE = 2**16  # float32 numbers per thread that a core's cache holds several times over
+
+
+def distillation_loss(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    teacher_hidden: torch.Tensor | None = None,
+    teacher_head: torch.Tensor | None = None,
+    top_k: tuple[torch.Tensor, torch.Tensor] | None = None,
+    kl_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    temperature: float = 1.0,
+    chunk_tokens: int = 256,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """
+    kl_weight * T^2 * KL(teacher || student), both at temperature T, plus ce_weight * cross-entropy, each summed over the
+    tokens and divided by N. Logits are computed in hidden's dtype (autocast's, where it is on), probabilities in float32.
+
+    Args:
+        hidden: (N, C), the student's last hidden states.
+        head: (V, C), weight of its language-model head.
+        labels: (N,) int64, the tokens to predict; -100 where no cross-entropy is wanted. The divergence counts everywhere.
+        teacher_hidden: (N, C'), and teacher_head: (V, C'): the teacher's, of one dtype.
+        top_k: in their place, of the k tokens that the teacher finds most likely at temperature T, the ids (N, k), all
+            different, and the log-probabilities (N, k). All other tokens count as one more outcome, in both models.
+        chunk_tokens: logits are computed for so many tokens at a time.
+
+    Returns:
+        The loss, a float32 scalar (float64 for such inputs), with gradients in hidden and head; and detached scalars: `ce`,
+        the mean cross-entropy of the tokens that have a label, and `kl`, the mean of T^2 * KL, if there is a teacher.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    teacher = None
+    if teacher_hidden is not None:
+        teacher = teacher_hidden.detach(), teacher_head.detach()
+    elif top_k is not None:
+        teacher = top_k
+    if teacher is None and kl_weight:
+        raise ValueError(f"kl_weight={kl_weight} needs a teacher: give teacher_hidden and teacher_head, or top_k")
+    settings = (top_k is not None, kl_weight, ce_weight, temperature, chunk_tokens)
+    with torch.autocast(device, enabled=False):
+        loss, kl, ce = ChunkedLoss.apply(hidden, head, labels, teacher, settings, torch.is_grad_enabled())
+    return loss, {"ce": ce} if teacher is None else {"kl": kl, "ce": ce}
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Loss, mean divergence and mean cross-entropy; the gradients are ready before `backward`, which scales them."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, labels, teacher, settings, recording: bool):
+        sparse, kl_weight, ce_weight, temperature, chunk_tokens = settings
+        N, V = len(hidden), len(head)
+        wants_hidden, wants_head = (recording and wanted for wanted in ctx.needs_input_grad[:2])
+        weight = head.to(hidden.dtype)
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        kl, ce = (torch.zeros(N, dtype=exact, device=hidden.device) for _ in range(2))
+        hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
+        head_gradient = torch.zeros_like(weight, dtype=exact) if wants_head else None
+        # one array for all chunks: taking fresh pages from the system costs as much as a product
+        student_logits = hidden.new_empty(min(chunk_tokens, N), V)
+        dense = teacher is not None and not sparse
+        teacher_logits = teacher[0].new_empty(student_logits.shape) if dense else None
+        for start in range(0, N, chunk_tokens):
+            chunk = slice(start, min(start + chunk_tokens, N))
+            logits = torch.mm(hidden[chunk], weight.T, out=student_logits[: chunk.stop - start])
+            if dense:
+                torch.mm(teacher[0][chunk], teacher[1].T, out=teacher_logits[: len(logits)])
+            # the many small passes of a softmax go over rows that stay in the cache; what they leave is the gradient
+            step = rows_at_once(V, logits)
+            for first in range(0, len(logits), step):
+                part = slice(first, min(first + step, len(logits)))
+                rows = slice(start + part.start, start + part.stop)
+                s = logits[part].to(exact, copy=True)
+                if teacher is None:
+                    target = None
+                else:
+                    target = tuple(x[rows] for x in teacher) if sparse else (teacher_logits[part].to(exact, copy=True),)
+                weights = (kl_weight, ce_weight, temperature)
+                kl[rows], ce[rows], gradient = loss_of_rows(s, labels[rows], target, *weights, wants_hidden or wants_head)
+                if gradient is not None:
+                    logits[part] = gradient
+            if wants_hidden:
+                torch.mm(logits, weight, out=hidden_gradient[chunk])
+            if wants_head:
+                add_product(head_gradient, logits.T, hidden[chunk])
+        kl_mean, labelled = kl.mean(), (labels != -100).sum()
+        loss = kl_weight * kl_mean + ce_weight * ce.sum() / N
+        ce_mean = ce.sum() / labelled.clamp_min(1)
+        ctx.save_for_backward(hidden_gradient, head_gradient)
+        ctx.scale, ctx.head_dtype = 1 / N, head.dtype
+        ctx.mark_non_differentiable(kl_mean, ce_mean)
+        return loss, kl_mean, ce_mean
+
+    @staticmethod
+    def backward(ctx, given, *_):
+        hidden_gradient, head_gradient = ctx.saved_tensors
+        scale = given * ctx.scale
+        if hidden_gradient is not None:  # bfloat16 would round 1 / N
+            hidden_gradient = (hidden_gradient.to(scale.dtype) * scale).to(hidden_gradient.dtype)
+        if head_gradient is not None:
+            head_gradient = (head_gradient * scale).to(ctx.head_dtype)
+        return hidden_gradient, head_gradient, None, None, None, None
+
+
+def rows_at_once(vocabulary: int, logits: torch.Tensor) -> int:
+    """How many rows of `logits` to handle at a time: what the caches of a CPU hold; all of them elsewhere."""
+    if not logits.is_cpu:
+        return len(logits)
+    return max(1, IN_CACHE * torch.get_num_threads() // vocabulary)
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b, the sum in total's dtype."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
+
+
+def loss_of_rows(s, labels, target, kl_weight: float, ce_weight: float, T: float, wanted: bool):
+    """
+    Divergence times T^2 and cross-entropy of each row, (r,), and the gradient of their weighted sum in the logits, (r, V), or
+    None if not `wanted`.
+
+    Args:
+        s: (r, V), the student's logits, which are overwritten.
+        labels: (r,).
+        target: None, (teacher's logits (r, V),), which are overwritten, or (ids (r, k), log-probabilities (r, k)).
+    """
+    chosen = (labels != -100).to(s.dtype).unsqueeze(1)
+    index = labels.clamp_min(0).unsqueeze(1)
+    picked = s.gather(1, index)
+    shared = T == 1 and target is not None  # one softmax of the student serves both losses
+    if shared:
+        ce_gradient = None
+    else:
+        log_z, p = normalise(s)
+        ce = log_z - picked
+        ce_gradient = p if wanted and ce_weight else None
+    if target is None:
+        kl, gradient = ce.new_zeros(len(s)), ce_gradient.mul_(ce_weight * chosen) if ce_gradient is not None else None
+    else:
+        if T != 1:
+            s.div_(T)
+        if T != 1 and len(target) == 1:  # k log-probabilities are at T already
+            target[0].div_(T)
+        # gradient = p_weight * softmax(s / T) - kl_share * teacher
+        kl_share = T * kl_weight
+        p_weight = kl_share + ce_weight * chosen if shared and ce_weight else kl_share
+        divergence = full_divergence if len(target) == 1 else top_k_divergence
+        kl, log_z, gradient = divergence(s, *target, p_weight, kl_share, wanted)
+        kl = T * T * kl
+        if shared:
+            ce = log_z - picked
+        elif ce_gradient is not None:
+            gradient.addcmul_(ce_gradient, ce_weight * chosen)
+    if gradient is not None and ce_weight:
+        gradient.scatter_add_(1, index, -ce_weight * chosen)
+    return kl, (ce * chosen).squeeze(1), gradient
+
+
+def normalise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """log(sum(exp(x))), (r, 1), and softmax of x, (r, V), which stays as it is."""
+    p = x.softmax(-1)
+    return x.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log(), p
+
+
+def full_divergence(s, t, p_weight, kl_share: float, wanted: bool):
+    """
+    Of logits s and t (r, V) at temperature 1: KL(t || s) (r,), the log-normaliser of s (r, 1), and p_weight * softmax(s) -
+    kl_share * softmax(t), or None if not `wanted`. t is overwritten.
+    """
+    top_s, top_t = s.amax(-1, keepdim=True), t.amax(-1, keepdim=True)
+    p_s, p_t = s.softmax(-1), t.softmax(-1)
+    # log-normalisers above the largest logit: its probability is 1 / sum(exp(x - top))
+    rest_s, rest_t = -p_s.amax(-1, keepdim=True).log(), -p_t.amax(-1, keepdim=True).log()
+    difference = t.sub_(s).sub_(top_t - top_s)
+    kl = torch.linalg.vecdot(p_t, difference) + (rest_s - rest_t).squeeze(1)
+    gradient = None
+    if wanted and torch.is_tensor(p_weight):
+        gradient = p_s.mul_(p_weight).sub_(p_t, alpha=kl_share)
+    elif wanted:
+        gradient = p_s.sub_(p_t)
+        gradient = gradient if kl_share == 1 else gradient.mul_(kl_share)
+    return kl, top_s + rest_s, gradient
+
+
+def top_k_divergence(s, ids, log_p, p_weight, kl_share: float, wanted: bool):
+    """`full_divergence` on k + 1 outcomes: the teacher's `ids` (r, k), and any other token. s is overwritten."""
+    ids, log_p = ids.long(), log_p.to(s.dtype)
+    t = log_p.exp()
+    mass = t.sum(-1, keepdim=True)
+    # rounded probabilities may add up to a little more than 1
+    t_other = torch.zeros_like(mass) if ids.shape[1] == s.shape[1] else (1 - mass).clamp_min(0)
+    total = mass + t_other
+    t, t_other, log_p = t / total, t_other / total, log_p - total.log()
+
+    top = s.gather(1, ids)
+    s.scatter_(1, ids, -torch.inf)
+    lowest = torch.finfo(s.dtype).min
+    log_other = s.logsumexp(-1, keepdim=True).clamp_min(lowest)  # without other tokens it is -inf
+    log_z = torch.cat((top, log_other), dim=1).logsumexp(-1, keepdim=True)
+    log_q, log_q_other = top - log_z, log_other - log_z
+    kl = (t * (log_p - log_q)).sum(-1, keepdim=True) + torch.xlogy(t_other, t_other) - t_other * log_q_other
+    gradient = None
+    if wanted:
+        # among themselves the other tokens keep the student's proportions
+        share = p_weight * log_q_other.exp() - kl_share * t_other
+        gradient = s.sub_(log_other).exp_().mul_(share)
+        gradient.scatter_(1, ids, p_weight * log_q.exp() - kl_share * t)
+    return kl.squeeze(1), log_z, gradient

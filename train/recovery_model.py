@@ -1,0 +1,72 @@
+"""What the models of both stages share: a student that trains, and its frozen teacher."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from dijiang.modeling import DiJiangForCausalLM
+
+from .distillation_loss import distillation_loss
+
+TOKENS_AT_ONCE = 256  # whose logits are in memory together
+
+
+class RecoveryModel(nn.Module):
+    """
+    A student with the loss that trains it. The teacher is no submodule: it is not saved, sharded or moved.
+
+    Args:
+        student: made ready for training by the subclass: what trains is float32, the rest may be of another dtype.
+        teacher: the softmax model in our decoder, in the dtype in which it is to run, on the student's device, or None.
+        dtype: of computations, bfloat16 or float32.
+
+    Raises:
+        ValueError: if the teacher's vocabulary has another size.
+    """
+
+    def __init__(self, student: DiJiangForCausalLM, teacher: DiJiangForCausalLM | None, dtype: torch.dtype):
+        super().__init__()
+        if teacher is not None and teacher.config.vocab_size != student.config.vocab_size:
+            raise ValueError(
+                f"the teacher has {teacher.config.vocab_size} vocabulary entries, the student {student.config.vocab_size}; "
+                "give the model that the student was converted from"
+            )
+        self.student, self.dtype = student, dtype
+        self._teacher = () if teacher is None else (teacher.eval().requires_grad_(False),)
+
+    @property
+    def teacher(self) -> DiJiangForCausalLM | None:
+        return self._teacher[0] if self._teacher else None
+
+    def autocast(self, device: torch.device):
+        """Trained weights are float32, whatever the dtype of computations."""
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(device.type, self.dtype)
+
+    def last_hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+        """(B * T, hidden) of the student."""
+        with self.autocast(input_ids.device):
+            # autocast leaves embeddings alone, and the residual stream follows their dtype
+            embedded = self.student.model.embed_tokens(input_ids).to(self.dtype)
+            run = self.student.model(inputs_embeds=embedded, position_ids=position_ids, use_cache=False)
+        return run.last_hidden_state.flatten(0, 1)
+
+    def loss_on(self, hidden: torch.Tensor, labels: torch.Tensor, **settings):
+        """`distillation_loss` through the student's head, in the dtype of computations."""
+        with self.autocast(hidden.device):
+            return distillation_loss(hidden, self.student.lm_head.weight, labels, **settings)
+
+    def text_loss(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+        """The student's mean cross-entropy of the next tokens of input_ids (B, T)."""
+        hidden, labels = self.last_hidden(input_ids, position_ids), next_token_labels(input_ids, position_ids)
+        _, measures = self.loss_on(hidden, labels.flatten(), kl_weight=0.0, ce_weight=1.0, chunk_tokens=TOKENS_AT_ONCE)
+        return measures["ce"]
+
+
+def next_token_labels(input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+    """What each of the tokens (B, T) is to predict, (B, T); -100 at the end of a row and of a document."""
+    labels = torch.full_like(input_ids, -100)
+    labels[:, :-1] = input_ids[:, 1:]
+    if position_ids is not None:
+        labels[:, :-1].masked_fill_(position_ids.diff(dim=-1) != 1, -100)
+    return labels
