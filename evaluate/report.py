@@ -7,8 +7,10 @@ PERPLEXITY_ROWS = {
     "window_sinks": "window + sinks only, no training",
     "converted": "DiJiang, converted",
     "aligned": "DiJiang, aligned",
+    "distilled": "DiJiang, aligned and distilled",
+    "window_only_distilled": "window + sinks only, distilled",
     "linear_only_converted": "linear branch alone, converted",
-    "linear_only_aligned": "linear branch alone, aligned",
+    "linear_only_distilled": "linear branch alone, distilled",
 }
 TEACHER_COLOUR, STUDENT_COLOUR, CONTROL_COLOUR = "#4c566a", "#2a7fba", "#b8c4cf"
 
@@ -18,18 +20,15 @@ def mib(n_bytes: float) -> str:
 
 
 def recovered_share(perplexity: dict[str, float]) -> float:
-    """Share of the perplexity that window + sinks loses against the teacher which the aligned model wins back."""
+    """Share of the perplexity that window + sinks loses against the teacher which the distilled model wins back."""
     lost = perplexity["window_sinks"] - perplexity["teacher"]
-    return (perplexity["window_sinks"] - perplexity["aligned"]) / lost
+    return (perplexity["window_sinks"] - perplexity["distilled"]) / lost
 
 
 def quality_rows(report: dict) -> list[tuple[str, str, str]]:
     """(what, perplexity, tokens trained on) for every model measured."""
-    trained = {"aligned", "linear_only_aligned"}
-    return [
-        (title, f"{report['perplexity'][key]:,.2f}", f"{report['tokens'] if key in trained else 0:,}")
-        for key, title in PERPLEXITY_ROWS.items()
-    ]
+    trained = {"aligned": report["align"]["tokens"]} | {key: report["tokens"] for key in PERPLEXITY_ROWS if "distilled" in key}
+    return [(title, f"{report['perplexity'][key]:,.2f}", f"{trained.get(key, 0):,}") for key, title in PERPLEXITY_ROWS.items()]
 
 
 def decode_rows(report: dict) -> list[tuple[str, ...]]:
@@ -54,12 +53,13 @@ DECODE_HEADER = ("context", "teacher tokens/s", "DiJiang tokens/s", "teacher cac
 def markdown(report: dict) -> str:
     """The report as a Markdown page."""
     versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
-    held_out = report["held_out"]
+    held_out, align, distill = report["held_out"], report["align"], report["distill"]
     return f"""# {report["source"]}: DiJiang beside its teacher
 
 Perplexity on {held_out["tokens"]:,} held-out tokens in blocks of {held_out["block_size"]}. Attention transfer on
-{report["tokens"]:,} tokens ({report["align"]["seconds"]:.0f} s) wins back {recovered_share(report["perplexity"]):.0%} of what
-window + sinks loses against the teacher.
+{align["tokens"]:,} tokens ({align["seconds"]:.0f} s) and distillation on {distill["tokens"]:,} tokens
+({distill["seconds"]:.0f} s) win back {recovered_share(report["perplexity"]):.0%} of what window + sinks loses against the
+teacher. Window + sinks of the distilled model without its linear branch shows how much of that the branch carries.
 
 {markdown_table(QUALITY_HEADER, quality_rows(report))}
 
@@ -92,8 +92,8 @@ def plot(report: dict, folder: Path) -> list[Path]:
 
     paths = [folder / "perplexity.png", folder / "decode.png"]
     keys = list(PERPLEXITY_ROWS)
-    colours = {"teacher": TEACHER_COLOUR, "converted": STUDENT_COLOUR, "aligned": STUDENT_COLOUR}
-    figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
+    colours = {"teacher": TEACHER_COLOUR} | dict.fromkeys(("converted", "aligned", "distilled"), STUDENT_COLOUR)
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
     bars = axes.barh(
         [PERPLEXITY_ROWS[key] for key in keys],
         [report["perplexity"][key] for key in keys],

@@ -3,6 +3,7 @@
 from .config import AlignConfig, ConvertConfig, DataConfig, DistillConfig, Recipe, RunConfig, SourceConfig
 from .data import token_blocks
 from .recipe import load_recipe
+from .stages import recover, run_stage
 
 __all__ = [
     "AlignConfig",
@@ -13,5 +14,7 @@ __all__ = [
     "RunConfig",
     "SourceConfig",
     "load_recipe",
+    "recover",
+    "run_stage",
     "token_blocks",
 ]

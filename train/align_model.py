@@ -77,7 +77,10 @@ class AlignModel(RecoveryModel):
         """
         if not self.training:
             return {"loss": self.text_loss(input_ids, position_ids)}
-        kept = run_teacher(self.teacher, input_ids, position_ids)
+        return self.losses(run_teacher(self.teacher, input_ids, position_ids), input_ids, position_ids, places)
+
+    def losses(self, kept: TeacherPass, input_ids, position_ids=None, places=None) -> dict[str, torch.Tensor]:
+        """`forward` in training, with what the teacher did on these inputs."""
         bounds = None if position_ids is None else sequence_bounds(position_ids)
         groups = None if bounds is None else group_sequences(bounds, input_ids.numel())
         alone = self.drops_window(places)

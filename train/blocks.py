@@ -20,7 +20,7 @@ def cut_sequence(
     The `length` tokens of a source from token number `first` on.
 
     Returns:
-        input_ids (1, length) int64; position_ids (1, length) int64, which count from `start` and, where documents are respected,
+        input_ids (1, length) int64; position_ids (1, length) int64, which count from `start` and, if documents are respected,
         from `start` again at each document's first token; place () int64.
     """
     ids = np.asarray(file.tokens[first : first + length], dtype=np.int64)

@@ -96,13 +96,13 @@ class ConsoleProgress(TrainerCallback):
 
     Args:
         title: what is going on.
-        tokens_per_step: over all processes.
+        tokens_after: gives the tokens seen when so many steps are done.
         last_loss: gives the loss of the step that just ended.
         shown: False for silence.
     """
 
-    def __init__(self, title: str, tokens_per_step: int, last_loss: Callable[[], float], shown: bool):
-        self.title, self.tokens_per_step, self.last_loss, self.shown = title, tokens_per_step, last_loss, shown
+    def __init__(self, title: str, tokens_after: Callable[[int], int], last_loss: Callable[[], float], shown: bool):
+        self.title, self.tokens_after, self.last_loss, self.shown = title, tokens_after, last_loss, shown
         self.bar = None
 
     def close(self) -> None:
@@ -111,13 +111,14 @@ class ConsoleProgress(TrainerCallback):
             self.bar.__exit__()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        done, total = state.global_step * self.tokens_per_step, state.max_steps * self.tokens_per_step
+        done, total = self.tokens_after(state.global_step), self.tokens_after(state.max_steps)
         self.bar = TokenProgress(self.title, total, done=done, shown=self.shown, lines=False).__enter__()
         if done:
             self.bar.line(f"{self.title}: going on at step {state.global_step:,} of {state.max_steps:,}")
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.bar.advance(self.tokens_per_step, loss=self.last_loss())
+        step = state.global_step
+        self.bar.advance(self.tokens_after(step) - self.tokens_after(step - 1), loss=self.last_loss())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "eval_loss" in logs:

@@ -48,8 +48,8 @@ class SourceConfig:
     One source of text.
 
     Attributes:
-        path: file, folder, glob (`books/**/*.txt`) or hub name. Text (.txt, .md), JSONL (.jsonl, .json) and Parquet files, also
-            .gz for the first two. What exists on disk is read from there, everything else is asked of the hub.
+        path: file, folder, glob (`books/**/*.txt`) or hub name. Text (.txt, .md), JSONL (.jsonl, .json) and Parquet files, the
+            first two also as .gz. What exists on disk is read from there, everything else is asked of the hub.
         weight: share of the tokens among all sources; any scale.
         column: that holds the text, of JSONL, Parquet and hub rows.
         subset: name of a configuration of a hub data set.
@@ -221,10 +221,6 @@ class StageConfig:
         """The budget in whole steps."""
         return self.tokens_after(self.steps)
 
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch_size * self.block_size
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AlignConfig(StageConfig):
@@ -303,6 +299,10 @@ class DistillConfig(StageConfig):
         )
         require_not_negative(self, "lora_rank", "kl_weight", "ce_weight", "teacher_top_k")
         require(self.kl_weight + self.ce_weight > 0, "kl_weight and ce_weight are both 0: no loss is left")
+        require(
+            not (self.teacher_top_k and self.start_block_size),
+            "teacher_top_k is kept for one length of sequences; leave start_block_size out",
+        )
         adaptable = self.trains != "kernel"
         require(adaptable or not self.lora_rank, f"lora_rank={self.lora_rank} needs trains=attention or all, not kernel")
         require(self.lora_alpha is None or self.lora_rank > 0, f"lora_alpha={self.lora_alpha} needs lora_rank of at least 1")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .config import RunConfig, StageConfig
 
@@ -119,6 +120,12 @@ def prepare_deepspeed(device: torch.device) -> None:
             port = free.getsockname()[1]
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def forget_deepspeed() -> None:
+    """Undo what Trainer did to this process for DeepSpeed; models would be loaded in parts from now on."""
+    unset_hf_deepspeed_config()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
 def deepspeed_settings(name: str, stage: StageConfig, run: RunConfig, hidden_size: int) -> dict:

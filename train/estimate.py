@@ -217,9 +217,9 @@ def adapter_weights(recipe: Recipe, stage: str, size: ModelSize) -> int:
 def stage_flops(recipe: Recipe, stage: str, teacher: ModelSize, size: ModelSize) -> dict[str, float]:
     """FLOPs per token, by part."""
     config = getattr(recipe, stage)
-    context = sum(config.sequence_lengths) / len(config.sequence_lengths)
+    context = sum(steps * config.batch_size * length**2 for steps, length in config.phases) / config.total_tokens
     if stage == "align":
-        branches = 2 if config.linear_weight else 1
+        branches = bool(config.combined_weight) + bool(config.linear_weight)
         projected = 2 * size.linear * (2 if config.trains == "attention" else 1)
         return {
             "teacher": 2 * (teacher.matrices - teacher.head) + teacher.softmax * context,
@@ -246,8 +246,7 @@ def stage_cost(recipe, stage, teacher: ModelSize, size: ModelSize, student, gpu:
     config, device = getattr(recipe, stage), DEVICES[gpu]
     low = 2 if recipe.run.dtype != "float32" and device.bfloat16 else 4  # bytes of a number in computations
     trained, others = trained_weights(recipe, stage, size)
-    tokens = config.steps * config.tokens_per_step
-    flops = {part: value * tokens for part, value in stage_flops(recipe, stage, teacher, size).items()}
+    flops = {part: value * config.total_tokens for part, value in stage_flops(recipe, stage, teacher, size).items()}
     held = recipe.run.micro_batch_size * config.block_size
     layer, layers, hidden = layer_bytes(student.config, low), student.config.num_hidden_layers, student.config.hidden_size
     inner = student.config.num_attention_heads * student.config.head_dim
@@ -273,7 +272,13 @@ def stage_cost(recipe, stage, teacher: ModelSize, size: ModelSize, student, gpu:
         memory[level] = sharded | shared
     hours = sum(flops.values()) / (gpus * device.speed * 1e12 * UTILISATION * 3600)
     return StageCost(
-        trained=trained, tokens=tokens, flops=flops, hours=hours, memory=memory, host=host, activations=activations
+        trained=trained,
+        tokens=config.total_tokens,
+        flops=flops,
+        hours=hours,
+        memory=memory,
+        host=host,
+        activations=activations,
     )
 
 

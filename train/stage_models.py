@@ -76,7 +76,7 @@ class StageModels:
             [source["fingerprint"] for source in blocks.facts()["sources"]],
             [source.weight for source in data.train],
             data.respect_documents,
-            [config.seed, config.tokens, config.block_size, config.start_block_size, config.batch_size],
+            [config.seed, config.tokens, config.block_size, config.start_block_size, config.position_range, config.batch_size],
             str(self.dtype),
         ]
         fingerprint = hashlib.sha256(json.dumps(depends).encode()).hexdigest()

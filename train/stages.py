@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dijiang.convert import add_stage, fastest_dtype, new_folder, public_name, read_provenance, write_provenance
 from dijiang.convert.source import load_tokenizer, open_source
@@ -20,7 +19,16 @@ from .callbacks import StopSignals
 from .checkpoint import copy_with_parameters
 from .checkpoints import Checkpoints, read_manifest
 from .config import Recipe
-from .distributed import accumulation, deepspeed_settings, from_main, is_main, prepare_process, rank, share_errors
+from .distributed import (
+    accumulation,
+    deepspeed_settings,
+    forget_deepspeed,
+    from_main,
+    is_main,
+    prepare_process,
+    rank,
+    share_errors,
+)
 from .saving_trainer import refuse_other_writer, writer
 from .stage_folder import StageFolder
 from .stage_models import StageModels, gathered_parameters
@@ -97,7 +105,7 @@ class StageRun:
     def release(self) -> None:
         """Let go of what would weigh on the next stage in this process."""
         self.trainer = None
-        unset_hf_deepspeed_config()  # else models would be loaded in parts
+        forget_deepspeed()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -186,7 +194,7 @@ class StageRun:
                     "teacher": public_name(self.recipe.source),
                     "data": text.facts(),
                     "config": asdict(self.config),
-                    "tokens": self.config.steps * self.config.tokens_per_step,
+                    "tokens": self.config.total_tokens,
                     "device": self.device.type,
                     **writer(settings),
                     **self.trainer.tally.summary(),

@@ -1,6 +1,7 @@
 """Running sums of what a stage measures, which a resumed run takes up where its checkpoint left them."""
 
 import time
+from collections.abc import Callable
 
 
 class Tally:
@@ -46,14 +47,19 @@ class Tally:
         self.window, self.window_steps = {}, 0
         return means
 
-    def speed(self, step: int, tokens_per_step: int) -> dict[str, float]:
-        """Tokens/s since the last call, and the seconds left by this session's mean."""
+    def speed(self, step: int, tokens_after: Callable[[int], int]) -> dict[str, float]:
+        """
+        Tokens/s since the last call, and the seconds left by this session's mean, after `step` steps of which
+        `tokens_after(step)` are the tokens.
+        """
         now = time.perf_counter()
-        steps, seconds = self.session_steps - self.logged_steps, now - self.logged
+        seen, begun = tokens_after(step), tokens_after(step - self.session_steps)
+        since = seen - tokens_after(step - self.session_steps + self.logged_steps)
+        rate = since / (now - self.logged)
         self.logged, self.logged_steps = now, self.session_steps
         return {
-            "tokens_per_second": steps * tokens_per_step / seconds,
-            "seconds_left": (self.steps - step) * (now - self.started) / self.session_steps,
+            "tokens_per_second": rate,
+            "seconds_left": (tokens_after(self.steps) - seen) * (now - self.started) / (seen - begun),
         }
 
     def summary(self) -> dict:

@@ -91,7 +91,7 @@ class RecoveryTrainer(SavingTrainer):
         self.model_accepts_loss_kwargs = False  # losses are means, which Trainer divides by the micro-batches of a step
         self.remove_callback(PrinterCallback)
         self.add_callback(FlowCallback(run, held_out is not None, lambda: self.stopping))
-        self.console = ConsoleProgress(title, stage.tokens_per_step, lambda: self.last_loss, progress and is_main())
+        self.console = ConsoleProgress(title, stage.tokens_after, lambda: self.last_loss, progress and is_main())
         if is_main():
             self.add_callback(self.console)
             self.add_callback(MetricsFile(folder / "metrics.jsonl"))
@@ -182,12 +182,12 @@ class RecoveryTrainer(SavingTrainer):
         if "loss" in logs:
             step = self.state.global_step
             factor = learning_rate_factor(step - 1, self.stage)
-            speed = self.tally.speed(step, self.stage.tokens_per_step)
+            speed = self.tally.speed(step, self.stage.tokens_after)
             logs = {
                 **self.tally.take_window(),
                 **{name: value for name, value in logs.items() if name == "grad_norm"},
                 **{f"learning_rate/{group['name']}": group["lr"] * factor for group in self.groups},
-                "tokens": step * self.stage.tokens_per_step,
+                "tokens": self.stage.tokens_after(step),
                 **speed,
             }
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)

@@ -1,5 +1,6 @@
 """A recovery model of a few parameters, and blocks of random tokens, for tests of the training loop."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -33,12 +34,13 @@ class FakeModel(nn.Module):
     """
     Args:
         broken_at: place of the block whose loss is NaN.
+        steep_at: place of the block whose loss is finite, but its gradient is not.
     """
 
-    def __init__(self, seed: int = 0, broken_at: int = -1):
+    def __init__(self, seed: int = 0, broken_at: int = -1, steep_at: int = -1):
         super().__init__()
         torch.manual_seed(seed)
-        self.student, self.broken_at = Student(), broken_at
+        self.student, self.broken_at, self.steep_at = Student(), broken_at, steep_at
 
     def forward(self, input_ids, position_ids=None, places=None):
         logits = self.student(input_ids)
@@ -47,7 +49,12 @@ class FakeModel(nn.Module):
             return {"loss": loss}
         if (places == self.broken_at).any():
             loss = loss * torch.nan
+        if (places == self.steep_at).any():
+            loss = loss + (logits.mean() - logits.mean().detach()).sqrt()
         return {"loss": loss, "logit": logits.detach().square().mean()}
+
+    def trained(self):
+        return {name: parameter.detach().clone() for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def parameter_groups(self):
         kernel, rest = [*self.student.mix.parameters()], [*self.student.norm.parameters(), *self.student.head.parameters()]
@@ -76,6 +83,7 @@ def run_config(**settings) -> RunConfig:
 
 def build_trainer(folder: Path, stage: StageConfig, run: RunConfig, model: FakeModel | None = None, **settings):
     """A RecoveryTrainer of a FakeModel on as many blocks as the stage needs, with seven held-out ones."""
+    zero = run.deepspeed
     settings = {
         "blocks": FakeBlocks(stage.steps * stage.batch_size),
         "held_out": FakeBlocks(7, seed=1),
@@ -83,7 +91,14 @@ def build_trainer(folder: Path, stage: StageConfig, run: RunConfig, model: FakeM
         "folder": Path(folder),
         "device": choose_device("cpu"),
         "title": "Testing",
-        "deepspeed": deepspeed_settings(run.deepspeed, stage, run, WIDTH) if run.deepspeed else None,
+        "deepspeed": deepspeed_settings(zero, stage, run, WIDTH) if zero else None,
         "progress": False,
     } | settings
     return RecoveryTrainer(model or FakeModel(), stage, run, **settings)
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The lines of a stage's metrics.jsonl, without what depends on the clock."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    clock = ("tokens_per_second", "seconds_left")
+    return [{name: value for name, value in line.items() if name not in clock} for line in lines]

@@ -217,7 +217,7 @@ def test_bundled_recipes_go_by_name(tmp_path, refused, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (HEAD + DATA + "align: {tokens: 64}\n", r"align: tokens=64 is less than one step of 1024"),
+        (HEAD + DATA + "align: {tokens: 64}\n", r"align: tokens=64 is less than one step"),
         (HEAD + DATA + "distill: {kl_weight: 0}\n", "distill: kl_weight and ce_weight are both 0: no loss is left$"),
         (HEAD + DATA + "distill: {lora_alpha: 8}\n", "distill: lora_alpha=8.0 needs lora_rank of at least 1$"),
         (HEAD + DATA + "distill: {trains: kernel, lora_rank: 8}\n", "distill: lora_rank=8 needs trains=attention or all"),
@@ -362,7 +362,7 @@ def test_sets_may_add_a_stage(recipe):
         ("source.tokens=2", "--set .*: source is 'a/model', which holds no keys$"),
         ("align.tokens=many", r"align\.tokens is 'many', expected a whole number$"),
         ("algin.tokens=3", r"unknown key algin \(did you mean align\?\)$"),
-        ("align.tokens=3", "align: tokens=3 is less than one step of 1024"),
+        ("align.tokens=3", "align: tokens=3 is less than one step"),
         ("data=null", "data is None, expected a mapping"),
         ("run=null", "run is None, expected a mapping"),
     ],

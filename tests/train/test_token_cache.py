@@ -73,7 +73,7 @@ def test_tokens_are_the_tokenizers_one_document_after_another(run, tmp_path, tok
 
 @pytest.mark.parametrize(("batch", "texts_at_once", "piece"), [(1, 1, 10**6), (50, 3, 17), (10**6, 1000, 30), (7, 1000, 50)])
 def test_batches_and_pieces_do_not_show(run, tmp_path, tokenizer, monkeypatch, batch, texts_at_once, piece):
-    texts = [" ".join(words(seed)) for seed in range(4)] + words(9)
+    texts = [" ".join(words(seed, 12)) for seed in range(4)] + words(9, 30)
     monkeypatch.setattr(token_cache, "BATCH_CHARACTERS", batch)
     monkeypatch.setattr(token_cache, "BATCH_TEXTS", texts_at_once)
     monkeypatch.setattr(token_cache, "PIECE_CHARACTERS", piece)
@@ -147,6 +147,13 @@ def test_streaming_stops_at_the_document_that_completes_the_need(run, tmp_path, 
     read = min(int(np.searchsorted(sums, needed)) + 1, len(lengths))
     assert len(file.starts) == read and len(file) == sums[read - 1]
     assert tokenizer.calls == -(-read // 4)
+
+
+def test_streaming_stops_at_no_piece_of_a_document(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "PIECE_CHARACTERS", 10)
+    monkeypatch.setattr(token_cache, "BATCH_TEXTS", 1)
+    file = run(write_documents(tmp_path / "a.jsonl", ["x" * 35, "y"]), Letters(), tokens_needed=5, streaming=True)
+    assert documents_of(file) == [[*[ord("x")] * 35, 1]]
 
 
 def test_streaming_does_not_meet_what_lies_behind(run, tmp_path, monkeypatch):

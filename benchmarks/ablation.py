@@ -1,0 +1,170 @@
+"""
+What each choice of the align stage is worth: feature map x window x decay, loss variants, closed-form start.
+
+    python benchmarks/ablation.py --train TEXT... --held-out TEXT... [--output benchmarks/results/ablation.json]
+
+Six of SmolLM2-135M's thirty layers become linear, the others stay softmax, so that a whole model can be judged after a short
+run: every choice sees the same tokens in the same order, with the recipe's optimiser and schedule. Measured on held-out text:
+the mean over the six layers of the output's relative squared error, and the model's perplexity over its teacher's. With a
+window, both again for the linear branch alone. Done choices are kept in the output file, so an interrupted run goes on.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from measure import console, machine, versions, write_json
+
+from dijiang.convert import fastest_dtype, load_source
+from dijiang.demo import packaged_model
+from dijiang.evaluate import linear_only, perplexity
+from dijiang.modeling.linear_layer import linear_layers
+from dijiang.train import AlignConfig, token_blocks
+from dijiang.train.align_model import AlignModel
+from dijiang.train.attention_transfer import TeacherPass, run_teacher
+from dijiang.train.optimizer import adamw, learning_rate_factor
+
+LAYERS = (2, 7, 12, 17, 22, 27)
+BLOCK = 1024
+NO_WINDOW = {"attention_window": 0, "attention_sinks": 0}
+MAPS = {
+    "wdcf m=d": {},
+    "wdcf m=2d": {"feature_dim": 128},
+    "wdcf m=4d": {"feature_dim": 256},
+    "pff": {"feature_map": "pff"},
+    "prf": {"feature_map": "prf"},
+    "hedgehog": {"feature_map": "hedgehog"},
+    "elu": {"feature_map": "elu"},
+    "cosformer": {"feature_map": "cosformer"},
+    "relu": {"feature_map": "relu"},
+}
+LOSSES = {
+    "combined + linear branch": {"linear_weight": 1.0},
+    "linear branch alone": {"combined_weight": 0.0, "linear_weight": 1.0},
+    "window dropout 0.3": {"window_dropout": 0.3},
+    "projections too": {"trains": "attention"},
+    "no closed-form start": {"calibrate_blocks": 0},
+}
+
+
+def choices() -> dict[str, tuple[dict, dict]]:
+    """By name: settings of the conversion, settings of the align stage."""
+    found = {}
+    for window, near in (("window", {}), ("no window", NO_WINDOW)):
+        for decay in ("none", "learned"):
+            for name, settings in MAPS.items():
+                found[f"{name}, {window}, {decay} decay"] = ({**settings, **near, "decay": decay}, {})
+    for window, near in (("window", {}), ("no window", NO_WINDOW)):
+        for name, settings in LOSSES.items():
+            if not near or not settings.keys() & {"linear_weight", "window_dropout"}:
+                found[f"wdcf m=d, {window}, none decay, {name}"] = (near, settings)
+    return found
+
+
+def layer_types(layers) -> list[str]:
+    return ["linear_attention" if i in layers else "full_attention" for i in range(30)]
+
+
+class Study:
+    """The teacher, its passes over the training and held-out blocks, and the runs against them."""
+
+    def __init__(self, train: list[Path], held_out: list[Path], tokens: int, held_out_blocks: int):
+        self.dtype = fastest_dtype("cpu")
+        self.teacher, self.tokenizer = load_source(packaged_model(), dtype=self.dtype)
+        self.blocks = {}
+        for name, files, count in (("train", train, tokens // BLOCK), ("held out", held_out, held_out_blocks)):
+            blocks = token_blocks(self.tokenizer, files, BLOCK)
+            spread = torch.linspace(0, len(blocks) - 1, count).round().long()
+            self.blocks[name] = blocks[spread]
+        self.passes = {name: [self.run_teacher(block) for block in blocks] for name, blocks in self.blocks.items()}
+        self.teacher_perplexity = perplexity(self.teacher, self.blocks["held out"])
+
+    def run_teacher(self, block: torch.Tensor) -> TeacherPass:
+        """The teacher's pass, of which only the layers in question are kept."""
+        kept = run_teacher(self.teacher, block[None])
+        for found in (kept.inputs, kept.outputs):
+            for i in set(found) - set(LAYERS):
+                del found[i]
+        return kept
+
+    def run(self, conversion: dict, align: dict, seed: int) -> dict:
+        """Train one choice and measure it."""
+        config = AlignConfig(tokens=len(self.blocks["train"]) * BLOCK, block_size=BLOCK, seed=seed, **align)
+        settings = {"layer_types": layer_types(LAYERS), "feature_seed": 1000 * seed, **conversion}
+        student, _ = load_source(packaged_model(), dtype=self.dtype, **settings)
+        model = AlignModel(student, self.teacher, config, self.dtype)
+        order = torch.randperm(config.steps, generator=torch.Generator().manual_seed(seed)).tolist()
+        started = time.perf_counter()
+        if config.calibrate_blocks:
+            model.calibrate(self.blocks["train"][order[: config.calibrate_blocks]])
+        groups = model.parameter_groups()
+        optimizer = adamw(groups, config)
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        for step, place in enumerate(order):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * learning_rate_factor(step, config)
+            model.train()
+            loss = model.losses(self.passes["train"][place], self.blocks["train"][place][None], places=torch.tensor([step]))
+            loss["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        found = {"seconds": time.perf_counter() - started} | self.measure(model)
+        if student.config.attention_window:
+            with linear_only(student):
+                found |= {f"linear_only_{name}": value for name, value in self.measure(model).items()}
+        return found
+
+    @torch.no_grad()
+    def measure(self, model: AlignModel) -> dict:
+        model.eval()
+        errors = []
+        for block, kept in zip(self.blocks["held out"], self.passes["held out"], strict=True):
+            for i, attention in linear_layers(model.student).items():
+                with model.autocast(block.device):
+                    q, k, v = attention.project(kept.inputs[i], kept.position_embeddings)
+                    output, target = attention.attend(q, k, v)[0].flatten(2), kept.outputs[i]
+                    if model.config.trains == "attention":
+                        output = attention.o_proj(output.to(q.dtype))
+                        target = model.teacher.model.layers[i].self_attn.o_proj(target)
+                errors.append((output.float() - target.float()).square().mean() / target.float().square().mean())
+        with model.autocast(torch.device("cpu")):
+            ratio = perplexity(model.student, self.blocks["held out"]) / self.teacher_perplexity
+        return {"relative_error": torch.stack(errors).mean().item(), "perplexity_ratio": ratio}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, nargs="+", required=True)
+    parser.add_argument("--held-out", type=Path, nargs="+", required=True)
+    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--held-out-blocks", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", default="", help="run choices whose name contains this")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "ablation.json")
+    given = parser.parse_args()
+    result = json.loads(given.output.read_text()) if given.output.exists() else {"runs": {}}
+    study = Study(given.train, given.held_out, given.tokens, given.held_out_blocks)
+    about = {
+        "command": "python benchmarks/ablation.py --train ... --held-out ...",
+        "texts": {"train": [path.name for path in given.train], "held_out": [path.name for path in given.held_out]},
+        "tokens": given.tokens,
+        "held_out_blocks": given.held_out_blocks,
+        "layers": LAYERS,
+        "teacher_perplexity": study.teacher_perplexity,
+        "machine": machine(),
+        "versions": versions(),
+    }
+    for seed in range(given.seeds):
+        for name, (conversion, align) in choices().items():
+            runs = result["runs"].setdefault(name, {})
+            if given.only not in name or str(seed) in runs:
+                continue
+            runs[str(seed)] = found = study.run(conversion, align, seed)
+            console.print(f"{name}, seed {seed}: {found}", highlight=False, soft_wrap=True)
+            write_json(given.output, about | result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""
+What recovery runs came to: held-out perplexity over the teacher's, measured in this process, with the controls.
+
+    python benchmarks/recovery.py RUN... --held-out TEXT... [--output benchmarks/results/recovery.json]
+
+RUN is the output folder of a recipe. Of each the converted model and each complete stage are measured at two lengths, also
+with the window alone and the linear branch alone where there is a window. Held-out text: JSONL (column text) or plain.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from measure import console, machine, versions, write_json
+
+from dijiang.convert import fastest_dtype, load_source, read_provenance
+from dijiang.evaluate import linear_only, perplexity, window_only
+from dijiang.train import DataConfig, SourceConfig, load_recipe
+from dijiang.train.blocks import held_out_blocks
+
+LENGTHS = {1024: 24_576, 4096: 49_152}  # tokens of held-out text at each length
+STAGES = {"converted": "converted", "align": "align/model", "distill": "distill/model"}
+
+
+def held_out(files: list[str], tokenizer) -> dict[int, torch.Tensor]:
+    """By length, blocks of held-out text, as many from each file."""
+    sources = [SourceConfig(path=file) for file in files]
+    found = {}
+    for length, tokens in LENGTHS.items():
+        data = DataConfig(train=[SourceConfig(path="unused")], held_out=sources, held_out_tokens=tokens)
+        items = held_out_blocks(data, length, tokenizer, progress=False)
+        found[length] = torch.cat([items[i]["input_ids"] for i in range(len(items))])
+    return found
+
+
+def ratios(model, blocks: dict[int, torch.Tensor], teacher: dict[str, float]) -> dict[str, float]:
+    return {str(length): perplexity(model, rows) / teacher[str(length)] for length, rows in blocks.items()}
+
+
+def tokens_of(provenance: dict) -> int:
+    return sum(stage.get("tokens", 0) for stage in provenance["stages"])
+
+
+def curve(run: Path) -> list[tuple[int, float]]:
+    """(tokens of the stage, held-out perplexity) along the distil stage."""
+    path = run / "distill" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    steps = {line["step"]: line["tokens"] for line in lines if "tokens" in line}
+    return [
+        (steps[line["step"]], line["eval_perplexity"]) for line in lines if line.get("step") in steps and "eval_loss" in line
+    ]
+
+
+def measure(run: Path, blocks, teacher: dict[str, float], dtype: torch.dtype) -> dict:
+    result = {"curve": curve(run), "stages": {}}
+    for stage, folder in STAGES.items():
+        if not (run / folder / "config.json").exists():
+            continue
+        student, _ = load_source(run / folder, dtype=dtype)
+        provenance = read_provenance(run / folder)
+        found = {"tokens": tokens_of(provenance), "seconds": [s["seconds"] for s in provenance["stages"] if "seconds" in s]}
+        found["ratio"] = ratios(student, blocks, teacher)
+        if student.config.attention_window:
+            with window_only(student):
+                found["window_only"] = ratios(student, blocks, teacher)
+            with linear_only(student):
+                found["linear_only"] = ratios(student, blocks, teacher)
+        result["stages"][stage] = found
+        console.print(f"{run.name} {stage}: {found}", highlight=False, soft_wrap=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--held-out", nargs="+", required=True)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "recovery.json")
+    given = parser.parse_args()
+    result = json.loads(given.output.read_text()) if given.output.exists() else {"runs": {}}
+    dtype = fastest_dtype("cpu")
+    source = load_recipe(next(given.runs[0].glob("*/recipe.yaml"))).source
+    teacher, tokenizer = load_source(source, dtype=dtype)
+    blocks = held_out(given.held_out, tokenizer)
+    perplexities = {str(length): perplexity(teacher, rows) for length, rows in blocks.items()}
+    about = {
+        "command": "python benchmarks/recovery.py RUN... --held-out TEXT...",
+        "held_out": [Path(file).name for file in given.held_out],
+        "blocks": {str(length): list(rows.shape) for length, rows in blocks.items()},
+        "teacher_perplexity": perplexities,
+        "machine": machine(),
+        "versions": versions(),
+    }
+    for run in given.runs:
+        result["runs"][run.name] = measure(run, blocks, perplexities, dtype)
+        write_json(given.output, about | result)
+
+
+if __name__ == "__main__":
+    main()
