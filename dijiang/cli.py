@@ -1,6 +1,7 @@
 """The command line. Every command is one call of a public function; errors a user can cause are one line each."""
 
 import importlib.resources
+import importlib.util
 import signal
 import sys
 from pathlib import Path
@@ -123,6 +124,8 @@ def recover(recipe: RecipeName, sets: Sets = None) -> None:
 
 def train(option: str | None, recipe: str, sets: list[str] | None) -> None:
     """The run that launchers start too; it tells its errors itself."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise ValueError("training needs packages that are missing; run: pip install 'dijiang[train]'")
     from dijiang.train.__main__ import main as run
 
     if code := run([*filter(None, [option]), *(f"--set={word}" for word in sets or []), "--", recipe]):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import resource
 import shlex
 import shutil
@@ -68,6 +69,8 @@ def run_demo(
     source = packaged_model() if source is None else source
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the demo draws plots with matplotlib, which is missing; run: pip install matplotlib")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, if it is installed, would warn about it
     work = output / "recovery"
     recipe = demo_recipe(recipe, source, work)
     console = Console()

@@ -172,3 +172,32 @@ def test_model_runs(quick):
     assert short["state_bytes"] * long["batch"] == long["state_bytes"] * short["batch"], "a state knows no context"
     assert long["cache_bytes"] == 2 * 2 * 192 * 2 * 2 * 16 * 4
     assert result["backend"]["float32"].keys() == {"prefill", "decode", "training"}
+
+
+def test_training_runs(quick):
+    result = quick("training")
+    (row,) = result["steps"]
+    steps = {"fine-tuning step", "teacher's pass", "distillation step", "attention alone", "align step"}
+    assert row["timings"].keys() == row["tokens_per_s"].keys() == steps
+    spent = {name: timing["median_s"] for name, timing in row["timings"].items()}
+    assert row["ratios"] == {
+        "distill": pytest.approx((spent["fine-tuning step"] + spent["teacher's pass"]) / spent["distillation step"]),
+        "align": pytest.approx((spent["align step"] - spent["attention alone"]) / spent["teacher's pass"]),
+    }
+
+
+def test_what_attention_does_alone_is_part_of_an_align_step(measure):
+    """It reaches the kernels' gradients and nothing else."""
+    import argparse
+
+    import model as shapes
+    import training
+
+    arguments = argparse.Namespace(tokens=32, trains="all", lora_rank=0, chunk_tokens=None)
+    _, _, align = training.build(shapes.TINY, torch.float32, arguments)
+    call = training.attention_alone(align, torch.randint(0, shapes.TINY["vocab_size"], (1, 32)))
+    called = []
+    for layer in align.student.model.layers:
+        layer.self_attn.attend = lambda *x, attend=layer.self_attn.attend: called.append(x) or attend(*x)
+    call()
+    assert len(called) == shapes.TINY["num_hidden_layers"] and all(p.grad is None for p in align.parameters())

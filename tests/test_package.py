@@ -53,8 +53,29 @@ def test_public_names(tmp_path):
 def test_unknown_name():
     import dijiang
 
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        dijiang.nothing  # noqa: B018
+    for module in (dijiang, dijiang.train):
+        with pytest.raises(AttributeError, match=rf"'{module.__name__}' has no attribute 'nothing'"):
+            module.nothing  # noqa: B018
+
+
+def test_names_of_training():
+    import dijiang
+    from dijiang.train import recipe, stages
+
+    assert {"load_recipe", "recover", "run_stage"} <= {*dijiang.__all__} and "align" not in dijiang.__all__
+    assert (dijiang.load_recipe, dijiang.recover, dijiang.run_stage) == (recipe.load_recipe, stages.recover, stages.run_stage)
+    assert {"recover", "run_stage"} <= {*dijiang.train.__all__}
+
+
+def test_recipes_and_estimates_need_no_package_of_training(tmp_path):
+    code = """
+import sys
+sys.modules |= dict.fromkeys(["accelerate", "datasets", "deepspeed", "peft", "tensorboard"])
+import dijiang
+from dijiang.train.estimate import estimate
+print(estimate(dijiang.load_recipe("smollm2-135m")).gpu)
+"""
+    assert python(code, tmp_path) == "h100"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +164,7 @@ def test_room_imports_along_the_arrows(room):
         ("modeling", "try:\n    pass\nexcept ImportError:\n    import fla"),
         ("convert", "from dijiang import __version__"),
         ("convert", "from dijiang import train"),
-        ("convert", "from ..train.align import align"),
+        ("convert", "from ..train.stages import recover"),
         ("train", "from dijiang.evaluate import perplexity"),
         ("evaluate", "if True:\n    import dijiang.train"),
     ],

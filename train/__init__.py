@@ -3,7 +3,6 @@
 from .config import AlignConfig, ConvertConfig, DataConfig, DistillConfig, Recipe, RunConfig, SourceConfig
 from .data import token_blocks
 from .recipe import load_recipe
-from .stages import recover, run_stage
 
 __all__ = [
     "AlignConfig",
@@ -18,3 +17,12 @@ __all__ = [
     "run_stage",
     "token_blocks",
 ]
+
+
+def __getattr__(name: str):
+    if name in ("recover", "run_stage"):  # theirs is transformers' Trainer, which needs more packages than the rest
+        from .stages import recover, run_stage
+
+        globals().update(recover=recover, run_stage=run_stage)
+        return globals()[name]
+    raise AttributeError(f"module 'dijiang.train' has no attribute {name!r}")

@@ -275,7 +275,6 @@ IDLE = (
     ("distill", ["learning_rate"], lambda r, s: s.trains != "all", "distill.trains: attention or kernel"),
     ("distill", ["attention_learning_rate"], lambda r, s: s.trains == "kernel", "distill.trains: kernel"),
     ("distill", ["train_embeddings"], lambda r, s: s.trains != "all", "distill.trains: attention or kernel"),
-    ("distill", ["train_embeddings"], lambda r, s: s.lora_rank > 0, "distill.lora_rank above 0"),
     ("distill", ["temperature", "teacher_top_k"], lambda r, s: s.kl_weight == 0, "distill.kl_weight: 0"),
     ("data", ["held_out_tokens"], lambda r, s: not s.held_out, "no data.held_out"),
     ("run", ["evaluate_every"], lambda r, s: not r.data.held_out, "no data.held_out"),

@@ -179,11 +179,15 @@ class StageRun:
         return blocks, held_out
 
     def calibrate(self, model: nn.Module, blocks: Dataset) -> dict:
-        """The closed-form start, alike in every process, on the blocks that also train first; what the record says of it."""
-        first = [blocks[place] for place in range(min(self.config.calibrate_blocks, len(blocks)))]
-        input_ids = torch.cat([item["input_ids"] for item in first]).to(self.device)
+        """The closed-form start, alike in every process, on blocks of the full length; what the record says of it."""
+        last = range(len(blocks) - min(self.config.calibrate_blocks, len(blocks)), len(blocks))
+        items = [item for item in map(blocks.__getitem__, last) if item["input_ids"].shape[1] == self.config.block_size]
+        input_ids = torch.cat([item["input_ids"] for item in items])
+        # documents are not told apart: far keys of all kinds are what is wanted
+        position_ids = torch.cat([item["position_ids"] for item in items])[:, :1] + torch.arange(input_ids.shape[1])
         with share_errors():
-            return {"calibration_r2": model.to(self.device).calibrate(input_ids)}
+            r2 = model.to(self.device).calibrate(input_ids.to(self.device), position_ids.to(self.device))
+            return {"calibration_r2": r2}
 
     def write_model(self, model: nn.Module, text: TrainingBlocks, settings: dict | None) -> None:
         """Have the result appear, with its record."""

@@ -7,15 +7,17 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+import yaml
 
 from dijiang import cli
-from dijiang.convert import read_provenance
-from dijiang.train import AlignConfig
+from dijiang.convert import convert_model, read_provenance
+from dijiang.train import AlignConfig, load_recipe
+from dijiang.train.estimate import estimate, render
+from dijiang.train.recipe import bundled_recipes
 
-COMMANDS = ("convert", "align", "demo", "benchmark kernels")
+COMMANDS = ("convert", "align", "distill", "recover", "estimate", "demo", "benchmark kernels")
 
 
 @pytest.fixture
@@ -101,92 +103,168 @@ def test_convert_sources_and_outputs_that_will_not_do(fails, pair, tmp_path):
     fails("is a DiJiang checkpoint already", "convert", pair.checkpoint, tmp_path / "out")
 
 
-# --- align ---
+# --- align, distill, recover ---
+
+STAGE = {"tokens": 200, "block_size": 32, "batch_size": 2}
 
 
 @pytest.fixture
-def align_words(pair, text_file, tmp_path):
-    """align_words(*more) -> the words of a short `dijiang align` into tmp_path / "out"."""
-    words = ["align", pair.checkpoint, "--teacher", pair.teacher, "--data", text_file, "--output", tmp_path / "out"]
-    return lambda *more: [*words, *more]
+def recipe(pair, text_file, tmp_path):
+    """recipe(**sections) -> the file of a short recipe with output tmp_path / "out", and these sections instead."""
+
+    def write(**sections):
+        content = {
+            "source": str(pair.teacher),
+            "output": str(tmp_path / "out"),
+            "convert": {"settings": {"attention_window": 4, "attention_sinks": 2}},
+            "data": {"train": [str(text_file)], "cache": str(tmp_path / "tokens")},
+            "align": STAGE | {"calibrate_blocks": 1},
+            "distill": STAGE,
+            "run": {"device": "cpu", "dtype": "float32", "log_every": 1, "report_to": []},
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content | sections), encoding="utf-8")
+        return tmp_path / "recipe.yaml"
+
+    return write
 
 
-def test_align(command, align_words, tmp_path, text_file):
-    words = (
-        "--tokens",
-        200,
-        "--block-size",
-        32,
-        "--batch-size",
-        2,
-        "--learning-rate",
-        0.01,
-        "--seed",
-        7,
-        "--dtype",
-        "float32",
-    )
-    code, out, err = command(*align_words(*words, "--data", text_file, "--device", "cpu"))
-    assert (code, out) == (0, f"wrote {tmp_path / 'out'}\n")
-    assert re.fullmatch(r"Aligning: 192/192 tokens, [\d,]+ tokens/s, loss \d\.\d{4}, 0 s left\n", err)
-    stage = read_provenance(tmp_path / "out")["stages"][-1]
-    given = {"tokens": 200, "block_size": 32, "batch_size": 2, "learning_rate": 0.01, "seed": 7, "dtype": "float32"}
-    assert AlignConfig(**stage["config"]) == AlignConfig(**given, device="cpu") and stage["tokens"] == 192
-    assert stage["data"] == [text_file.name] * 2
+def stages(model) -> list[str]:
+    return [record["stage"] for record in read_provenance(model)["stages"]]
 
 
-def test_align_options_win_over_the_recipe_and_the_recipe_over_defaults(command, align_words, tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("tokens: 640\nblock_size: 64\nquiet: 1\nseed: 3\ndtype: float32\ndevice: cpu\n")
-    assert command(*align_words("--recipe", recipe, "--tokens", 128, "--seed", 0))[0] == 0
-    expected = AlignConfig(tokens=128, block_size=64, quiet=1.0, seed=0, dtype="float32", device="cpu")
-    assert AlignConfig(**read_provenance(tmp_path / "out")["stages"][-1]["config"]) == expected
+def test_the_stages_one_by_one(command, recipe, tmp_path):
+    words = ("--set", "align.seed=7", "--set", "align.kernel_learning_rate=0.01")
+    code, out, err = command("align", recipe(), *words)
+    model = tmp_path / "out" / "align" / "model"
+    assert (code, out) == (0, "") and err.endswith(f"dijiang: wrote {model}\n")
+    assert re.search(r"^Aligning: step 3/3, 192 tokens, [\d,]+ tokens/s, loss \d\.\d{4}, .* left$", err, re.MULTILINE)
+    record = read_provenance(model)["stages"][-1]
+    expected = AlignConfig(**STAGE, calibrate_blocks=1, seed=7, kernel_learning_rate=0.01)
+    assert record["config"] == json.loads(json.dumps(dataclasses.asdict(expected))) and record["tokens"] == 192
+    assert not (tmp_path / "out" / "distill").exists()
+
+    code, out, err = command("distill", recipe(), *words)
+    model = tmp_path / "out" / "distill" / "model"
+    assert (code, out) == (0, "") and err.endswith(f"dijiang: wrote {model}\n")
+    assert "Distilling: step 3/3, 192 tokens" in err and "Aligning" not in err
+    assert stages(model) == ["convert", "align", "distill"]
+    config = json.loads((model / "config.json").read_text())
+    assert (config["attention_window"], config["attention_sinks"]) == (4, 2)
+
+
+def test_recover_does_it_all_and_leaves_out_what_is_done(command, recipe, tmp_path):
+    model = tmp_path / "out" / "distill" / "model"
+    code, out, err = command("recover", recipe())
+    assert (code, out) == (0, "") and err.endswith(f"dijiang: wrote {model}\n")
+    assert err.index("Aligning: step 3/3") < err.index("Distilling: step 3/3")
+    assert stages(model) == ["convert", "align", "distill"]
+    before = (model / "model.safetensors").stat().st_mtime_ns
+    code, _, err = command("recover", recipe())
+    assert code == 0 and "step" not in err and (model / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_recover_of_a_recipe_with_one_stage(command, recipe, tmp_path):
+    assert command("recover", recipe(), "--set", "align=null")[0] == 0
+    assert stages(tmp_path / "out" / "distill" / "model") == ["convert", "distill"]
+
+
+@pytest.mark.parametrize("name", ["align", "distill", "recover"])
+def test_words_reach_the_run_that_launchers_start(command, monkeypatch, name):
+    import dijiang.train.__main__ as launched
+
+    calls = []
+    monkeypatch.setattr(launched, "main", lambda words: calls.append(vars(launched.parse_arguments(words))) or 0)
+    words = ("--set", "data.train=[a.txt, b=c.txt]", "--set", "-x", "--", "--a recipe")
+    assert command(name, *words) == (0, "", "")
+    stage = None if name == "recover" else name
+    assert calls == [{"recipe": "--a recipe", "stage": stage, "set": ["data.train=[a.txt, b=c.txt]", "-x"], "local_rank": 0}]
+
+
+@pytest.mark.parametrize("code", [1, 3, 130])
+def test_what_the_run_told_is_not_told_again(command, monkeypatch, code):
+    monkeypatch.setattr("dijiang.train.__main__.main", lambda words: code)
+    assert command("recover", "x") == (code, "", "")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", r"data\.txt is empty; give a file with text"),
-        (b" \n", r"data\.txt is empty; give a file with text"),
-        (b"abc\xff", r"data\.txt is not UTF-8 text \(byte 3\); convert it to UTF-8"),
-        (b"the cat sat", r"data\.txt: \d+ tokens do not fill one block of 32; give more text or a smaller block"),
-        (None, r"cannot read .*data\.txt: No such file or directory"),
+        (b"", r"data\.txt: empty file; give a file with text"),
+        (b" \n", r"data\.txt: empty file; give a file with text"),
+        (b"abc\xff", r"data\.txt line 1: not UTF-8 \(byte 3 of the file\); convert the file to UTF-8"),
+        (b"the cat sat", r"data\.txt: \d+ tokens do not fill one block of 32; give more text or a smaller block_size"),
+        (None, r"data\.txt: no such file or folder; correct the path"),
     ],
 )
-def test_align_on_data_that_will_not_do(fails, pair, tmp_path, content, message):
+def test_align_on_data_that_will_not_do(command, recipe, tmp_path, content, message):
     data = tmp_path / "data.txt"
     if content is not None:
         data.write_bytes(content)
-    words = ("--teacher", pair.teacher, "--data", data, "--output", tmp_path / "out", "--block-size", 32, "--dtype", "float32")
-    fails(message, "align", pair.checkpoint, *words)
+    code, out, err = command("align", recipe(data={"train": [str(data)], "cache": str(tmp_path / "tokens")}))
+    last = err.splitlines()[-1]
+    assert (code, out) == (1, "") and re.match(f"dijiang: .*{message}", last) and "Traceback" not in err, err
+    assert not (tmp_path / "out" / "align" / "model").exists() and not list(tmp_path.rglob("*.partial"))
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--tokens", 10), r"tokens=10 is less than one step of 1024 \(batch_size \* block_size\)"),
-        (("--learning-rate", 0), r"learning_rate=0\.0 must be greater than 0"),
-        (("--dtype", "int8"), "dtype='int8' is unknown; choose auto, float32 or bfloat16"),
-        (("--device", "abacus"), "device='abacus' is unknown; choose auto, cpu or cuda"),
-        (("--recipe", "none.yaml"), r"cannot read recipe none\.yaml: No such file or directory"),
-        (("--learning-rate", 1e38, "--block-size", 32, "--dtype", "float32"), "lower learning_rate"),
+        (("--set", "align.tokens=10"), r"recipe .*: align: tokens=10 is less than one step .* 64 in all"),
+        (("--set", "align.kernel_learning_rate=0"), r"align: kernel_learning_rate=0\.0 must be greater than 0"),
+        (("--set", "align.learning_rate=1"), r"unknown key align\.learning_rate; learning_rate belongs to distill"),
+        (("--set", "align"), "--set 'align' is not KEY=VALUE; write for example align.tokens=20000"),
+        (("--set", "align.seed=1", "--set", "align.seed=2"), "--set gives align.seed twice; keep one of them"),
+        (("--set", "run.dtype=int8"), "run.dtype is 'int8'; choose auto, bfloat16 or float32"),
+        (("--set", "run.device=abacus"), "device='abacus' is unknown; choose auto, cpu or cuda"),
+        (("--set", "align=null"), "the recipe has no section align; it has distill"),
     ],
 )
-def test_align_with_words_that_make_no_sense(fails, align_words, words, message):
-    fails(message, *align_words(*words))
+def test_align_with_words_that_make_no_sense(fails, recipe, words, message):
+    fails(message, "align", recipe(), *words)
 
 
-def test_align_checkpoints_and_teachers_that_will_not_do(fails, align_words, pair, make_source, text_file, tmp_path):
+@pytest.mark.parametrize("name", ["align", "distill", "recover", "estimate"])
+def test_recipes_that_are_not_there(fails, name):
+    fails("recipe smollm is neither a file nor a bundled recipe such as smollm2-135m", name, "smollm")
+
+
+def test_sources_and_outputs_that_will_not_do(command, recipe, pair, make_source, tmp_path):
+    def last(*words) -> str:
+        code, out, err = command(*words)
+        assert (code, out) == (1, "") and "Traceback" not in err
+        return err.splitlines()[-1]
+
+    assert "out/align/model is not there yet; run the align stage first" in last("distill", recipe())
+    (tmp_path / "file").write_text("1")
+    assert "file (Not a directory); choose another output" in last("align", recipe(output=str(tmp_path / "file")))
+    source = {"source": str(pair.checkpoint), "output": str(tmp_path / "other")}
+    assert "is a DiJiang checkpoint already" in last("align", recipe(**source))
     other, _ = make_source(seed=1, num_key_value_heads=2)
-    words = ("--data", text_file, "--output", tmp_path / "out", "--block-size", 32, "--dtype", "float32")
-    fails("teacher holds no provenance.json, so it is not a DiJiang", "align", pair.teacher, "--teacher", pair.teacher, *words)
-    fails("is not the model that this checkpoint was converted from", "align", pair.checkpoint, "--teacher", other, *words)
-    fails(
-        "has linear-attention layers; give the softmax model", "align", pair.checkpoint, "--teacher", pair.checkpoint, *words
-    )
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "theirs").write_text("1")
-    fails("output folder .*out is not empty", *align_words())
+    convert_model(other, tmp_path / "new" / "converted", attention_window=4, attention_sinks=2, progress=False)
+    theirs = last("align", recipe(output=str(tmp_path / "new")))
+    assert "teacher is not the model that this checkpoint was converted from" in theirs
+    assert not list(tmp_path.rglob("model"))
+
+
+def test_what_training_needs_may_be_missing(fails, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    fails(r"training needs packages that are missing; run: pip install 'dijiang\[train\]'", "recover", "smollm2-135m")
+
+
+# --- estimate ---
+
+
+def test_estimate(command, recipe):
+    path = recipe()
+    found = estimate(load_recipe(path, ["distill.tokens=6400"]), gpu="v100", gpus=2)
+    words = ("--set", "distill.tokens=6400", "--gpu", "v100", "--gpus", 2)
+    assert command("estimate", path, *words) == (0, render(found) + "\n", "")
+    assert command("estimate", path)[1] == render(estimate(load_recipe(path), gpu="h100", gpus=1)) + "\n"
+
+
+def test_estimate_of_what_there_is_not(fails, recipe):
+    fails("gpu 'abacus' is unknown; choose from h200, h100, ", "estimate", recipe(), "--gpu", "abacus")
+    fails("gpus=0 must be at least 1", "estimate", recipe(), "--gpus", 0)
 
 
 # --- demo ---
@@ -219,8 +297,9 @@ def test_demo_on_an_output_that_is_taken(fails, tmp_path):
         (("transform",), "no such command 'transform'"),
         (("convert",), "missing argument 'source'"),
         (("convert", "a", "b", "--windows", "3"), "no such option: --windows"),
-        (("align", "a", "--data", "b", "--output", "c"), "missing option '--teacher'"),
-        (("align", "a", "--tokens", "many"), "invalid value for '--tokens'"),
+        (("recover",), "missing argument 'recipe'"),
+        (("align", "a", "--tokens", "5"), "no such option: --tokens"),
+        (("estimate", "a", "--gpus", "many"), "invalid value for '--gpus'"),
         (("demo", "--contexts", "0"), "invalid value for '--contexts'"),
     ],
 )
@@ -247,30 +326,49 @@ def test_a_full_disk_is_one_line_too(command, pair, tmp_path, monkeypatch):
 
 
 def test_an_error_in_a_process_is_one_line(pair, tmp_path):
-    done = in_a_process("align", pair.teacher, "--teacher", pair.teacher, "--data", "x", "--output", tmp_path / "out")
+    done = in_a_process("convert", pair.checkpoint, tmp_path / "out")
     assert done.returncode == 1 and done.stdout == ""
-    assert re.fullmatch(r"dijiang: .*teacher holds no provenance\.json, .*\n", done.stderr)
+    assert re.fullmatch(r"dijiang: .*is a DiJiang checkpoint already.*\n", done.stderr)
+
+
+@pytest.mark.parametrize("words", [("convert", "a", "b"), ("demo", "--output", "b")])
+def test_interrupted_while_it_works(command, monkeypatch, words):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dijiang.convert.convert_model", interrupted)
+    monkeypatch.setattr("dijiang.demo.run_demo", interrupted)
+    code, out, err = command(*words)
+    assert (code, out) == (130, "") and err == "dijiang: interrupted; nothing half-written was left\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_while_it_works(pair, text_file, tmp_path, number):
-    """Ctrl-C or a polite kill: one line, the shell's code for it, and nothing left on disk."""
-    words = ["align", pair.checkpoint, "--teacher", pair.teacher, "--data", text_file, "--output", tmp_path / "a" / "out"]
-    settings = ["--tokens", 100_000_000, "--block-size", 32, "--dtype", "float32"]
-    command = [sys.executable, "-m", "dijiang", *map(str, words + settings)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_a_stage_interrupted_goes_on_with_the_same_command(command, recipe, tmp_path, number):
+    """Ctrl-C or a polite kill: one line at the end, the shell's code for it, and a checkpoint."""
+    path = recipe(align=STAGE | {"tokens": 6400, "calibrate_blocks": 1})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dijiang", "align", str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "a").exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.5)  # by then it trains
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if "step 2/100" in line:
+                break
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        out, rest = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 130 and out == ""
-    assert err == "dijiang: interrupted; nothing half-written was left\n"
-    assert list(tmp_path.iterdir()) == []
+    assert process.returncode == 130 and out == "", said
+    ending = r"dijiang: align was stopped after step (\d+) of 100, with a checkpoint; run the same command again to go on"
+    stopped = re.fullmatch(ending, rest.splitlines()[-1])
+    assert stopped and 2 <= int(stopped[1]) < 100, rest
+    assert not (tmp_path / "out" / "align" / "model").exists()
+
+    code, _, err = command("align", path)
+    assert code == 0 and f"going on at step {stopped[1]} of 100" in err
+    record = read_provenance(tmp_path / "out" / "align" / "model")["stages"][-1]
+    assert record["stage"] == "align" and record["tokens"] == 6400
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])
@@ -290,17 +388,25 @@ finally:
     assert name or all(command.split()[0] in done.stdout for command in COMMANDS)
 
 
-def test_help_tells_the_true_defaults(command):
-    _, out, _ = command("align", "--help")
-    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", out).split())
-    options = dict(re.findall(r"--([a-z-]+)((?:(?! --).)*)", text))
-    defaults = {key.replace("-", "_"): re.search(r"\[default: ([^]]+)\]", said) for key, said in options.items()}
-    stated = {key: float(found[1].replace(",", "")) for key, found in defaults.items() if found}
-    assert stated == {key: getattr(AlignConfig(), key) for key in stated} and {"tokens", "learning_rate"} <= stated.keys()
+def words_of(text: str) -> str:
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
 
 
-def test_align_has_an_option_for_every_setting_that_it_sets():
-    """Each option of that name reaches the config: none is left over."""
-    options = {parameter for parameter in cli.align.__annotations__ if parameter != "return"}
-    fields = {field.name for field in dataclasses.fields(AlignConfig)}
-    assert options - fields == {"checkpoint", "teacher", "data", "output", "recipe"}
+@pytest.mark.parametrize("name", ["align", "distill", "recover"])
+def test_help_teaches(command, name):
+    text = words_of(command(name, "--help")[1])
+    (example,) = re.findall(rf"Example: dijiang {name} (\S+)((?: --set \S+=\S+)+)", text)
+    recipe = load_recipe(example[0], example[1].split()[1::2])  # the example's words make sense
+    assert name == "recover" or name in recipe.stages
+    stage = "" if name == "recover" else f" --stage {name}"
+    for launcher in ("deepspeed --module", "torchrun --nproc-per-node 8 -m"):
+        assert f"{launcher} dijiang.train RECIPE{stage}" in text
+    listed = re.search(r"or a bundled recipe: ([^│]*?)\.? \[required\]", text)[1].rstrip(".").split(", ")
+    assert listed == sorted(bundled_recipes().keys() - {"demo"})
+
+
+def test_help_of_estimate(command):
+    text = words_of(command("estimate", "--help")[1])
+    example = re.search(r"Example: dijiang (estimate \S+ --gpu \S+ --gpus \d+)", text)[1].split()
+    assert command(*example)[0] == 0
+    assert "[default: h100]" in text and "[default: 1]" in text

@@ -10,7 +10,8 @@ from dijiang.train.checkpoints import MANIFEST, Checkpoints, damage, read_manife
 
 
 @pytest.fixture
-def checkpoints(tmp_path):
+def checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # slow
     return Checkpoints(tmp_path / "checkpoints", keep=2)
 
 

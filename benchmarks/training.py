@@ -1,14 +1,16 @@
 """
-One distillation step on a model of SmolLM2-135M's shape against what it cannot do without: a plain fine-tuning step of the
-teacher, and one forward pass of it.
+A step of each stage on a model of SmolLM2-135M's shape against what it cannot do without. Of distillation that is a plain
+fine-tuning step of the teacher, and one forward pass of it; of alignment the teacher's pass, and the linear layers' own work.
 
-    python benchmarks/distill.py [--dtype bfloat16] [--threads 2] [--quick] [--trains all|attention|kernel] [--lora-rank N]
-        [--tokens 1024] [--chunk-tokens N] [--output benchmarks/results/distill.json]
+    python benchmarks/training.py [--dtype bfloat16] [--threads 2] [--quick] [--trains all|attention|kernel] [--lora-rank N]
+        [--tokens 1024] [--chunk-tokens N] [--output benchmarks/results/training.json]
 
 Weights are random, which no time depends on; the student has the recommended layers with a linear branch that speaks. Both
 train as in a recipe: float32 weights, under autocast where the dtype is bfloat16, AdamW, gradients clipped. The fine-tuning
 step trains all weights with the cross-entropy that the model's own `forward(labels=...)` computes; the teacher's pass stops at
-the last hidden states. The three take turns, and the ratio is (fine-tuning step + teacher's pass) / distillation step.
+the last hidden states. "Attention alone" is the forward and backward pass of all linear layers, from queries, keys and values
+to the gradients of the kernels. All take turns; the ratios are (fine-tuning step + teacher's pass) / distillation step and
+(align step - attention alone) / teacher's pass.
 """
 
 import argparse
@@ -21,29 +23,54 @@ import torch
 
 
 def build(shape: dict, dtype: torch.dtype, arguments: argparse.Namespace):
-    """A softmax model to fine-tune, in float32, and a `DistillModel` whose teacher has its weights."""
+    """A softmax model to fine-tune, in float32, and a `DistillModel` and an `AlignModel` whose teacher has its weights."""
     from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
-    from dijiang.train.config import DistillConfig
+    from dijiang.train.align_model import AlignModel
+    from dijiang.train.config import AlignConfig, DistillConfig
     from dijiang.train.distill_model import DistillModel
 
     full = ["full_attention"] * shape["num_hidden_layers"]
     plain = DiJiangForCausalLM(DiJiangConfig(**shape, layer_types=full))
     teacher = DiJiangForCausalLM(DiJiangConfig(**shape, layer_types=full))
     teacher.load_state_dict(plain.state_dict())
-    student = DiJiangForCausalLM(DiJiangConfig(**shape, branch_scale_init=0.0))
-    student.load_state_dict(plain.state_dict(), strict=False)
+    students = [DiJiangForCausalLM(DiJiangConfig(**shape, branch_scale_init=0.0)) for _ in range(2)]
+    for student in students:
+        student.load_state_dict(plain.state_dict(), strict=False)
     chosen = {"chunk_tokens": arguments.chunk_tokens} if arguments.chunk_tokens else {}
     config = DistillConfig(
         tokens=arguments.tokens, block_size=arguments.tokens, trains=arguments.trains, lora_rank=arguments.lora_rank, **chosen
     )
-    return plain.train(), DistillModel(student, teacher.to(dtype), config, dtype).train()
+    distill = DistillModel(students[0], teacher.to(dtype), config, dtype)
+    stage = AlignConfig(tokens=arguments.tokens, block_size=arguments.tokens)
+    return plain.train(), distill.train(), AlignModel(students[1].to(dtype), teacher, stage, dtype).train()
 
 
-def steps(plain, distill, ids: torch.Tensor, dtype: torch.dtype) -> dict:
+def attention_alone(align, ids: torch.Tensor):
+    """A call that runs all linear layers forward and backward, on queries, keys and values that are known."""
+    from dijiang.modeling.linear_layer import linear_layers
+    from dijiang.train.attention_transfer import run_teacher
+
+    kept, inputs = run_teacher(align.teacher, ids), []
+    for i, layer in linear_layers(align.student).items():
+        with torch.no_grad(), align.autocast(ids.device):
+            inputs.append((layer, layer.project(kept.inputs[i], kept.position_embeddings)))
+
+    def call() -> None:
+        for layer, (q, k, v) in inputs:
+            own = [p for p in layer.parameters() if p.requires_grad]
+            torch.autograd.grad(layer.attend(q, k, v)[0].square().mean(), own)
+
+    return call
+
+
+def steps(plain, distill, align, ids: torch.Tensor, dtype: torch.dtype) -> dict:
     """The calls to time, by name."""
     groups = [{"params": group["params"], "lr": group["lr"]} for group in distill.parameter_groups()]
     trained = [parameter for group in groups for parameter in group["params"]]
-    plain_optimizer, optimizer = (torch.optim.AdamW(x, lr=1e-4, fused=True) for x in (plain.parameters(), groups))
+    kernels = [p for p in align.parameters() if p.requires_grad]
+    plain_optimizer, optimizer, kernel_optimizer = (
+        torch.optim.AdamW(x, lr=1e-4, fused=True) for x in (plain.parameters(), groups, kernels)
+    )
 
     def update(loss: torch.Tensor, parameters, optimizer) -> None:
         loss.backward()
@@ -64,29 +91,38 @@ def steps(plain, distill, ids: torch.Tensor, dtype: torch.dtype) -> dict:
         "fine-tuning step": fine_tune,
         "teacher's pass": teacher_pass,
         "distillation step": lambda: update(distill(input_ids=ids)["loss"], trained, optimizer),
+        "attention alone": attention_alone(align, ids),
+        "align step": lambda: update(align(input_ids=ids)["loss"], kernels, kernel_optimizer),
     }
 
 
 def compare(dtype: str, arguments: argparse.Namespace, shape: dict, options: dict) -> dict:
     """A row of the result."""
-    plain, distill = build(shape, getattr(torch, dtype), arguments)
+    models = build(shape, getattr(torch, dtype), arguments)
     ids = torch.randint(0, shape["vocab_size"], (1, arguments.tokens))
-    calls = steps(plain, distill, ids, getattr(torch, dtype))
+    calls = steps(*models, ids, getattr(torch, dtype))
     timings = measure.alternate(calls, **options)
     measure.show_timings(f"{dtype}, {arguments.tokens:,} tokens", timings, "fine-tuning step")
     spent = {name: x["median_s"] for name, x in timings.items()}
     ratio = (spent["fine-tuning step"] + spent["teacher's pass"]) / spent["distillation step"]
-    rate = arguments.tokens / spent["distillation step"]
-    measure.console.print(f"(fine-tuning step + teacher's pass) / distillation step: {ratio:.2f}; {rate:,.1f} tokens/s")
+    align = (spent["align step"] - spent["attention alone"]) / spent["teacher's pass"]
     return {
         "dtype": dtype,
         "tokens": arguments.tokens,
         "timings": timings,
         "tokens_per_s": {name: arguments.tokens / seconds for name, seconds in spent.items()},
-        "ratio": ratio,
-        "trained_parameters": sum(p.numel() for p in distill.parameters() if p.requires_grad),
+        "ratios": {"distill": ratio, "align": align},
         "backend": measure.backend_of(calls["distillation step"]),
     }
+
+
+def targets_of(row: dict) -> list[dict]:
+    distill = f"{row['dtype']}: (fine-tuning step + teacher's pass) / distillation step"
+    align = f"{row['dtype']}: (align step - attention alone) / teacher's pass"
+    return [
+        measure.target(distill, 0.8, row["ratios"]["distill"]),
+        measure.target(align, 1.3, row["ratios"]["align"], at_most=True),
+    ]
 
 
 def run(arguments: argparse.Namespace) -> dict:
@@ -96,7 +132,9 @@ def run(arguments: argparse.Namespace) -> dict:
     options = {"rounds": arguments.rounds, "seconds": 0.0 if quick else 30.0}
     rows = [compare(dtype, arguments, shape, options) for dtype in arguments.dtype]
     backend = {row["dtype"]: measure.check_backend(arguments.backend, {"training": row["backend"]}) for row in rows}
-    return {"shape": shape, "settings": settings, "backend": backend, "steps": rows, "targets": []}
+    targets = [] if quick else [target for row in rows for target in targets_of(row)]
+    measure.show_targets(targets)
+    return {"shape": shape, "settings": settings, "backend": backend, "steps": rows, "targets": targets}
 
 
 def main() -> None:
@@ -110,8 +148,8 @@ def main() -> None:
     measure.choose_backend(arguments.backend)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    result = measure.header(arguments, "distill.py") | run(arguments)
-    output = arguments.output or (None if arguments.quick else Path(__file__).parent / "results" / "distill.json")
+    result = measure.header(arguments, "training.py") | run(arguments)
+    output = arguments.output or (None if arguments.quick else Path(__file__).parent / "results" / "training.json")
     if output:
         measure.write_json(output, result)
 
