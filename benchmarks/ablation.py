@@ -61,6 +61,10 @@ def choices() -> dict[str, tuple[dict, dict]]:
         for name, settings in LOSSES.items():
             if not near or not settings.keys() & {"linear_weight", "window_dropout"}:
                 found[f"wdcf m=d, {window}, none decay, {name}"] = (near, settings)
+    # whether projections that train make up for directions that do not
+    for name in ("wdcf m=d", "pff", "hedgehog", "relu"):
+        conversion = {**MAPS[name], **NO_WINDOW, "decay": "learned"}
+        found[f"{name}, no window, learned decay, projections too"] = (conversion, {"trains": "attention"})
     return found
 
 

@@ -54,6 +54,16 @@ def loss_table(ablation: dict) -> str:
     return table(["loss", "perplexity ratio", "relative error", "branch alone"], rows)
 
 
+def projection_table(ablation: dict) -> str:
+    """Maps without a window, with learned decay, when the projections train too."""
+    suffix, rows = ", no window, learned decay, projections too", []
+    for name, runs in ablation["runs"].items():
+        if name.endswith(suffix):
+            kernel = ablation["runs"][name.removesuffix(", projections too")]
+            rows.append([name.removesuffix(suffix), mean(kernel, "perplexity_ratio"), mean(runs, "perplexity_ratio")])
+    return table(["map", "kernel trains", "projections too"], rows)
+
+
 def recovery_table(recovery: dict) -> str:
     """Every stage of every run: tokens and perplexity over the teacher's, with the controls."""
     rows = []
@@ -101,7 +111,7 @@ def plot(recovery: dict, path: Path) -> None:
 
 def main() -> None:
     ablation, recovery = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("ablation", "recovery"))
-    for text in (map_table(ablation), loss_table(ablation), recovery_table(recovery)):
+    for text in (map_table(ablation), loss_table(ablation), projection_table(ablation), recovery_table(recovery)):
         print(text, end="\n\n")
     plot(recovery, PICTURE)
 

@@ -83,6 +83,7 @@ class StageRun:
 
     def run(self) -> Path:
         if self.folder.model.exists():
+            self.folder.refuse_other_recipe()
             if is_main():
                 print(f"dijiang: {self.folder.model} is already complete", file=sys.stderr)
             return self.folder.model
