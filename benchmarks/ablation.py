@@ -141,7 +141,7 @@ class Study:
                 with model.autocast(block.device):
                     q, k, v = attention.project(kept.inputs[i], kept.position_embeddings)
                     output, target = attention.attend(q, k, v)[0].flatten(2), kept.outputs[i]
-                    if model.config.trains == "attention":
+                    if model.stage.trains == "attention":
                         output = attention.o_proj(output.to(q.dtype))
                         target = model.teacher.model.layers[i].self_attn.o_proj(target)
                 errors.append((output.float() - target.float()).square().mean() / target.float().square().mean())

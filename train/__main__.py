@@ -12,6 +12,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 INTERRUPTED = 130
 
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = load_recipe(given.recipe, given.set)
         folder = recover(recipe) if given.stage is None else run_stage(recipe, given.stage)
         say(f"dijiang: wrote {folder}")
-    except ValueError as error:
+    except (ValueError, OSError, SafetensorError) as error:
         say(f"dijiang: {' '.join(str(error).split())}")
         return 1
     except KeyboardInterrupt as interruption:

@@ -11,12 +11,10 @@ from dijiang.modeling import DiJiangForCausalLM
 from dijiang.modeling.linear_layer import DiJiangLinearAttention, linear_layers
 from dijiang.modeling.packing import PackedGroup, group_sequences, sequence_bounds
 
-from .attention_transfer import TeacherPass, kernel_parameters, run_teacher
+from .attention_transfer import PROJECTIONS, TeacherPass, kernel_parameters, run_teacher
 from .calibrate import calibrate_layer
 from .config import AlignConfig
 from .recovery_model import RecoveryModel
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class AlignModel(RecoveryModel):
@@ -43,7 +41,7 @@ class AlignModel(RecoveryModel):
     ):
         super().__init__(student, teacher, dtype)
         refuse_what_cannot_be_aligned(student, config)
-        self.config = config
+        self.stage = config
         self.parameters_of = trained_parameters(student, config)
         student.requires_grad_(False)
         for parameters in self.parameters_of.values():
@@ -53,7 +51,7 @@ class AlignModel(RecoveryModel):
 
     def parameter_groups(self) -> list[dict]:
         """What trains, by learning rate: dicts of `name` (kernel or attention), `params` and `lr`."""
-        rates = {"kernel": self.config.kernel_learning_rate, "attention": self.config.attention_learning_rate}
+        rates = {"kernel": self.stage.kernel_learning_rate, "attention": self.stage.attention_learning_rate}
         groups = self.parameters_of.items()
         return [{"name": name, "params": params, "lr": rates[name]} for name, params in groups if params]
 
@@ -68,7 +66,7 @@ class AlignModel(RecoveryModel):
         Args:
             input_ids: (B, T).
             position_ids: (B, T); where they do not rise by one, another document begins.
-            places: (B,), numbers of the sequences, which decide whether this is a step of window dropout.
+            places: (B,), numbers of the sequences; that of their step decides whether it is one of window dropout.
             num_items_in_batch: brought along by trainers; the loss, a mean, does not depend on it.
 
         Returns:
@@ -96,11 +94,14 @@ class AlignModel(RecoveryModel):
         return {"loss": total} | {f"layer_{i:02d}": loss.detach() for i, loss in losses.items()}
 
     def drops_window(self, places: torch.Tensor | None) -> bool:
-        """Whether these sequences train the linear branch alone: a function of their numbers, so that a resumed run agrees."""
-        if not self.config.window_dropout:
+        """
+        Whether the step of these sequences trains the linear branch alone: a function of its number, so that all processes and
+        resumed runs agree.
+        """
+        if not self.stage.window_dropout:
             return False
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + int(places[0]))
-        return torch.rand((), generator=generator).item() < self.config.window_dropout
+        generator = torch.Generator().manual_seed(self.stage.seed * 1_000_003 + int(places[0]) // self.stage.batch_size)
+        return torch.rand((), generator=generator).item() < self.stage.window_dropout
 
     def loss_with_gradients(self, layers, kept: TeacherPass, groups, alone: bool, losses: dict) -> torch.Tensor:
         """The mean of the layers' losses. Gradients are taken layer by layer, so that one layer's graph exists at a time."""
@@ -123,7 +124,7 @@ class AlignModel(RecoveryModel):
         branch by their weights. With `trains: attention` outputs are compared after the output projection, whose weights
         train too, else before it.
         """
-        config, target = self.config, kept.outputs[i]
+        config, target = self.stage, kept.outputs[i]
         after = config.trains == "attention"
         with self.autocast(target.device):
             with nullcontext() if after else torch.no_grad():
@@ -153,7 +154,7 @@ class AlignModel(RecoveryModel):
             with self.autocast(input_ids.device):
                 q, k, v = attention.project(kept.inputs[i], kept.position_embeddings)
             target = kept.outputs[i].float().view_as(q)
-            fits.append(calibrate_layer(attention, q, k, v, target, self.config.quiet))
+            fits.append(calibrate_layer(attention, q, k, v, target, self.stage.quiet))
         fits = [fit for fit in fits if fit is not None]
         return sum(fits) / len(fits) if fits else None
 

@@ -7,6 +7,7 @@ import torch
 from dijiang.modeling import DiJiangForCausalLM
 from dijiang.modeling.linear_layer import linear_layers
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 KERNEL_PARTS = ("feature_map_q", "feature_map_k", "branch_scale", "key_scale", "decay")
 
 

@@ -1,5 +1,6 @@
 """Sequences of tokens to train on and to measure on, each known from its number alone."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -117,6 +118,15 @@ class TrainingBlocks(Dataset):
             place=place,
             start=random_below(starts, self.stage.seed, place),
         )
+
+    def fingerprint(self) -> str:
+        """Hash of the tokens' number, a thousand stretches of them and where documents begin, whatever file they are in."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(f"{len(file)} {len(file.starts)} {int(np.sum(file.starts))}".encode())
+            for first in range(0, len(file), max(len(file) // 1000, 64)):
+                digest.update(np.asarray(file.tokens[first : first + 64]).tobytes())
+        return digest.hexdigest()
 
     def facts(self) -> dict:
         """What a record says of the text: for each source its size, how much of it is used and how often."""

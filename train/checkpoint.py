@@ -30,8 +30,11 @@ def copy_with_parameters(checkpoint: str | Path, folder: Path, parameters: dict[
             metadata = file.metadata()
             tensors = {}
             for name in file.keys():
-                stored = file.get_tensor(name)
-                tensors[name] = left.pop(name).to(stored.dtype).contiguous() if name in left else stored
+                tensors[name] = stored = file.get_tensor(name)
+                if name in left:
+                    tensors[name] = left.pop(name).to(stored.dtype).contiguous()
+                    if not torch.isfinite(tensors[name]).all():
+                        raise ValueError(f"{name} does not fit {stored.dtype}; set convert.dtype=float32")
         save_file(tensors, folder / path.name, metadata=metadata)
     if left:
         raise ValueError(f"{checkpoint} has no tensor {min(left)}; convert the source again")

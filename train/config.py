@@ -99,7 +99,7 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """
-    How a stage runs; nothing here changes what it learns.
+    How a stage runs; nothing here changes what it learns, but for rounding, and the grouping of align's relative errors.
 
     Attributes:
         device: `auto`, `cpu` or `cuda`.
@@ -107,7 +107,7 @@ class RunConfig:
             float32.
         deepspeed: DeepSpeed settings: a JSON file, or `zero0`, `zero1`, `zero2`, `zero3`, `zero2_offload`, `zero3_offload` of
             configs/deepspeed. None: plain PyTorch, data-parallel if a launcher started several processes.
-        micro_batch_size: blocks per device and forward pass; the rest of a batch is accumulated.
+        micro_batch_size: sequences per device and forward pass, at most; the rest of a batch is accumulated.
         gradient_checkpointing: recompute activations instead of keeping them.
         save_every: steps between checkpoints; 0: at the end only.
         keep_checkpoints: how many are kept, at least 2.

@@ -6,11 +6,10 @@ from dijiang.modeling import DiJiangForCausalLM
 from dijiang.modeling.linear_layer import linear_layers
 
 from .adapters import add_adapters
-from .attention_transfer import KERNEL_PARTS, kernel_parameters
+from .attention_transfer import KERNEL_PARTS, PROJECTIONS, kernel_parameters
 from .config import DistillConfig
 from .recovery_model import RecoveryModel, next_token_labels
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MATRICES = ("gate_proj", "up_proj", "down_proj")
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 ADDED_BESIDE_KERNELS = ("output_norm", "output_gate")  # by conversion, so they have to be learnt like the kernels
@@ -40,7 +39,7 @@ class DistillModel(RecoveryModel):
     ):
         super().__init__(student, teacher, dtype)
         prepare(student, config, dtype)
-        self.config = config
+        self.stage = config
 
     def forward(
         self,
@@ -69,7 +68,7 @@ class DistillModel(RecoveryModel):
         """
         if not self.training:
             return {"loss": self.text_loss(input_ids, position_ids)}
-        config, targets = self.config, {}
+        config, targets = self.stage, {}
         if teacher_ids is not None:
             targets["top_k"] = teacher_ids.flatten(0, 1), teacher_logprobs.flatten(0, 1)
         elif config.kl_weight and self.teacher is None:
@@ -94,7 +93,7 @@ class DistillModel(RecoveryModel):
             if parameter.requires_grad:
                 attention = "attention" if ".self_attn." in name else "rest"
                 groups["kernel" if id(parameter) in kernel else attention].append(parameter)
-        config = self.config
+        config = self.stage
         rates = (config.kernel_learning_rate, config.attention_learning_rate, config.learning_rate)
         pairs = zip(groups.items(), rates, strict=True)
         return [{"name": name, "params": params, "lr": lr} for (name, params), lr in pairs if params]
@@ -122,7 +121,7 @@ def prepare(student: DiJiangForCausalLM, config: DistillConfig, dtype: torch.dty
         parameter.requires_grad_(adapter or name in trained)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-        elif not is_kernel_part(name):
+        elif not (is_kernel_part(name) or ".base_layer." in name):  # with which the adapters will be merged
             parameter.data = parameter.data.to(dtype)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError(

@@ -158,21 +158,26 @@ def deepspeed_settings(name: str, stage: StageConfig, run: RunConfig, hidden_siz
             zero[key] = size(hidden_size)
     settings.pop("train_batch_size", None)
     return settings | {
-        "train_micro_batch_size_per_gpu": run.micro_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch(stage, run),
         "gradient_accumulation_steps": accumulation(stage, run),
         "gradient_clipping": float(stage.clip),
     }
 
 
+def micro_batch(stage: StageConfig, run: RunConfig) -> int:
+    """Sequences of each process at a time: `run.micro_batch_size`, or fewer if its share of the batch asks for that."""
+    share, rest = divmod(stage.batch_size, world_size())
+    if rest:
+        raise ValueError(
+            f"batch_size={stage.batch_size} cannot be dealt out to {world_size()} processes; make it a multiple of "
+            f"{world_size()}, or start fewer"
+        )
+    return max(size for size in range(1, min(share, run.micro_batch_size) + 1) if share % size == 0)
+
+
 def accumulation(stage: StageConfig, run: RunConfig) -> int:
     """Micro-batches of each process in a step; raises ValueError if the batch cannot be dealt out evenly."""
-    at_once = run.micro_batch_size * world_size()
-    if stage.batch_size % at_once:
-        raise ValueError(
-            f"batch_size={stage.batch_size} cannot be dealt out to {world_size()} processes in micro-batches of "
-            f"{run.micro_batch_size}; make it a multiple of {at_once}, or change run.micro_batch_size"
-        )
-    return stage.batch_size // at_once
+    return stage.batch_size // (micro_batch(stage, run) * world_size())
 
 
 def several() -> bool:

@@ -16,7 +16,7 @@ from dijiang.convert import PRESETS
 from dijiang.convert.mapping import dtype_named
 from dijiang.convert.overrides import as_number, check_keys
 
-from .config import AlignConfig, ConvertConfig, DataConfig, DistillConfig, Recipe, RunConfig, SourceConfig
+from .config import AlignConfig, ConvertConfig, DataConfig, DistillConfig, Recipe, RunConfig, SourceConfig, StageConfig
 
 SECTIONS = {
     "convert": ConvertConfig,
@@ -26,8 +26,8 @@ SECTIONS = {
     "distill": DistillConfig,
     "run": RunConfig,
 }
-# where a job writes, how it runs and what it caches: nothing of it changes what is learnt
-NOT_LEARNT = ("run", "output", "data.cache")
+# where a job writes, how it runs, what it caches and measures: nothing of it changes what is learnt
+NOT_LEARNT = ("run", "output", "data.cache", "data.held_out", "data.held_out_tokens")
 PLAIN_TEXT = (".txt", ".md", ".txt.gz", ".md.gz")
 
 
@@ -266,8 +266,13 @@ def check_choices(recipe: Recipe) -> None:
 
 # section, keys, whether they are idle in a recipe r and its section s, and what makes them so
 IDLE = (
+    ("align", ["weight_decay"], lambda r, s: s.trains == "kernel", "align.trains: kernel"),
     ("align", ["attention_learning_rate"], lambda r, s: s.trains == "kernel", "align.trains: kernel"),
     ("align", ["quiet"], lambda r, s: s.calibrate_blocks == 0, "align.calibrate_blocks: 0"),
+    ("align", ["quiet"], lambda r, s: not has_window(r), "attention_window: 0"),
+    ("align", ["position_range"], lambda r, s: no_room(s), "no room beside sequences of that length"),
+    ("distill", ["position_range"], lambda r, s: no_room(s), "no room beside sequences of that length"),
+    ("distill", ["weight_decay"], lambda r, s: s.trains == "kernel", "distill.trains: kernel"),
     ("align", ["linear_weight", "window_dropout"], lambda r, s: not has_window(r), "attention_window: 0"),
     ("align", ["final_share"], lambda r, s: s.schedule == "flat", "align.schedule: flat"),
     ("distill", ["final_share"], lambda r, s: s.schedule == "flat", "distill.schedule: flat"),
@@ -277,6 +282,12 @@ IDLE = (
     ("distill", ["train_embeddings"], lambda r, s: s.trains != "all", "distill.trains: attention or kernel"),
     ("distill", ["temperature", "teacher_top_k"], lambda r, s: s.kl_weight == 0, "distill.kl_weight: 0"),
     ("data", ["held_out_tokens"], lambda r, s: not s.held_out, "no data.held_out"),
+    (
+        "run",
+        ["gradient_checkpointing"],
+        lambda r, s: r.distill is None,
+        "align alone: one layer's graph exists at a time",
+    ),
     ("run", ["evaluate_every"], lambda r, s: not r.data.held_out, "no data.held_out"),
 )
 
@@ -300,6 +311,10 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
             if source.path.lower().endswith(PLAIN_TEXT):
                 idle[f"{key}.column"] = "plain text"
     return idle
+
+
+def no_room(stage: StageConfig) -> bool:
+    return stage.position_range == stage.block_size and stage.start_block_size is None
 
 
 def has_window(recipe: Recipe) -> bool:

@@ -47,7 +47,7 @@ class SavingTrainer(Trainer):
             (self.checkpoints.partial(step) / f"checkpoint-{step}" / TALLY).write_text(text, encoding="utf-8")
         barrier()
         if is_main():
-            facts = {name: self.tally.facts.get(name) for name in ("dtype", "source")}
+            facts = {name: self.tally.facts.get(name) for name in ("dtype", "source", "text")}
             self.checkpoints.commit(step, writer(self.args.deepspeed) | facts)
         barrier()
 
@@ -75,9 +75,10 @@ class SavingTrainer(Trainer):
                 f"DeepSpeed is {'active' if engine else 'not active'}; launch with torchrun or deepspeed"
             )
         if engine and resume_from_checkpoint is not None:
-            self.model_wrapped.load_checkpoint(
-                resume_from_checkpoint, load_module_strict=False
-            )  # frozen weights are not in it
+            # frozen weights are not in it
+            loaded, _ = self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+            if loaded is None:
+                raise ValueError(f"DeepSpeed finds nothing to load in {resume_from_checkpoint}; delete it")
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
 

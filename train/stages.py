@@ -118,11 +118,14 @@ class StageRun:
     def train(self) -> None:
         checkpoint, self.dtype = self.pick_checkpoint()
         text, held_out = self.read_text()
+        if checkpoint is not None and read_manifest(checkpoint).get("text") not in (None, text.fingerprint()):
+            raise ValueError(f"the training text is not the one that {checkpoint} was trained on; name another output")
         # models come before TrainingArguments, which under ZeRO-3 would have them loaded in parts
         models = StageModels(self.recipe, self.stage, self.folder, self.dtype, self.device, self.shown)
         model, blocks = models.build(text)
         settings = self.deepspeed(model.student.config.hidden_size)
         facts = {"dtype": str(self.dtype).removeprefix("torch."), "source": self.folder.fingerprint()}
+        facts["text"] = text.fingerprint()
         if checkpoint is None and self.stage == "align" and self.config.calibrate_blocks:
             facts |= self.calibrate(model, blocks)
         with StopSignals() as signals:

@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from .callbacks import ConsoleProgress, FlowCallback, MetricsFile, TensorBoardLog
 from .checkpoints import Checkpoints
 from .config import RunConfig, StageConfig
-from .distributed import accumulation, gather, is_main, rank, sum_over_processes, world_size
+from .distributed import accumulation, gather, is_main, micro_batch, rank, sum_over_processes, world_size
 from .optimizer import adamw, learning_rate_factor
 from .saving_trainer import SavingTrainer, read_tally
 from .tally import Tally
@@ -65,7 +65,7 @@ class RecoveryTrainer(SavingTrainer):
         self.checkpoints = Checkpoints(folder / "checkpoints", run.keep_checkpoints)
         args = TrainingArguments(
             output_dir=str(self.checkpoints.folder),
-            per_device_train_batch_size=run.micro_batch_size,
+            per_device_train_batch_size=micro_batch(stage, run),
             gradient_accumulation_steps=accumulation(stage, run),
             max_steps=stage.steps,
             max_grad_norm=stage.clip,
@@ -84,10 +84,7 @@ class RecoveryTrainer(SavingTrainer):
             disable_tqdm=True,
         )
         args._n_gpu = min(args.n_gpu, 1)  # one process, one GPU
-        config = vars(model).pop("config", None)  # Trainer would take it for one of transformers, and write to it
         super().__init__(model, args, data_collator=collate, train_dataset=blocks, eval_dataset=held_out)
-        if config is not None:
-            model.config = config
         self.model_accepts_loss_kwargs = False  # losses are means, which Trainer divides by the micro-batches of a step
         self.remove_callback(PrinterCallback)
         self.add_callback(FlowCallback(run, held_out is not None, lambda: self.stopping))
@@ -155,8 +152,8 @@ class RecoveryTrainer(SavingTrainer):
             bad = [places.tolist() for places, found in self.micro_batches if not torch.isfinite(found["loss"])]
             bad = sorted(place for found in gather(bad) for places in found for place in places)
             raise ValueError(
-                f"the loss is {means['loss']} at step {step}, in blocks {', '.join(map(str, bad))}; lower the learning rates, "
-                "or look at the text. Checkpoints before it are left"
+                f"the loss is {means['loss']} at step {step}, in blocks {', '.join(map(str, bad))}; lower the learning rates "
+                "(and name another output), or look at the text. Checkpoints before it are left"
             )
         self.tally.add(step, means)
         self.last_loss = means["loss"]
@@ -173,7 +170,7 @@ class RecoveryTrainer(SavingTrainer):
     def not_finite(self, what: str) -> str:
         step, size = self.state.global_step, self.stage.batch_size
         blocks = f"blocks {(step - 1) * size} to {step * size - 1}"
-        return f"{what} is not finite at step {step}, {blocks}; lower the learning rates. Checkpoints before it are left"
+        return f"{what} is not finite at step {step}, {blocks}; lower the learning rates and name another output"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Hand on a log: of training with the means since the last one, or of an evaluation."""
@@ -207,7 +204,8 @@ class RecoveryTrainer(SavingTrainer):
         loss = sum_over_processes(total).item() / count
         if not math.isfinite(loss):
             raise ValueError(self.not_finite("the held-out loss"))
-        logs = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0))}
+        tokens = {"tokens": self.stage.tokens_after(self.state.global_step)}
+        logs = tokens | {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0))}
         self.tally.facts |= {"held_out_perplexity": logs[f"{metric_key_prefix}_perplexity"]}
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)

@@ -65,8 +65,8 @@ CASES = [
 @pytest.mark.parametrize(("conversion", "settings"), CASES)
 def test_loss_and_gradients_are_the_plain_ones(make, tokens, conversion, settings, partitioned):
     model, ids = make(conversion, **settings), tokens(23)
-    after = model.config.trains == "attention"
-    expected = plain_losses(model, ids, weights=(model.config.combined_weight, model.config.linear_weight), after=after)
+    after = model.stage.trains == "attention"
+    expected = plain_losses(model, ids, weights=(model.stage.combined_weight, model.stage.linear_weight), after=after)
     (sum(expected.values()) / 2 * 3).backward()
     wanted = gradients(model)
     model.zero_grad(set_to_none=True)
@@ -137,6 +137,9 @@ def test_window_dropout_is_decided_by_the_sequences_number_alone(make, tokens):
     dropped = [loss == pytest.approx(alone, rel=1e-5) for loss in found]
     assert all(drop or loss == pytest.approx(with_window, rel=1e-5) for drop, loss in zip(dropped, found, strict=True))
     assert 8 <= sum(dropped) <= 28  # 18 are expected
+    assert not hasattr(model, "config"), "trackers would take it for one of transformers"
+    together = make(window_dropout=0.3, seed=5, batch_size=4)  # all sequences of a step decide alike
+    assert [together.drops_window(torch.tensor([place])) for place in range(240)] == [x for x in dropped for _ in range(4)]
     again = make(window_dropout=0.3, seed=5)
     assert [again.drops_window(torch.tensor([place])) for place in range(60)] == dropped
     assert [make(window_dropout=0.3, seed=6).drops_window(torch.tensor([p])) for p in range(60)] != dropped

@@ -131,6 +131,15 @@ def test_bfloat16_computations_with_float32_weights_that_train(settings, shape):
     assert F.cosine_similarity(near, right, dim=0) > 0.98
 
 
+def test_adapters_are_merged_into_the_weights_as_they_are_stored():
+    student = tiny_model(1)
+    expected = student.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    model = DistillModel(student, None, config(lora_rank=2, trains="attention"), torch.bfloat16)
+    assert student.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    merged = merged_state(model.student)["model.layers.0.self_attn.q_proj.weight"]  # adapters start at nothing
+    assert merged.dtype == torch.float32 and torch.equal(merged, expected)
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_loss_is_that_of_the_logits_of_both(seed):
     ids, positions = packed_rows(seed)

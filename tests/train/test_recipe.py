@@ -89,7 +89,7 @@ def test_defaults_are_those_of_the_dataclasses(recipe):
     ("text", "value"), [("1", 1.0), ("0.5", 0.5), ("1e-3", 1e-3), ("1.0e-3", 1e-3), ("5E-2", 5e-2), ("+2e1", 20.0)]
 )
 def test_numbers_in_every_spelling(recipe, text, value):
-    found = load_recipe(recipe(HEAD + DATA + f"align: {{weight_decay: {text}}}\n")).align.weight_decay
+    found = load_recipe(recipe(HEAD + DATA + f"align: {{trains: attention, weight_decay: {text}}}\n")).align.weight_decay
     assert found == value and type(found) is float
 
 
@@ -239,6 +239,12 @@ def test_values_that_make_no_sense(complains, text, said):
 IDLE = [
     ("align: {attention_learning_rate: 1e-3}", "align.attention_learning_rate", "align.trains: kernel"),
     ("align: {calibrate_blocks: 0, quiet: 0.5}", "align.quiet", "align.calibrate_blocks: 0"),
+    ("align: {weight_decay: 0.1}", "align.weight_decay", "align.trains: kernel"),
+    ("distill: {trains: kernel, weight_decay: 0.1}", "distill.weight_decay", "distill.trains: kernel"),
+    ("align: {position_range: 1024}", "align.position_range", "no room"),
+    ("distill: {position_range: 1024}", "distill.position_range", "no room"),
+    ("align: {}\nrun: {gradient_checkpointing: true}", "run.gradient_checkpointing", "align alone"),
+    ("convert: {preset: paper}\nalign: {quiet: 0.5}", "align.quiet", "attention_window: 0"),
     ("align: {schedule: flat, final_share: 0.1}", "align.final_share", "align.schedule: flat"),
     ("distill: {schedule: flat, final_share: 0.05}", "distill.final_share", "distill.schedule: flat"),
     ("distill: {trains: kernel, lora_rank: 0}", "distill.lora_rank", "distill.trains: kernel"),

@@ -103,6 +103,23 @@ def test_both_stages(recipe, pair, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+def test_another_text_is_not_gone_on_with(recipe, text_file):
+    job = recipe(stages=("align",))
+    model = run_stage(job, "align", progress=False)
+    expected = load_file(model / WEIGHTS)
+    shutil.rmtree(model)
+    words = text_file.read_text()
+    text_file.touch()  # the same text, however old its file
+    run_stage(job, "align", progress=False)
+    assert all(torch.equal(value, expected[name]) for name, value in load_file(model / WEIGHTS).items())
+    shutil.rmtree(model)
+    text_file.write_text(words.replace("cat", "dog"))
+    try:
+        refused(lambda: run_stage(job, "align", progress=False), "text is not the one that .*checkpoint-8 was trained on")
+    finally:
+        text_file.write_text(words)
+
+
 def test_the_source_is_converted_where_it_is_not(recipe, tmp_path):
     job = recipe(stages=("distill",))
     run_stage(job, "distill", progress=False)

@@ -13,7 +13,14 @@ from safetensors.torch import load_file
 
 from dijiang.train.callbacks import StopSignals
 from dijiang.train.checkpoints import Checkpoints
-from dijiang.train.distributed import accumulation, choose_device, deepspeed_settings, prepare_process, share_errors
+from dijiang.train.distributed import (
+    accumulation,
+    choose_device,
+    deepspeed_settings,
+    micro_batch,
+    prepare_process,
+    share_errors,
+)
 from dijiang.train.optimizer import adamw, learning_rate_factor
 from dijiang.train.saving_trainer import WEIGHTS, refuse_other_writer
 from dijiang.train.trainer import other_trackers
@@ -280,13 +287,12 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def test_a_batch_that_cannot_be_dealt_out(monkeypatch):
-    message = r"^batch_size=6 cannot be dealt out to 1 processes in micro-batches of 4; make it a multiple of 4, "
-    with pytest.raises(ValueError, match=message):
-        accumulation(stage_config(batch_size=6), run_config(micro_batch_size=4))
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert accumulation(stage_config(batch_size=12), run_config(micro_batch_size=2)) == 2
-    with pytest.raises(ValueError, match=r"to 3 processes in micro-batches of 4; make it a multiple of 12"):
-        accumulation(stage_config(batch_size=6), run_config(micro_batch_size=4))
+    for batch, most, micro in ((12, 2, 2), (12, 4, 4), (6, 4, 2), (3, 4, 1), (15, 4, 1), (36, 5, 4)):
+        stage, run = stage_config(batch_size=batch), run_config(micro_batch_size=most)
+        assert micro_batch(stage, run) == micro and accumulation(stage, run) * micro * 3 == batch
+    with pytest.raises(ValueError, match=r"^batch_size=4 cannot be dealt out to 3 processes; make it a multiple of 3"):
+        accumulation(stage_config(batch_size=4), run_config(micro_batch_size=4))
 
 
 def test_trackers_that_are_not_there(monkeypatch):
