@@ -11,6 +11,7 @@ window, both again for the linear branch alone. Done choices are kept in the out
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -160,7 +161,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run choices whose name contains this")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "ablation.json")
     given = parser.parse_args()
-    result = json.loads(given.output.read_text()) if given.output.exists() else {"runs": {}}
     study = Study(given.train, given.held_out, given.tokens, given.held_out_blocks)
     about = {
         "command": "python benchmarks/ablation.py --train ... --held-out ...",
@@ -172,14 +172,20 @@ def main() -> None:
         "machine": machine(),
         "versions": versions(),
     }
+    runs_done = {}
+    if given.output.exists():
+        before = json.loads(given.output.read_text())
+        if any(before[key] != json.loads(json.dumps(about[key])) for key in ("texts", "tokens", "held_out_blocks", "layers")):
+            sys.exit(f"{given.output} is of another study; name another file")
+        runs_done = before["runs"]
     for seed in range(given.seeds):
         for name, (conversion, align) in choices().items():
-            runs = result["runs"].setdefault(name, {})
+            runs = runs_done.setdefault(name, {})
             if given.only not in name or str(seed) in runs:
                 continue
             runs[str(seed)] = found = study.run(conversion, align, seed)
             console.print(f"{name}, seed {seed}: {found}", highlight=False, soft_wrap=True)
-            write_json(given.output, about | result)
+            write_json(given.output, about | {"runs": runs_done})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ with the window alone and the linear branch alone where there is a window. Held-
 
 import argparse
 import json
+import math
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,8 +19,9 @@ from measure import console, machine, versions, write_json
 
 from dijiang.convert import fastest_dtype, load_source, read_provenance
 from dijiang.evaluate import linear_only, perplexity, window_only
-from dijiang.train import DataConfig, SourceConfig, load_recipe
+from dijiang.train import DataConfig, Recipe, SourceConfig, load_recipe
 from dijiang.train.blocks import held_out_blocks
+from dijiang.train.recovery_model import RecoveryModel
 
 LENGTHS = {1024: 24_576, 4096: 49_152}  # tokens of held-out text at each length
 STAGES = {"converted": "converted", "align": "align/model", "distill": "distill/model"}
@@ -42,18 +46,32 @@ def tokens_of(provenance: dict) -> int:
     return sum(stage.get("tokens", 0) for stage in provenance["stages"])
 
 
+@torch.no_grad()
+def teacher_in_the_run(recipe: Recipe, teacher, tokenizer, dtype: torch.dtype) -> float:
+    """The teacher's perplexity on what the run itself measures: its held-out blocks, as long as its sequences become."""
+    stage = recipe.distill or recipe.align
+    blocks = held_out_blocks(recipe.data, stage.block_size, tokenizer, progress=False)
+    model, items = RecoveryModel(teacher, None, dtype), (blocks[i] for i in range(len(blocks)))
+    losses = [model.text_loss(item["input_ids"], item["position_ids"]).item() for item in items]
+    return math.exp(sum(losses) / len(losses))
+
+
 def curve(run: Path) -> list[tuple[int, float]]:
     """(tokens of the stage, held-out perplexity) along the distil stage."""
     path = run / "distill" / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    steps = {line["step"]: line["tokens"] for line in lines if "tokens" in line}
-    return [
-        (steps[line["step"]], line["eval_perplexity"]) for line in lines if line.get("step") in steps and "eval_loss" in line
-    ]
+    tokens = {line["step"]: line["tokens"] for line in lines if "tokens" in line}
+    return [(tokens[line["step"]], line["eval_perplexity"]) for line in lines if "eval_loss" in line]
 
 
-def measure(run: Path, blocks, teacher: dict[str, float], dtype: torch.dtype) -> dict:
-    result = {"curve": curve(run), "stages": {}}
+def settings_of(recipe: Recipe) -> dict:
+    """What the run did, without where it did it."""
+    stages = {name: asdict(getattr(recipe, name)) for name in recipe.stages}
+    return {"convert": asdict(recipe.convert), **stages}
+
+
+def measure(run: Path, recipe: Recipe, blocks, teacher: dict[str, float], dtype: torch.dtype) -> dict:
+    result = {"curve": curve(run), "recipe": settings_of(recipe), "stages": {}}
     for stage, folder in STAGES.items():
         if not (run / folder / "config.json").exists():
             continue
@@ -77,10 +95,11 @@ def main() -> None:
     parser.add_argument("--held-out", nargs="+", required=True)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "recovery.json")
     given = parser.parse_args()
-    result = json.loads(given.output.read_text()) if given.output.exists() else {"runs": {}}
+    recipes = {run: load_recipe(next(run.glob("*/recipe.yaml"))) for run in given.runs}
+    if len({recipe.source for recipe in recipes.values()}) > 1:
+        sys.exit("the runs have different teachers; measure them apart, into different files")
     dtype = fastest_dtype("cpu")
-    source = load_recipe(next(given.runs[0].glob("*/recipe.yaml"))).source
-    teacher, tokenizer = load_source(source, dtype=dtype)
+    teacher, tokenizer = load_source(recipes[given.runs[0]].source, dtype=dtype)
     blocks = held_out(given.held_out, tokenizer)
     perplexities = {str(length): perplexity(teacher, rows) for length, rows in blocks.items()}
     about = {
@@ -91,9 +110,16 @@ def main() -> None:
         "machine": machine(),
         "versions": versions(),
     }
-    for run in given.runs:
-        result["runs"][run.name] = measure(run, blocks, perplexities, dtype)
-        write_json(given.output, about | result)
+    runs = {}
+    if given.output.exists():
+        before = json.loads(given.output.read_text())
+        if any(before[key] != about[key] for key in ("held_out", "blocks", "teacher_perplexity")):
+            sys.exit(f"{given.output} was measured on other text or against another teacher; name another file")
+        runs = before["runs"]
+    for run, recipe in recipes.items():
+        found = measure(run, recipe, blocks, perplexities, dtype)
+        runs[run.name] = found | {"teacher_in_the_run": teacher_in_the_run(recipe, teacher, tokenizer, dtype)}
+        write_json(given.output, about | {"runs": runs})
 
 
 if __name__ == "__main__":

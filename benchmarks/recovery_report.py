@@ -69,7 +69,7 @@ def recovery_table(recovery: dict) -> str:
     rows = []
     for run, found in recovery["runs"].items():
         for stage, measured in found["stages"].items():
-            controls = [measured.get(kind, {}).get(length) for length in ("1024", "4096") for kind in ("window_only",)]
+            controls = [measured.get("window_only", {}).get(length) for length in ("1024", "4096")]
             linear = measured.get("linear_only", {}).get("1024")
             numbers = [measured["ratio"]["1024"], measured["ratio"]["4096"], *controls, linear]
             shown = ["-" if x is None else f"{x:,.3f}" for x in numbers]
@@ -96,7 +96,7 @@ def plot(recovery: dict, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for name, run in recovery["runs"].items():
         if run["curve"]:
-            teacher = recovery["teacher_perplexity"]["1024"]
+            teacher = run["teacher_in_the_run"]
             tokens, values = zip(*run["curve"], strict=True)
             axes.plot(tokens, [value / teacher for value in values], "o-", markersize=3, label=name)
     axes.axhline(1.0, color="#4c566a", linewidth=1)
