@@ -3,8 +3,9 @@ What recovery runs came to: held-out perplexity over the teacher's, measured in 
 
     python benchmarks/recovery.py RUN... --held-out TEXT... [--output benchmarks/results/recovery.json]
 
-RUN is the output folder of a recipe. Of each the converted model and each complete stage are measured at two lengths, also
-with the window alone and the linear branch alone where there is a window. Held-out text: JSONL (column text) or plain.
+RUN is the output folder of a recipe. Of each the converted model and each complete stage are measured at two lengths, the last
+one also with its linear branch silenced and with that branch alone, where there is a window. Held-out text: JSONL (text)
+or plain.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from dijiang.train import DataConfig, Recipe, SourceConfig, load_recipe
 from dijiang.train.blocks import held_out_blocks
 from dijiang.train.recovery_model import RecoveryModel
 
-LENGTHS = {1024: 24_576, 4096: 49_152}  # tokens of held-out text at each length
+LENGTHS = {1024: 12_288, 4096: 24_576}  # tokens of held-out text at each length
 STAGES = {"converted": "converted", "align": "align/model", "distill": "distill/model"}
 
 
@@ -79,7 +80,7 @@ def measure(run: Path, recipe: Recipe, blocks, teacher: dict[str, float], dtype:
         provenance = read_provenance(run / folder)
         found = {"tokens": tokens_of(provenance), "seconds": [s["seconds"] for s in provenance["stages"] if "seconds" in s]}
         found["ratio"] = ratios(student, blocks, teacher)
-        if student.config.attention_window:
+        if student.config.attention_window and stage == "distill":
             with window_only(student):
                 found["window_only"] = ratios(student, blocks, teacher)
             with linear_only(student):

@@ -1,14 +1,14 @@
 """
 Tables and the plot of docs/recovery.md, from benchmarks/results/ablation.json and recovery.json.
 
-    python benchmarks/recovery_report.py    # prints the tables, writes docs/recovery.png
+    python benchmarks/recovery_report.py    # writes them into docs/recovery.md, and docs/recovery.png
 """
 
 import json
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-PICTURE = Path(__file__).parents[1] / "docs" / "recovery.png"
+PAGE = Path(__file__).parents[1] / "docs" / "recovery.md"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -109,11 +109,25 @@ def plot(recovery: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
+def fill(page: str, ablation: dict, recovery: dict) -> str:
+    """`page` with each table between its marks."""
+    tables = {
+        "maps": map_table(ablation),
+        "projections": projection_table(ablation),
+        "losses": loss_table(ablation),
+        "runs": recovery_table(recovery),
+    }
+    for name, rows in tables.items():
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        before, rest = page.split(start)
+        page = f"{before}{start}\n{rows}\n{end}{rest.split(end)[1]}"
+    return page
+
+
 def main() -> None:
     ablation, recovery = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("ablation", "recovery"))
-    for text in (map_table(ablation), loss_table(ablation), projection_table(ablation), recovery_table(recovery)):
-        print(text, end="\n\n")
-    plot(recovery, PICTURE)
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), ablation, recovery), encoding="utf-8")
+    plot(recovery, PAGE.with_suffix(".png"))
 
 
 if __name__ == "__main__":

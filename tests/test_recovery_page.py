@@ -1,0 +1,31 @@
+"""The tables of docs/recovery.md are those of the result files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import recovery_report
+
+    return recovery_report
+
+
+def test_tables_are_those_of_the_results(report):
+    ablation, recovery = (
+        json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("ablation", "recovery")
+    )
+    page = (ROOT / "docs" / "recovery.md").read_text(encoding="utf-8")
+    assert report.fill(page, ablation, recovery) == page
+    assert page.count("| ---") == 4
+
+
+def test_means_and_ranges_over_seeds(report):
+    assert report.mean({"0": {"x": 1.0}, "1": {"x": 2.0}}, "x") == "1.500 (1.000-2.000)"
+    assert report.mean({"0": {"x": 1.0}}, "x") == "1.000" and report.mean({"0": {}}, "x") == "-"
