@@ -35,12 +35,19 @@ MAPS = {
     "wdcf m=d": {},
     "wdcf m=2d": {"feature_dim": 128},
     "wdcf m=4d": {"feature_dim": 256},
+    "ldcf": {"feature_map": "ldcf"},
     "pff": {"feature_map": "pff"},
     "prf": {"feature_map": "prf"},
     "hedgehog": {"feature_map": "hedgehog"},
     "elu": {"feature_map": "elu"},
     "cosformer": {"feature_map": "cosformer"},
     "relu": {"feature_map": "relu"},
+}
+# on top of learned decay without a window; sinks need a window, whose one token is the query's own
+FORGETTING = {
+    "": {},
+    ", short spans": {"decay_spans": [4, 64]},
+    ", short spans, sinks": {"decay_spans": [4, 64], "attention_window": 1, "attention_sinks": 4},
 }
 LOSSES = {
     "combined + linear branch": {"linear_weight": 1.0},
@@ -62,10 +69,11 @@ def choices() -> dict[str, tuple[dict, dict]]:
         for name, settings in LOSSES.items():
             if not near or not settings.keys() & {"linear_weight", "window_dropout"}:
                 found[f"wdcf m=d, {window}, none decay, {name}"] = (near, settings)
-    # whether projections that train make up for directions that do not
-    for name in ("wdcf m=d", "pff", "hedgehog", "relu"):
-        conversion = {**MAPS[name], **NO_WINDOW, "decay": "learned"}
-        found[f"{name}, no window, learned decay, projections too"] = (conversion, {"trains": "attention"})
+    # whether projections that train make up for directions that do not, and what heads that forget sooner are worth
+    for name in ("wdcf m=d", "ldcf", "pff", "hedgehog", "relu"):
+        for forgetting, settings in FORGETTING.items():
+            conversion = {**MAPS[name], **NO_WINDOW, "decay": "learned", **settings}
+            found[f"{name}, no window, learned decay{forgetting}, projections too"] = (conversion, {"trains": "attention"})
     return found
 
 

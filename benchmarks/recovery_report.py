@@ -54,14 +54,16 @@ def loss_table(ablation: dict) -> str:
     return table(["loss", "perplexity ratio", "relative error", "branch alone"], rows)
 
 
-def projection_table(ablation: dict) -> str:
-    """Maps without a window, with learned decay, when the projections train too."""
-    suffix, rows = ", no window, learned decay, projections too", []
-    for name, runs in ablation["runs"].items():
-        if name.endswith(suffix):
-            kernel = ablation["runs"][name.removesuffix(", projections too")]
-            rows.append([name.removesuffix(suffix), mean(kernel, "perplexity_ratio"), mean(runs, "perplexity_ratio")])
-    return table(["map", "kernel trains", "projections too"], rows)
+def forgetting_table(ablation: dict) -> str:
+    """Maps without a window, with learned decay: training the projections too, shorter spans, exact sinks, one on another."""
+    base = ", no window, learned decay"
+    suffixes = ["", *(f"{forgetting}, projections too" for forgetting in ("", ", short spans", ", short spans, sinks"))]
+    rows = []
+    for name in dict.fromkeys(name.split(", ")[0] for name in ablation["runs"]):
+        if f"{name}{base}{suffixes[-1]}" in ablation["runs"]:
+            found = (ablation["runs"][f"{name}{base}{suffix}"] for suffix in suffixes)
+            rows.append([name, *(mean(runs, "perplexity_ratio") for runs in found)])
+    return table(["map", "kernel trains", "projections too", "and spans of 4 to 64", "and sinks"], rows)
 
 
 def recovery_table(recovery: dict) -> str:
@@ -113,7 +115,7 @@ def fill(page: str, ablation: dict, recovery: dict) -> str:
     """`page` with each table between its marks."""
     tables = {
         "maps": map_table(ablation),
-        "projections": projection_table(ablation),
+        "forgetting": forgetting_table(ablation),
         "losses": loss_table(ablation),
         "runs": recovery_table(recovery),
     }

@@ -55,6 +55,8 @@ def check_effect(overrides: dict, config: DiJiangConfig) -> None:
     unused = {key: f"feature_map={config.feature_map}" for key in of_maps - set(FEATURE_MAPS[config.feature_map].settings)}
     if not config.attention_window:
         unused["branch_scale_init"] = "attention_window=0"
+    if config.decay == "none":
+        unused["decay_spans"] = "decay=none"
     if not config.has_linear_layers:
         unused = dict.fromkeys(set(OVERRIDABLE) - {"layer_types", "sliding_window"}, "no linear layer")
     if "sliding_attention" not in config.layer_types:

@@ -15,7 +15,7 @@ AUTO_MAP = {
 CHOICES = {
     "norm_type": ("rms_norm", "layer_norm"),
     "mlp_type": ("gated", "plain"),
-    "feature_map": ("wdcf", "wpff", "pff", "prf", "hedgehog", "elu", "relu", "cosformer", "identity"),
+    "feature_map": ("wdcf", "ldcf", "wpff", "pff", "prf", "hedgehog", "elu", "relu", "cosformer", "identity"),
     "feature_activation": ("softmax", "exp"),
     "radial": ("normal", "chi"),
     "dct_direction": ("forward", "inverse"),
@@ -50,6 +50,8 @@ class DiJiangConfig(PretrainedConfig):
         radial: law of the initial radii: `normal` (the paper's) or `chi` (unbiased for d > 1).
         dct_direction: `forward` (the paper's text) or `inverse` (its released code).
         decay: `none`, `retnet` (fixed per head) or `learned` (per head, from the same start).
+        decay_spans: tokens that the state of the first and of the last head looks back, 1 / (1 - gamma); heads between are
+            spread evenly on a logarithmic scale. Default: RetNet's [32, 512].
         normalize: divide by the sum of the weights; needed whenever there is a window or sinks.
         branch_scale_init: start of the bias b in the linear branch's log-scale c(q) = w.q + b. The default keeps the branch
             silent, so that an unaligned model is exactly window + sinks.
@@ -98,6 +100,7 @@ class DiJiangConfig(PretrainedConfig):
     radial: str = "normal"
     dct_direction: str = "forward"
     decay: str = "none"
+    decay_spans: list[float | int] | None = None
     attention_window: int = 64
     attention_sinks: int = 4
     normalize: bool = True
@@ -114,6 +117,8 @@ class DiJiangConfig(PretrainedConfig):
             self.feature_dim = self.head_dim
         if self.layer_types is None:
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
+        if self.decay_spans is None:
+            self.decay_spans = [32, 512]
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
 
@@ -140,6 +145,8 @@ class DiJiangConfig(PretrainedConfig):
             raise ValueError(f"feature_dim={self.feature_dim} must be at least 1")
         if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 1):
             raise ValueError(f"sliding_attention needs sliding_window of at least 1, not {self.sliding_window}")
+        if len(self.decay_spans) != 2 or not all(1 < span < math.inf for span in self.decay_spans):
+            raise ValueError(f"decay_spans={self.decay_spans} must be two finite numbers above 1, first and last head's")
         if not math.isfinite(self.branch_scale_init):
             raise ValueError(f"branch_scale_init={self.branch_scale_init} must be finite")
 

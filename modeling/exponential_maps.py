@@ -148,6 +148,20 @@ class WPFF(PFF):
         return super().initial_values() | {"log_D": torch.zeros(self.size)}
 
 
+class LDCF(WPFF):
+    """
+    Learnt discrete cosine features, phi(x) = D * exp(T V x): WDCF whose directions V (H, m, d) train. They start as the rows
+    of the DCT, so that an untrained `ldcf` is `wdcf`; once they have moved there is no fast transform. Shapes as `PFF`.
+    """
+
+    settings = (*WPFF.settings, "dct_direction")
+
+    def initial_values(self) -> dict[str, torch.Tensor]:
+        uniform = low_discrepancy(self.feature_dim, 1, self.seed)[:, 0]
+        V = frequency_matrix(self.feature_dim, self.head_dim, self.direction, self.seed)
+        return {"T": radii(uniform, self.head_dim, self.radial), "V": V, "log_D": torch.zeros(self.size)}
+
+
 class PRF(ExponentialMap):
     """
     Positive random features, phi(x) = exp(W x - |x|^2 / 2) / sqrt(m) (Performer, arXiv 2009.14794; equation 5): W (H, m, d)

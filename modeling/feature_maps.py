@@ -3,12 +3,13 @@ The registry of feature maps. A new map is one class in a file of its own or bes
 its name in `CHOICES` of `configuration_dijiang.py`.
 """
 
-from .exponential_maps import PFF, PRF, WDCF, WPFF, Hedgehog
+from .exponential_maps import LDCF, PFF, PRF, WDCF, WPFF, Hedgehog
 from .feature_map_base import FeatureMap
 from .simple_maps import ELU, CosFormer, Identity, ReLU
 
 FEATURE_MAPS: dict[str, type[FeatureMap]] = {
     "wdcf": WDCF,
+    "ldcf": LDCF,
     "wpff": WPFF,
     "pff": PFF,
     "prf": PRF,

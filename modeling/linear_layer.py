@@ -47,19 +47,19 @@ class LogScale(nn.Module):
 
 class Decay(nn.Module):
     """
-    Per-head log-decay -exp(log_rate), (G,) float32: RetNet's g_h = 1 - exp(linspace(log 1/32, log 1/512, G)) (arXiv
-    2307.08621), fixed or, if `learned`, its start.
+    Per-head log-decay -exp(log_rate), (G,) float32: g_h = 1 - 1 / span_h, from the first to the last of `spans` evenly on a
+    logarithmic scale (RetNet, arXiv 2307.08621, has [32, 512]), fixed or, if `learned`, its start.
     """
 
-    def __init__(self, num_heads: int, learned: bool):
+    def __init__(self, num_heads: int, learned: bool, spans: list[float]):
         super().__init__()
-        self.learned = learned
+        self.learned, self.spans = learned, spans
         self.log_rate = nn.Parameter(torch.empty(num_heads, dtype=torch.float32), requires_grad=learned)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         with torch.device("cpu"):
-            ends = torch.tensor([1 / 32, 1 / 512], dtype=torch.float64).log()
+            ends = -torch.tensor(self.spans, dtype=torch.float64).log()
             gamma = 1 - torch.linspace(ends[0].item(), ends[1].item(), self.log_rate.shape[0], dtype=torch.float64).exp()
         init.copy_(self.log_rate, (-gamma.log()).log().float())
 
@@ -104,7 +104,7 @@ class DiJiangLinearAttention(ProjectedAttention):
         # log(sum exp(q.k)) - log(phi(q).sum phi(k)) varies with q
         self.branch_scale = LogScale(H, d, config.branch_scale_init) if self.window else None
         self.key_scale = LogScale(G, d, 0.0) if config.key_scale else None
-        self.decay = Decay(G, config.decay == "learned") if config.decay != "none" else None
+        self.decay = Decay(G, config.decay == "learned", config.decay_spans) if config.decay != "none" else None
         self.output_norm = nn.GroupNorm(d, H * d) if config.output_norm == "group_norm" else None
         self.output_gate = OutputGate(config.hidden_size, H * d, bias=False) if config.output_gate else None
 

@@ -9,8 +9,8 @@ import torch
 
 from .linear_attention import TINY
 
-# queries per block, each of which meets the block's own keys and a window more
-BLOCK_SIZE = 64
+# queries per block, each of which meets the block's own keys and a window more: as many as the window is wide, within these
+SMALLEST_BLOCK, BLOCK_SIZE = 16, 64
 # the score of a key that is not seen: below every real one, above float32's lowest number by so much that sums stay finite
 HIDDEN = -1e30
 
@@ -28,7 +28,7 @@ def near_and_far_attention(
     far_log_scale: torch.Tensor,
     *,
     scale: float,
-    block_size: int = BLOCK_SIZE,
+    block_size: int | None = None,
 ) -> torch.Tensor:
     """
     Attention of query t to key rows t + 1 .. t + W, to the sinks that left the window by then, and to everything older
@@ -47,14 +47,16 @@ def near_and_far_attention(
         far: (B, T, H, d) linear branch, not normalised; far_sum: (B, T, H) its sum of weights.
         far_log_scale: c (B, T, H), what one unit of the linear branch weighs in the softmax's units, as a logarithm.
         scale: factor on q.k.
-        block_size: queries per block. With T it is one dense block, quadratic in T.
+        block_size: queries per block. With T it is one dense block, quadratic in T. Default: W, at least SMALLEST_BLOCK
+            and at most BLOCK_SIZE.
 
     Returns:
         (B, T, H, d) float32.
     """
     B, T, H, d = q.shape
     G, W = k.shape[2], k.shape[1] - T
-    R, C = H // G, min(block_size, T)
+    C = min(max(W, SMALLEST_BLOCK), BLOCK_SIZE) if block_size is None else block_size
+    R, C = H // G, min(C, T)
     N = -(-T // C)
     far_sum = far_sum.clamp_min(TINY)
     far_score = torch.where(far_sum > TINY, far_sum.log() + far_log_scale, HIDDEN)

@@ -298,6 +298,7 @@ IDENTITY = {"feature_map": "identity", "normalize": False, "attention_window": 0
         ({"feature_map": "pff", "dct_direction": "inverse"}, "dct_direction has no effect with feature_map=pff"),
         ({"attention_window": 0, "attention_sinks": 0, "branch_scale_init": 1.0}, "no effect with attention_window=0"),
         ({"layer_types": "full_attention", "decay": "retnet"}, "decay has no effect with no linear layer"),
+        ({"decay_spans": [4, 64]}, "decay_spans has no effect with decay=none"),
         ({"sliding_window": 9}, "sliding_window has no effect with no sliding_attention layer"),
     ],
     ids=str,

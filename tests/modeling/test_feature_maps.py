@@ -67,6 +67,20 @@ def test_wpff_weights_multiply_pff():
     assert_close(weighted(x), plain(x) * weighted.log_D.exp(), "weighted")
 
 
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize(("head_dim", "feature_dim"), [(8, 8), (8, 20), (512, 600)])
+def test_ldcf_starts_as_wdcf_and_its_directions_are_its_own(head_dim, feature_dim, direction):
+    settings = {"seed": 3, "head_dim": head_dim, "feature_dim": feature_dim, "dct_direction": direction}
+    fixed, learnt = build_map("wdcf", **settings), build_map("ldcf", **settings)
+    x = rows(1, 30, 3, head_dim)
+    assert_close(learnt(x), fixed(x), "start")
+    with torch.no_grad():
+        learnt.V[1] += rows(feature_dim, head_dim, seed=1)
+    assert_close(learnt(x)[:, :, ::2], fixed(x)[:, :, ::2], "other heads")
+    z = x[:, :, 1] @ (learnt.T[1, :, None] * learnt.V[1]).T
+    assert_close(learnt(x)[:, :, 1], torch.cat((z, -z), -1).softmax(-1), "its head")
+
+
 @pytest.mark.parametrize("pairs", [False, True])
 def test_prf_is_unbiased_for_the_exponential_kernel(pairs):
     q, k = rows(1, 1, 1, 8, seed=1, scale=0.4), rows(1, 1, 1, 8, seed=2, scale=0.4)
@@ -149,7 +163,7 @@ def test_query_and_key_maps_start_equal_for_any_number_of_heads(name):
 
 
 @pytest.mark.parametrize("activation", ["softmax", "exp"])
-@pytest.mark.parametrize("name", ["wdcf", "wpff"])
+@pytest.mark.parametrize("name", ["wdcf", "ldcf", "wpff"])
 def test_centring_equals_shifting_the_input(name, activation):
     feature_map = build_map(name, feature_activation=activation)
     x, mean = rows(1, 6, 3, 8, seed=1), rows(3, 8, seed=2)

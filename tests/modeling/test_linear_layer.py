@@ -1,11 +1,12 @@
+import math
 from itertools import product
 
 import pytest
 import torch
-from helpers import EVERY, MAPS, WINDOWS, assert_close, features, tiny_model
+from helpers import EVERY, MAPS, WINDOWS, assert_close, features, tiny_config, tiny_model
 
 from dijiang.modeling.configuration_dijiang import SIGNED_MAPS
-from dijiang.modeling.linear_layer import Decay
+from dijiang.modeling.linear_layer import Decay, DiJiangLinearAttention
 
 
 def random_qkv(B, T, H=6, G=2, d=8, seed=0):
@@ -122,7 +123,11 @@ def test_memory_of_the_forward_pass_grows_linearly():
     assert 1.8 < allocated(8192) / allocated(4096) < 2.2
 
 
-def test_retnet_decay_is_its_formula():
-    gamma = 1 - torch.exp(torch.linspace(torch.log(torch.tensor(1 / 32)), torch.log(torch.tensor(1 / 512)), 5))
-    assert_close(Decay(5, learned=False)(), gamma.log(), "log decay", tolerance=1e-5)
-    assert not Decay(5, learned=False).log_rate.requires_grad and Decay(5, learned=True).log_rate.requires_grad
+@pytest.mark.parametrize("spans", [[32, 512], [4.0, 64.0], [100, 1.5]])
+def test_decay_is_retnets_formula_for_any_spans(spans):
+    gamma = 1 - torch.exp(torch.linspace(-math.log(spans[0]), -math.log(spans[1]), 5))
+    config = tiny_config(decay="retnet", decay_spans=spans, num_attention_heads=10, num_key_value_heads=5, hidden_size=80)
+    assert_close(Decay(5, learned=False, spans=spans)(), gamma.log(), "log decay", tolerance=1e-5)
+    assert_close(DiJiangLinearAttention(config, 0).decay(), gamma.log(), "log decay of a layer", tolerance=1e-5)
+    fixed, learned = (Decay(5, learned=learned, spans=spans).log_rate for learned in (False, True))
+    assert not fixed.requires_grad and learned.requires_grad

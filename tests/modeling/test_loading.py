@@ -174,7 +174,7 @@ def test_config_round_trip_and_equality(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"feature_map": "cosine"}, "feature_map='cosine' is unknown; choose one of wdcf, wpff"),
+        ({"feature_map": "cosine"}, "feature_map='cosine' is unknown; choose one of wdcf, ldcf, wpff"),
         ({"decay": "gated"}, "decay='gated' is unknown; choose one of none, retnet, learned"),
         ({"layer_types": ["linear_attention"]}, "number of layer|layer_types"),
         ({"layer_types": ["linear_attention", "mamba2"]}, "mamba2"),
@@ -185,6 +185,9 @@ def test_config_round_trip_and_equality(tmp_path):
         ({"attention_window": 0}, "attention_sinks=2 needs attention_window of at least 1"),
         ({"attention_window": -1}, "must not be negative"),
         ({"normalize": False}, "normalize=false needs attention_window=0"),
+        ({"decay_spans": [4.0]}, r"decay_spans=\[4.0\] must be two finite numbers above 1"),
+        ({"decay_spans": [1, 64]}, r"decay_spans=\[1, 64\] must be two"),
+        ({"decay_spans": [4, float("inf")]}, "must be two finite"),
         ({"feature_dim": 0}, "feature_dim=0 must be at least 1"),
     ],
     ids=str,

@@ -7,7 +7,7 @@ from helpers import DECAYS, WINDOWS, assert_close, tiny_model
 from dijiang.modeling import native_build, native_step
 
 needs_compiler = pytest.mark.skipif(native_build.find_compiler() is None, reason="no C compiler")
-MAPS_IN_C = ("wdcf", "wpff", "pff", "prf", "hedgehog")
+MAPS_IN_C = ("wdcf", "ldcf", "wpff", "pff", "prf", "hedgehog")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,121 @@
+"""
+Make the training and held-out text of the recovery and ablation benchmarks from three packages of Debian 12.
+
+    apt-get download anarchism python3.11-doc debian-handbook
+    for package in *.deb; do dpkg-deb --extract $package extracted; done
+    python scripts/make_recovery_text.py extracted/usr/share/doc OUTPUT
+
+Writes OUTPUT/NAME_train and NAME_held for NAME in anarchism, python and handbook, each as JSONL (one page a line, under
+"text") and as plain text, one page after another. A page is held out if the SHA-256 of its file's name says so, one in ten.
+The ablation reads the beginnings of these: OUTPUT/ablation_anarchism.txt, ablation_python.txt and ablation_held.txt. Same
+packages, same bytes.
+"""
+
+import gzip
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+HELD_OUT_ONE_IN = 10
+MIN_PARAGRAPH, MIN_PAGE = 80, 500  # characters; what is shorter is mostly headings, menus and stubs
+NO_PROSE = {"script", "style", "nav", "pre", "head", "table"}
+PARAGRAPHS = {"p", "li", "h1", "h2", "h3", "dd", "dt", "div", "section"}
+LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
+MARKUP = re.compile(r"[*_#>\\]")
+ABLATION = {  # file: (source, bytes)
+    "ablation_anarchism.txt": ("anarchism_train.txt", 1_500_000),
+    "ablation_python.txt": ("python_train.txt", 800_000),
+    "ablation_held.txt": ("anarchism_held.txt", 300_000),
+}
+
+
+class Prose(HTMLParser):
+    """Collects the paragraphs of a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.paragraphs, self.current, self.depth_without_prose = [], [], 0
+
+    def handle_starttag(self, tag, attrs):
+        self.depth_without_prose += tag in NO_PROSE
+        if tag in PARAGRAPHS:
+            self.end_paragraph()
+
+    def handle_endtag(self, tag):
+        if tag in NO_PROSE:
+            self.depth_without_prose = max(0, self.depth_without_prose - 1)
+        if tag in PARAGRAPHS:
+            self.end_paragraph()
+
+    def handle_data(self, data):
+        if not self.depth_without_prose:
+            self.current.append(data)
+
+    def end_paragraph(self):
+        text = " ".join("".join(self.current).split())
+        self.current = []
+        if len(text) >= MIN_PARAGRAPH:
+            self.paragraphs.append(text)
+
+
+def from_html(path: Path) -> str:
+    parser = Prose()
+    parser.feed(path.read_text(encoding="utf-8", errors="replace"))
+    parser.end_paragraph()
+    return "\n".join(parser.paragraphs)
+
+
+def from_markdown(path: Path) -> str:
+    with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
+        text = LINK.sub(r"\1", file.read())
+    paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
+    return "\n".join(MARKUP.sub("", part).strip() for part in paragraphs if len(part) >= MIN_PARAGRAPH)
+
+
+SOURCES = {
+    "anarchism": ("anarchism/markdown/*.md.gz", from_markdown),
+    "python": ("python3.11/html/**/*.html", from_html),
+    "handbook": ("debian-handbook/html/en-US/*.html", from_html),
+}
+
+
+def pages(documentation: Path, name: str) -> Iterator[tuple[str, str]]:
+    """File name and text of each page of one package that has prose enough."""
+    pattern, read = SOURCES[name]
+    files = sorted(documentation.glob(pattern))
+    if not files:
+        sys.exit(f"nothing matches {documentation / pattern}; is the package extracted there?")
+    for path in files:
+        text = read(path)
+        if len(text) > MIN_PAGE:
+            yield path.name, text
+
+
+def held_out(file_name: str) -> bool:
+    return int(hashlib.sha256(file_name.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
+
+
+def main(documentation: Path, output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    for name in SOURCES:
+        found = list(pages(documentation, name))
+        for side, wanted in (("train", False), ("held", True)):
+            texts = [text for file_name, text in found if held_out(file_name) is wanted]
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+            (output / f"{name}_{side}.jsonl").write_text(lines, encoding="utf-8")
+            (output / f"{name}_{side}.txt").write_text("".join(f"{text}\n\n" for text in texts), encoding="utf-8")
+            print(f"{name}_{side}: {len(texts)} pages, {sum(map(len, texts)):,} characters")
+    for name, (source, size) in ABLATION.items():
+        # a character that the cut goes through is dropped
+        text = (output / source).read_bytes()[:size].decode("utf-8", errors="ignore")
+        (output / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
