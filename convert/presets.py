@@ -1,21 +1,32 @@
 """Named settings of the linear layers."""
 
+# what our measurements support: an exact window and sinks, paired softmax features on everything older
+RECOMMENDED = {
+    "feature_map": "wdcf",
+    "feature_activation": "softmax",
+    "feature_pairs": True,
+    "learn_features": True,
+    "key_scale": True,
+    "scale_features": True,
+    "dct_direction": "forward",
+    "decay": "none",
+    "attention_window": 64,
+    "attention_sinks": 4,
+    "normalize": True,
+    "output_norm": "none",
+    "output_gate": False,
+}
+
 PRESETS: dict[str, dict] = {
-    # what our measurements support: an exact window and sinks, paired softmax features on everything older
-    "recommended": {
-        "feature_map": "wdcf",
-        "feature_activation": "softmax",
-        "feature_pairs": True,
-        "learn_features": True,
-        "key_scale": True,
-        "scale_features": True,
-        "dct_direction": "forward",
-        "decay": "none",
-        "attention_window": 64,
-        "attention_sinks": 4,
-        "normalize": True,
-        "output_norm": "none",
-        "output_gate": False,
+    "recommended": RECOMMENDED,
+    # what they support without a window (docs/recovery.md): a query's own key and the first four stay exact, heads forget
+    # sooner or later, directions train; the projections must train too, see the recipe smollm2-135m-linear
+    "linear": RECOMMENDED
+    | {
+        "feature_map": "ldcf",
+        "decay": "learned",
+        "decay_spans": [4, 64],
+        "attention_window": 1,
     },
     # the released code of arXiv 2403.19928, its decay tables kept in the one form that stays finite
     "paper": {

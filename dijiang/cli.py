@@ -51,7 +51,11 @@ def convert(
     source: Source,
     output: Annotated[Path, typer.Argument(help="New folder for the DiJiang checkpoint.")],
     preset: Annotated[
-        str, typer.Option(help="recommended: window + sinks + DiJiang features; paper: the released code's layer.")
+        str,
+        typer.Option(
+            help="recommended: window + sinks + DiJiang features; linear: the same without a window, forgetting; "
+            "paper: the released code's layer."
+        ),
     ] = ("recommended"),
     set_: Annotated[
         list[str] | None,

@@ -32,7 +32,7 @@ class ConvertConfig:
     How the student is made where it does not exist yet.
 
     Attributes:
-        preset: `recommended` or `paper`.
+        preset: `recommended`, `linear` or `paper`.
         settings: on top of the preset, as `dijiang convert --set`.
         dtype: of the stored weights: `auto` (as in the source), `float32`, `bfloat16` or `float16`.
     """

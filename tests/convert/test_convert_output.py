@@ -17,6 +17,7 @@ from dijiang.modeling import FEATURE_MAPS, DiJiangForCausalLM
 # parts of a linear layer that its source's attention has not
 NEW_PARTS = {
     "recommended": {"feature_map_q", "feature_map_k", "key_scale", "branch_scale"},
+    "linear": {"feature_map_q", "feature_map_k", "key_scale", "branch_scale", "decay"},
     "paper": {"feature_map_q", "feature_map_k", "decay", "output_norm", "output_gate"},
 }
 
@@ -48,7 +49,8 @@ def test_presets_load_with_fresh_kernel_parameters(make_source, tokens, tmp_path
         if "output_gate" not in name:  # the one part that is drawn at random
             assert torch.equal(fresh.get_parameter(name), tensor), name
     buffers = dict(converted.named_buffers())
-    assert any(name.endswith("feature_map_k.C") for name in buffers)
+    fixed_directions = PRESETS[preset]["feature_map"] == "wdcf"
+    assert any(name.endswith("feature_map_k.C") for name in buffers) == fixed_directions
     assert all(torch.equal(buffers[name], buffer) for name, buffer in fresh.named_buffers())
     with torch.no_grad():
         assert torch.isfinite(converted(tokens(100)).logits).all()
@@ -82,6 +84,7 @@ def test_output_gate_starts_as_in_the_paper(make_source, tmp_path):
 
 def test_presets_speak_of_the_same_settings():
     assert PRESETS["recommended"].keys() == PRESETS["paper"].keys() <= set(OVERRIDABLE)
+    assert PRESETS["linear"].keys() == PRESETS["paper"].keys() | {"decay_spans"} <= set(OVERRIDABLE)
 
 
 @pytest.mark.parametrize("wanted", ["auto", "bfloat16", "float16", "float32"])

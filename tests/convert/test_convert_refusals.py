@@ -197,7 +197,7 @@ def test_dijiang_checkpoint_as_source(make_source, tmp_path, refused):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"preset": "best"}, r"preset 'best' is unknown; choose from recommended, paper"),
+        ({"preset": "best"}, r"preset 'best' is unknown; choose from recommended, linear, paper"),
         ({"dtype": "int8"}, r"dtype 'int8' is unknown; choose auto, float32"),
         (
             {"feature_mapp": "wdcf"},

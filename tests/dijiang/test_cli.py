@@ -78,7 +78,7 @@ def test_convert(command, pair, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--preset", "best"), "preset 'best' is unknown; choose from recommended, paper"),
+        (("--preset", "best"), "preset 'best' is unknown; choose from recommended, linear, paper"),
         (("--set", "featuremap=wdcf"), r"unknown setting 'featuremap' \(did you mean feature_map\?\); these can be set: "),
         (("--set", "hidden_size=64"), "hidden_size is given by the source model and cannot be changed on conversion"),
         (("--set", "attention_window"), "'attention_window' is not KEY=VALUE; write for example attention_window=64"),

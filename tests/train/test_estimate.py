@@ -77,10 +77,11 @@ def test_parameters_of_a_converted_model(make_source, tmp_path, family, settings
     ("preset", "settings"),
     [
         ("recommended", {}),
+        ("linear", {}),
         ("paper", {}),
         ("recommended", {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}),
     ],
-    ids=["recommended", "paper", "hybrid"],
+    ids=["recommended", "linear", "paper", "hybrid"],
 )
 def test_what_trains_is_what_the_stage_trains(config, preset, settings):
     changes = [{"trains": "all"}, {"trains": "all", "train_embeddings": True}, {"trains": "attention"}]
