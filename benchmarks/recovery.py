@@ -22,7 +22,7 @@ from dijiang.convert import fastest_dtype, load_source, read_provenance
 from dijiang.evaluate import linear_only, perplexity, window_only
 from dijiang.train import DataConfig, Recipe, SourceConfig, load_recipe
 from dijiang.train.blocks import held_out_blocks
-from dijiang.train.recovery_model import RecoveryModel
+from dijiang.train.recovery_model import RecoveryModel, next_token_labels
 
 LENGTHS = {1024: 12_288, 4096: 24_576}  # tokens of held-out text at each length
 STAGES = {"converted": "converted", "align": "align/model", "distill": "distill/model"}
@@ -52,9 +52,11 @@ def teacher_in_the_run(recipe: Recipe, teacher, tokenizer, dtype: torch.dtype) -
     """The teacher's perplexity on what the run itself measures: its held-out blocks, as long as its sequences become."""
     stage = recipe.distill or recipe.align
     blocks = held_out_blocks(recipe.data, stage.block_size, tokenizer, progress=False)
-    model, items = RecoveryModel(teacher, None, dtype), (blocks[i] for i in range(len(blocks)))
-    losses = [model.text_loss(item["input_ids"], item["position_ids"]).item() for item in items]
-    return math.exp(sum(losses) / len(losses))
+    model, total, tokens = RecoveryModel(teacher, None, dtype), 0.0, 0
+    for item in (blocks[i] for i in range(len(blocks))):
+        count = (next_token_labels(item["input_ids"], item["position_ids"]) != -100).sum().item()
+        total, tokens = total + count * model.text_loss(item["input_ids"], item["position_ids"]).item(), tokens + count
+    return math.exp(total / tokens)
 
 
 def curve(run: Path) -> list[tuple[int, float]]:

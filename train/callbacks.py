@@ -122,7 +122,9 @@ class ConsoleProgress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "eval_loss" in logs:
-            said = f"held-out loss {logs['eval_loss']:.4f}, perplexity {logs['eval_perplexity']:.3f}"
+            perplexity, teacher = logs["eval_perplexity"], logs.get("eval_teacher_perplexity")
+            said = f"held-out loss {logs['eval_loss']:.4f}, perplexity {perplexity:.3f}"
+            said += f", {perplexity / teacher:.3f} times the teacher's {teacher:.3f}" if teacher else ""
         else:
             rates = [f"{value:.2e}" for name, value in logs.items() if name.startswith("learning_rate/")]
             said = ", ".join(

@@ -9,7 +9,7 @@ from dijiang.modeling import DiJiangForCausalLM
 
 from .distillation_loss import distillation_loss
 
-TOKENS_AT_ONCE = 256  # whose logits are in memory together
+CROSS_ENTROPY = {"kl_weight": 0.0, "ce_weight": 1.0, "chunk_tokens": 256}  # whose logits are in memory together
 
 
 class RecoveryModel(nn.Module):
@@ -59,8 +59,14 @@ class RecoveryModel(nn.Module):
     def text_loss(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
         """The student's mean cross-entropy of the next tokens of input_ids (B, T)."""
         hidden, labels = self.last_hidden(input_ids, position_ids), next_token_labels(input_ids, position_ids)
-        _, measures = self.loss_on(hidden, labels.flatten(), kl_weight=0.0, ce_weight=1.0, chunk_tokens=TOKENS_AT_ONCE)
-        return measures["ce"]
+        return self.loss_on(hidden, labels.flatten(), **CROSS_ENTROPY)[1]["ce"]
+
+    @torch.no_grad()
+    def teacher_text_loss(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+        """`text_loss` of the teacher."""
+        run = self.teacher.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        hidden, labels = run.last_hidden_state.flatten(0, 1), next_token_labels(input_ids, position_ids)
+        return distillation_loss(hidden, self.teacher.lm_head.weight, labels.flatten(), **CROSS_ENTROPY)[1]["ce"]
 
 
 def next_token_labels(input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:

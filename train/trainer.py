@@ -16,6 +16,7 @@ from .checkpoints import Checkpoints
 from .config import RunConfig, StageConfig
 from .distributed import accumulation, gather, is_main, micro_batch, rank, sum_over_processes, world_size
 from .optimizer import adamw, learning_rate_factor
+from .recovery_model import next_token_labels
 from .saving_trainer import SavingTrainer, read_tally
 from .tally import Tally
 
@@ -61,6 +62,7 @@ class RecoveryTrainer(SavingTrainer):
         self.stage, self.stop_wanted, self.stopping = stage, stop_wanted, False
         self.groups = [group for group in model.parameter_groups() if group["params"]]
         self.takes = set(inspect.signature(model.forward).parameters)
+        self.teacher_loss = model.teacher_text_loss if getattr(model, "teacher", None) is not None else None
         self.tally, self.micro_batches, self.last_loss = Tally(stage.steps), [], math.nan
         self.checkpoints = Checkpoints(folder / "checkpoints", run.keep_checkpoints)
         args = TrainingArguments(
@@ -190,26 +192,38 @@ class RecoveryTrainer(SavingTrainer):
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Mean loss over the held-out blocks, one at a time, and the perplexity; the same for any number of processes."""
-        count, processes = len(self.eval_dataset), world_size()
-        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        self.model.eval()
-        with torch.no_grad():
-            for first in range(0, count, processes):  # all take part in each round: ZeRO-3 gathers weights in it
-                item = self.eval_dataset[min(first + rank(), count - 1)]
-                batch = self._prepare_inputs(self.data_collator([item]))
-                loss = self.model(**{name: value for name, value in batch.items() if name in self.takes})["loss"]
-                if first + rank() < count:
-                    total += loss
-        loss = sum_over_processes(total).item() / count
-        if not math.isfinite(loss):
-            raise ValueError(self.not_finite("the held-out loss"))
-        tokens = {"tokens": self.stage.tokens_after(self.state.global_step)}
-        logs = tokens | {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0))}
-        self.tally.facts |= {"held_out_perplexity": logs[f"{metric_key_prefix}_perplexity"]}
+        """Mean loss per held-out token and the perplexity, beside the teacher's; the same for any number of processes."""
+        facts = self.tally.facts
+        loss = self.held_out_loss(lambda batch: self.model(**batch)["loss"])
+        facts["held_out_perplexity"] = perplexity = math.exp(min(loss, 700.0))
+        logs = {"tokens": self.stage.tokens_after(self.state.global_step), "eval_loss": loss, "eval_perplexity": perplexity}
+        if self.teacher_loss is not None:
+            if "teacher_perplexity" not in facts:  # which does not change
+                loss = self.held_out_loss(lambda batch: self.teacher_loss(batch["input_ids"], batch.get("position_ids")))
+                facts["teacher_perplexity"] = math.exp(min(loss, 700.0))
+            logs["eval_teacher_perplexity"] = facts["teacher_perplexity"]
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
+
+    @torch.no_grad()
+    def held_out_loss(self, loss_of: Callable[[dict], torch.Tensor]) -> float:
+        """`loss_of` one block at a time, each weighed by the tokens that it predicts."""
+        count, processes = len(self.eval_dataset), world_size()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self.model.eval()
+        for first in range(0, count, processes):  # all take part in each round: ZeRO-3 gathers weights in it
+            item = self.eval_dataset[min(first + rank(), count - 1)]
+            batch = self._prepare_inputs(self.data_collator([item]))
+            loss = loss_of({name: value for name, value in batch.items() if name in self.takes}).double()
+            if first + rank() < count:
+                labels = next_token_labels(batch["input_ids"], batch.get("position_ids"))
+                tokens = (labels != -100).sum()
+                total += torch.stack((loss * tokens, tokens.double()))
+        loss, tokens = sum_over_processes(total).tolist()
+        if not math.isfinite(loss):
+            raise ValueError(self.not_finite("the held-out loss"))
+        return loss / max(tokens, 1.0)
 
 
 def other_trackers(names: list[str]) -> list[str]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import random_ids, tiny_model
+from helpers import assert_close, random_ids, tiny_model
 
 from dijiang.train.adapters import merged_state
 from dijiang.train.attention_transfer import kernel_parameters
@@ -30,6 +30,16 @@ def packed_rows(seed=0):
     positions = torch.arange(19).repeat(2, 1)
     positions[1, 7:] = torch.arange(12)
     return random_ids(2, 19, seed), positions
+
+
+def test_the_teachers_loss_on_text_is_its_cross_entropy_within_documents():
+    model, (input_ids, positions) = build(), packed_rows()
+    labels, teacher = next_token_labels(input_ids, positions), tiny_model(7, layer_types=FULL)
+    assert (labels == -100).sum() == 3
+    logits = teacher(input_ids, position_ids=positions, use_cache=False).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    assert_close(model.teacher_text_loss(input_ids, positions), expected, "loss")
+    assert (model.text_loss(input_ids, positions) - expected).abs() > 1e-3
 
 
 def trained(model) -> set[str]:

@@ -95,6 +95,7 @@ def test_both_stages(recipe, pair, tmp_path, capsys):
     assert distill["data"]["sources"][0]["source"] == "text.txt"
     held_out = [json.loads(line) for line in (out / "distill" / "metrics.jsonl").read_text().splitlines()][-1]
     assert held_out["step"] == 8 and held_out["eval_perplexity"] == distill["held_out_perplexity"]
+    assert held_out["eval_teacher_perplexity"] == distill["teacher_perplexity"] == align["teacher_perplexity"]
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     capsys.readouterr()

@@ -26,7 +26,7 @@ from dijiang.train.saving_trainer import WEIGHTS, refuse_other_writer
 from dijiang.train.trainer import other_trackers
 
 sys.path.insert(0, str(Path(__file__).parent))
-from run_helpers import WIDTH, FakeBlocks, FakeModel, build_trainer, metrics, run_config, stage_config
+from run_helpers import LENGTH, WIDTH, FakeBlocks, FakeModel, build_trainer, metrics, run_config, stage_config
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +132,40 @@ def test_held_out_perplexity_is_that_of_the_mean_block(tmp_path):
     assert [line["step"] for line in found] == [4, 6]
     assert found[-1]["eval_loss"] == pytest.approx(sum(losses) / 7, rel=1e-6)
     assert found[-1]["eval_perplexity"] == pytest.approx(math.exp(sum(losses) / 7), rel=1e-6)
+
+
+class Documents(FakeBlocks):
+    """Row i begins with i + 1 documents of one token."""
+
+    def __getitem__(self, place):
+        positions = torch.cat((torch.zeros(place + 1, dtype=torch.long), torch.arange(LENGTH - 1 - place)))[None]
+        return super().__getitem__(place) | {"position_ids": positions}
+
+
+def test_held_out_blocks_weigh_as_many_tokens_as_they_predict(tmp_path):
+    class PerRow(FakeModel):
+        """A loss, and a teacher's, that say which row it is."""
+
+        teacher = True
+
+        def forward(self, input_ids, position_ids=None, places=None):
+            found = super().forward(input_ids, position_ids, places)
+            return found if self.training else {"loss": position_ids.max() / 10}
+
+        def teacher_text_loss(self, input_ids, position_ids):
+            calls.append(len(position_ids))
+            return position_ids.max() / 20
+
+    calls = []
+    stage, held_out = stage_config(), Documents(7, seed=1)
+    build_trainer(tmp_path, stage, run_config(evaluate_every=2), PerRow(), held_out=held_out).run(None)
+    # a row's last token and the last before another document predict nothing
+    tokens, losses = zip(*((LENGTH - 2 - i, (LENGTH - 2 - i) / 10) for i in range(7)), strict=True)
+    expected = sum(n * loss for n, loss in zip(tokens, losses, strict=True)) / sum(tokens)
+    found = [line for line in metrics(tmp_path) if "eval_loss" in line]
+    assert len(found) == 3 and found[0]["eval_loss"] == pytest.approx(expected)
+    assert [line["eval_teacher_perplexity"] for line in found] == pytest.approx([math.exp(expected / 2)] * 3)
+    assert calls == [1] * 7  # once, for it does not change
 
 
 def test_logs_hold_the_means_of_their_steps(tmp_path):
