@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--held-out", nargs="+", required=True)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "recovery.json")
     given = parser.parse_args()
-    recipes = {run: load_recipe(next(run.glob("*/recipe.yaml"))) for run in given.runs}
+    recipes = {run: load_recipe(next(run.glob("*/recipe.yaml")), stored=True) for run in given.runs}
     if len({recipe.source for recipe in recipes.values()}) > 1:
         sys.exit("the runs have different teachers; measure them apart, into different files")
     dtype = fastest_dtype("cpu")

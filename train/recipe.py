@@ -31,7 +31,7 @@ NOT_LEARNT = ("run", "output", "data.cache", "data.held_out", "data.held_out_tok
 PLAIN_TEXT = (".txt", ".md", ".txt.gz", ".md.gz")
 
 
-def load_recipe(path_or_name: str | Path, sets: Sequence[str] = ()) -> Recipe:
+def load_recipe(path_or_name: str | Path, sets: Sequence[str] = (), *, stored: bool = False) -> Recipe:
     """
     Read a recipe.
 
@@ -39,6 +39,8 @@ def load_recipe(path_or_name: str | Path, sets: Sequence[str] = ()) -> Recipe:
         path_or_name: a YAML file, or the name of a bundled recipe, see `bundled_recipes`.
         sets: `KEY=VALUE` words on top of the file, KEY dotted and VALUE in YAML: `align.tokens=20000`,
             `data.train=[a.txt, b.txt]`, `data.train.0.weight=2`; `distill=null` leaves a stage out.
+        stored: the file is `dump_recipe`'s, perhaps an older version's, which may have thought other keys to have an effect;
+            those without one are passed over.
 
     Raises:
         ValueError: if there is no such recipe, it is not valid YAML, holds a key twice, an unknown one, one that has no effect
@@ -54,7 +56,7 @@ def load_recipe(path_or_name: str | Path, sets: Sequence[str] = ()) -> Recipe:
             apply_set(content, word, given)
         recipe = build(Recipe, content, "")
         check_choices(recipe)
-        idle = without_effect(recipe)
+        idle = {} if stored else without_effect(recipe)
         for key in written(content):
             if key in idle:
                 raise ValueError(f"{key} has no effect with {idle[key]}; leave it out")

@@ -90,7 +90,7 @@ class StageFolder:
             unused = {*UNUSED[self.stage], *UNUSED.get(path.parent.name, ())}
             if path.parent.name == "distill" != self.stage:
                 continue  # made from what this stage gives; it is judged when it runs
-            if found := differences(load_recipe(path), self.recipe, (*NOT_LEARNT, *sorted(unused))):
+            if found := differences(load_recipe(path, stored=True), self.recipe, (*NOT_LEARNT, *sorted(unused))):
                 raise ValueError(
                     f"{path.parent} was begun with another recipe: {', '.join(found)} differ; "
                     f"name another output, or delete that folder to start anew"

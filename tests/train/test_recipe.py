@@ -409,6 +409,15 @@ def test_bundled_recipes_survive_a_dump(recipe, name):
     assert load_recipe(recipe(dump_recipe(first))) == first
 
 
+def test_a_stored_recipe_may_hold_keys_without_effect(recipe, complains):
+    text = HEAD + "data: {train: [{path: a.txt, weight: 2}]}\n" + ALIGN
+    complains(text, r"data\.train\.0\.weight has no effect")
+    stored = load_recipe(recipe(text), stored=True)
+    assert differences(stored, load_recipe(recipe(text.replace(", weight: 2", "")))) == []
+    with pytest.raises(ValueError, match="unknown"):
+        load_recipe(recipe(text.replace("weight", "weigth")), stored=True)
+
+
 def test_without_effect_knows_defaults_too():
     plain = Recipe(source="s", output="o", data=DataConfig(train=[SourceConfig(path="a/b")]), distill=DistillConfig())
     idle = set(without_effect(plain))
