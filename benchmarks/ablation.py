@@ -7,6 +7,7 @@ Four of SmolLM2-135M's thirty layers become linear, the others stay softmax, so 
 run: every choice sees the same tokens in the same order, with the recipe's optimiser and schedule. Measured on held-out text:
 the mean over the four layers of the output's relative squared error, and the model's perplexity over its teacher's. With a
 window, both again for the linear branch alone. Done choices are kept in the output file, so an interrupted run goes on.
+The texts of the recorded run are `ablation_*.txt` of scripts/make_recovery_text.py and dijiang/data/jargon_heldout.txt.
 """
 
 import argparse
@@ -170,9 +171,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "ablation.json")
     given = parser.parse_args()
     study = Study(given.train, given.held_out, given.tokens, given.held_out_blocks)
+    texts = {"train": [path.name for path in given.train], "held_out": [path.name for path in given.held_out]}
+    words = ["--train", *texts["train"], "--held-out", *texts["held_out"]]
     about = {
-        "command": "python benchmarks/ablation.py --train ... --held-out ...",
-        "texts": {"train": [path.name for path in given.train], "held_out": [path.name for path in given.held_out]},
+        "command": " ".join(["python benchmarks/ablation.py", *words]),
+        "texts": texts,
         "tokens": given.tokens,
         "held_out_blocks": given.held_out_blocks,
         "layers": LAYERS,

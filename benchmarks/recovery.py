@@ -5,7 +5,8 @@ What recovery runs came to: held-out perplexity over the teacher's, measured in 
 
 RUN is the output folder of a recipe. Of each the converted model and each complete stage are measured at two lengths, the last
 one also with its linear branch silenced and with that branch alone, where there is a window. Held-out text: JSONL (text)
-or plain.
+or plain; that of the recorded runs is anarchism_held.jsonl and handbook_held.jsonl of scripts/make_recovery_text.py and
+dijiang/data/jargon_heldout.txt.
 """
 
 import argparse
@@ -106,7 +107,7 @@ def main() -> None:
     blocks = held_out(given.held_out, tokenizer)
     perplexities = {str(length): perplexity(teacher, rows) for length, rows in blocks.items()}
     about = {
-        "command": "python benchmarks/recovery.py RUN... --held-out TEXT...",
+        "command": f"python benchmarks/recovery.py RUN... --held-out {' '.join(Path(file).name for file in given.held_out)}",
         "held_out": [Path(file).name for file in given.held_out],
         "blocks": {str(length): list(rows.shape) for length, rows in blocks.items()},
         "teacher_perplexity": perplexities,
