@@ -99,7 +99,12 @@ def main() -> None:
     parser.add_argument("--held-out", nargs="+", required=True)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "recovery.json")
     given = parser.parse_args()
-    recipes = {run: load_recipe(next(run.glob("*/recipe.yaml")), stored=True) for run in given.runs}
+    recipes = {}
+    for run in given.runs:
+        files = [run / stage / "recipe.yaml" for stage in ("distill", "align")]  # the last stage's knows them all
+        if not (found := [file for file in files if file.exists()]):
+            sys.exit(f"{run} holds no run of a recipe")
+        recipes[run] = load_recipe(found[0], stored=True)
     if len({recipe.source for recipe in recipes.values()}) > 1:
         sys.exit("the runs have different teachers; measure them apart, into different files")
     dtype = fastest_dtype("cpu")

@@ -63,7 +63,7 @@ def forgetting_table(ablation: dict) -> str:
         if f"{name}{base}{suffixes[-1]}" in ablation["runs"]:
             found = (ablation["runs"][f"{name}{base}{suffix}"] for suffix in suffixes)
             rows.append([name, *(mean(runs, "perplexity_ratio") for runs in found)])
-    return table(["map", "kernel trains", "projections too", "and spans of 4 to 64", "and sinks"], rows)
+    return table(["map", "kernel trains", "projections too", "and short spans", "and sinks"], rows)
 
 
 def recovery_table(recovery: dict) -> str:

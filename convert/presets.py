@@ -19,8 +19,8 @@ RECOMMENDED = {
 
 PRESETS: dict[str, dict] = {
     "recommended": RECOMMENDED,
-    # what they support without a window (docs/recovery.md): a query's own key and the first four stay exact, heads forget
-    # sooner or later, directions train; the projections must train too, see the recipe smollm2-135m-linear
+    # what they support without more than a query's own key and the first four exact (docs/recovery.md): heads forget sooner or
+    # later, directions train; the projections must train too, see the recipe smollm2-135m-linear
     "linear": RECOMMENDED
     | {
         "feature_map": "ldcf",

@@ -53,8 +53,8 @@ def convert(
     preset: Annotated[
         str,
         typer.Option(
-            help="recommended: window + sinks + DiJiang features; linear: the same without a window, forgetting; "
-            "paper: the released code's layer."
+            help="recommended: window + sinks + DiJiang features; linear: exact on a token's own key and the first "
+            "four alone, heads that forget, to be recovered; paper: the released code's layer."
         ),
     ] = ("recommended"),
     set_: Annotated[

@@ -50,8 +50,8 @@ class DiJiangConfig(PretrainedConfig):
         radial: law of the initial radii: `normal` (the paper's) or `chi` (unbiased for d > 1).
         dct_direction: `forward` (the paper's text) or `inverse` (its released code).
         decay: `none`, `retnet` (fixed per head) or `learned` (per head, from the same start).
-        decay_spans: tokens that the state of the first and of the last head looks back, 1 / (1 - gamma); heads between are
-            spread evenly on a logarithmic scale. Default: RetNet's [32, 512].
+        decay_spans: tokens that the state of the first and of the last key/value head looks back, 1 / (1 - gamma); heads
+            between are spread evenly on a logarithmic scale, a single one takes the first. Default: RetNet's [32, 512].
         normalize: divide by the sum of the weights; needed whenever there is a window or sinks.
         branch_scale_init: start of the bias b in the linear branch's log-scale c(q) = w.q + b. The default keeps the branch
             silent, so that an unaligned model is exactly window + sinks.

@@ -60,8 +60,8 @@ class Decay(nn.Module):
     def reset_parameters(self) -> None:
         with torch.device("cpu"):
             ends = -torch.tensor(self.spans, dtype=torch.float64).log()
-            gamma = 1 - torch.linspace(ends[0].item(), ends[1].item(), self.log_rate.shape[0], dtype=torch.float64).exp()
-        init.copy_(self.log_rate, (-gamma.log()).log().float())
+            share = torch.linspace(ends[0].item(), ends[1].item(), self.log_rate.shape[0], dtype=torch.float64).exp()
+        init.copy_(self.log_rate, (-torch.log1p(-share)).log().float())  # finite for any span
 
     def forward(self) -> torch.Tensor:
         # loading a checkpoint sets requires_grad on every parameter, so it is not what keeps a fixed decay fixed

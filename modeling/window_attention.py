@@ -15,6 +15,10 @@ SMALLEST_BLOCK, BLOCK_SIZE = 16, 64
 HIDDEN = -1e30
 
 
+def queries_per_block(window: int) -> int:
+    return min(max(window, SMALLEST_BLOCK), BLOCK_SIZE)
+
+
 def near_and_far_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -47,16 +51,14 @@ def near_and_far_attention(
         far: (B, T, H, d) linear branch, not normalised; far_sum: (B, T, H) its sum of weights.
         far_log_scale: c (B, T, H), what one unit of the linear branch weighs in the softmax's units, as a logarithm.
         scale: factor on q.k.
-        block_size: queries per block. With T it is one dense block, quadratic in T. Default: W, at least SMALLEST_BLOCK
-            and at most BLOCK_SIZE.
+        block_size: queries per block. With T it is one dense block, quadratic in T. Default: `queries_per_block`.
 
     Returns:
         (B, T, H, d) float32.
     """
     B, T, H, d = q.shape
     G, W = k.shape[2], k.shape[1] - T
-    C = min(max(W, SMALLEST_BLOCK), BLOCK_SIZE) if block_size is None else block_size
-    R, C = H // G, min(C, T)
+    R, C = H // G, min(queries_per_block(W) if block_size is None else block_size, T)
     N = -(-T // C)
     far_sum = far_sum.clamp_min(TINY)
     far_score = torch.where(far_sum > TINY, far_sum.log() + far_log_scale, HIDDEN)

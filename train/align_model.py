@@ -181,7 +181,7 @@ def refuse_what_cannot_be_aligned(student: DiJiangForCausalLM, config: AlignConf
     if student.config.output_norm != "none" or student.config.output_gate:
         raise ValueError(
             "the checkpoint has output_norm or output_gate, so its outputs cannot be compared with softmax attention's; "
-            "attention transfer is for layers without them, such as preset recommended; leave the align section out"
+            "attention transfer is for layers without them, such as preset recommended or linear; leave the align section out"
         )
     if config.trains == "kernel" and not kernel_parameters(student):
         raise ValueError(

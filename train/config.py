@@ -112,7 +112,8 @@ class RunConfig:
         save_every: steps between checkpoints; 0: at the end only.
         keep_checkpoints: how many are kept, at least 2.
         log_every: steps between log lines.
-        evaluate_every: steps between measurements of held-out perplexity; 0: at the end only.
+        evaluate_every: steps between measurements of held-out perplexity, the teacher's beside it (not with
+            distill.teacher_top_k or distill.kl_weight 0, where there is no teacher in memory); 0: at the end only.
         report_to: experiment trackers: tensorboard, wandb, trackio.
     """
 

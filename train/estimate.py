@@ -10,10 +10,12 @@ from transformers import AutoConfig, PretrainedConfig
 from dijiang.convert import PRESETS
 from dijiang.convert.families import FAMILIES, dijiang_config, one_line
 from dijiang.convert.mapping import build_on_meta
+from dijiang.convert.overrides import check_effect
 from dijiang.convert.source import open_source
 from dijiang.modeling import FEATURE_MAPS, DiJiangForCausalLM
 from dijiang.modeling.chunk_attention import CHUNK_SIZE
 from dijiang.modeling.linear_layer import DiJiangLinearAttention
+from dijiang.modeling.window_attention import queries_per_block
 
 from .attention_transfer import KERNEL_PARTS, kernel_parameters
 from .config import Recipe
@@ -131,7 +133,9 @@ def estimate(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1, shape: Pretrai
         raise ValueError(f"gpus={gpus} must be at least 1")
     config = source_config(recipe.source, shape)
     preset, settings = PRESETS[recipe.convert.preset], recipe.convert.settings
-    student = build_on_meta(dijiang_config(config, {"layer_types": "linear_attention"} | preset | settings))
+    made = dijiang_config(config, {"layer_types": "linear_attention"} | preset | settings)
+    check_effect(settings, made)
+    student = build_on_meta(made)
     teacher = model_size(build_on_meta(dijiang_config(config, {})))
     size = model_size(student)
     level = recipe.run.deepspeed or "zero0"
@@ -191,7 +195,8 @@ def mixing_flops(layer: DiJiangLinearAttention) -> float:
     projected = "feature_dim" in FEATURE_MAPS[layer.config.feature_map].settings
     features = 2 * (H + G) * M * d if projected else 0
     state = 2 * H * C * (M + d) + 2 * (H + G) * M * d
-    return features + state + (4 * H * d * (layer.window + layer.sinks + C) if layer.window else 0)
+    near = layer.window + layer.sinks + queries_per_block(layer.window)
+    return features + state + (4 * H * d * near if layer.window else 0)
 
 
 def trained_weights(recipe: Recipe, stage: str, size: ModelSize) -> tuple[int, int]:
@@ -289,8 +294,8 @@ def layer_bytes(config, low: int) -> float:
     norms = 3 * low + (0 if config.norm_type == "layer_norm" else 22 if low == 2 else 11)
     outside = norms * config.hidden_size + (4 if config.mlp_type == "gated" else 2) * low * config.intermediate_size
     branch = (8 + 2.5 * low) * H * d + (3 + low) * H * M + (10 + 2 * low) * G * M + 8 / low * G * M * d / CHUNK_SIZE
-    window = 6 * H * (config.attention_window + config.attention_sinks + CHUNK_SIZE + 1) if config.attention_window else 0
-    return outside + branch + window
+    near = config.attention_window + config.attention_sinks + queries_per_block(config.attention_window)
+    return outside + branch + (6 * H * (near + 1) if config.attention_window else 0)
 
 
 def model_bytes(level: str, n: int, trained: int, others: int, frozen: int, low: int) -> tuple[dict[str, float], float]:

@@ -44,7 +44,7 @@ def load_recipe(path_or_name: str | Path, sets: Sequence[str] = (), *, stored: b
 
     Raises:
         ValueError: if there is no such recipe, it is not valid YAML, holds a key twice, an unknown one, one that has no effect
-            or a value of a wrong type, or lacks a key. One line that names the recipe and the dotted key.
+            (unless `stored`) or a value of a wrong type, or lacks a key. One line that names the recipe and the dotted key.
     """
     text = read_text(path_or_name)
     try:
@@ -269,6 +269,7 @@ def check_choices(recipe: Recipe) -> None:
 # section, keys, whether they are idle in a recipe r and its section s, and what makes them so
 IDLE = (
     ("align", ["weight_decay"], lambda r, s: s.trains == "kernel", "align.trains: kernel"),
+    ("convert", ["settings.decay_spans"], lambda r, s: student_settings(r).get("decay") == "none", "decay: none"),
     ("align", ["attention_learning_rate"], lambda r, s: s.trains == "kernel", "align.trains: kernel"),
     ("align", ["quiet"], lambda r, s: s.calibrate_blocks == 0, "align.calibrate_blocks: 0"),
     ("align", ["quiet"], lambda r, s: not has_window(r), "attention_window: 0"),
@@ -321,8 +322,12 @@ def no_room(stage: StageConfig) -> bool:
 
 def has_window(recipe: Recipe) -> bool:
     """Whether the student's linear layers have an exact window."""
-    settings = PRESETS.get(recipe.convert.preset, {}) | recipe.convert.settings
-    return settings.get("attention_window") != 0
+    return student_settings(recipe).get("attention_window") != 0
+
+
+def student_settings(recipe: Recipe) -> dict:
+    """Settings of the linear layers."""
+    return PRESETS.get(recipe.convert.preset, {}) | recipe.convert.settings
 
 
 def is_local(path: str) -> bool:

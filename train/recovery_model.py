@@ -9,7 +9,7 @@ from dijiang.modeling import DiJiangForCausalLM
 
 from .distillation_loss import distillation_loss
 
-CROSS_ENTROPY = {"kl_weight": 0.0, "ce_weight": 1.0, "chunk_tokens": 256}  # whose logits are in memory together
+CROSS_ENTROPY = {"kl_weight": 0.0, "ce_weight": 1.0, "chunk_tokens": 256}
 
 
 class RecoveryModel(nn.Module):

@@ -24,7 +24,8 @@ from .tally import Tally
 class RecoveryTrainer(SavingTrainer):
     """
     Trains a recovery model: `model(**batch)` returns {"loss": mean over the batch's tokens, measures...} when training and
-    {"loss": mean next-token cross-entropy} when evaluating; `model.parameter_groups()` yields {"name", "params", "lr"}.
+    {"loss": mean next-token cross-entropy} when evaluating; `model.parameter_groups()` yields {"name", "params", "lr"}. If
+    `model.teacher` is there and not None, `model.teacher_text_loss(input_ids, position_ids)` gives its cross-entropy.
 
     Args:
         model: on its device already, unless DeepSpeed is to place it.
@@ -63,6 +64,7 @@ class RecoveryTrainer(SavingTrainer):
         self.groups = [group for group in model.parameter_groups() if group["params"]]
         self.takes = set(inspect.signature(model.forward).parameters)
         self.teacher_loss = model.teacher_text_loss if getattr(model, "teacher", None) is not None else None
+        self.teacher_perplexity: float | None = None
         self.tally, self.micro_batches, self.last_loss = Tally(stage.steps), [], math.nan
         self.checkpoints = Checkpoints(folder / "checkpoints", run.keep_checkpoints)
         args = TrainingArguments(
@@ -192,16 +194,24 @@ class RecoveryTrainer(SavingTrainer):
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Mean loss per held-out token and the perplexity, beside the teacher's; the same for any number of processes."""
-        facts = self.tally.facts
+        """
+        Mean loss per held-out token and the perplexity, beside the teacher's; the same for any number of processes. Arguments
+        are the library's, and not looked at.
+        """
         loss = self.held_out_loss(lambda batch: self.model(**batch)["loss"])
-        facts["held_out_perplexity"] = perplexity = math.exp(min(loss, 700.0))
-        logs = {"tokens": self.stage.tokens_after(self.state.global_step), "eval_loss": loss, "eval_perplexity": perplexity}
+        if not math.isfinite(loss):
+            raise ValueError(self.not_finite("the held-out loss"))
+        found = {"held_out_perplexity": math.exp(min(loss, 700.0))}
+        logs = {"tokens": self.stage.tokens_after(self.state.global_step), "eval_loss": loss}
+        logs["eval_perplexity"] = found["held_out_perplexity"]
         if self.teacher_loss is not None:
-            if "teacher_perplexity" not in facts:  # which does not change
+            if self.teacher_perplexity is None:  # once: neither it nor the text changes in a session
                 loss = self.held_out_loss(lambda batch: self.teacher_loss(batch["input_ids"], batch.get("position_ids")))
-                facts["teacher_perplexity"] = math.exp(min(loss, 700.0))
-            logs["eval_teacher_perplexity"] = facts["teacher_perplexity"]
+                if not math.isfinite(loss):
+                    raise ValueError(f"the teacher's loss on the held-out text is {loss}; check the source and run.dtype")
+                self.teacher_perplexity = math.exp(min(loss, 700.0))
+            logs["eval_teacher_perplexity"] = found["teacher_perplexity"] = self.teacher_perplexity
+        self.tally.facts |= found
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
@@ -221,8 +231,6 @@ class RecoveryTrainer(SavingTrainer):
                 tokens = (labels != -100).sum()
                 total += torch.stack((loss * tokens, tokens.double()))
         loss, tokens = sum_over_processes(total).tolist()
-        if not math.isfinite(loss):
-            raise ValueError(self.not_finite("the held-out loss"))
         return loss / max(tokens, 1.0)
 
 

@@ -129,5 +129,6 @@ def test_decay_is_retnets_formula_for_any_spans(spans):
     config = tiny_config(decay="retnet", decay_spans=spans, num_attention_heads=10, num_key_value_heads=5, hidden_size=80)
     assert_close(Decay(5, learned=False, spans=spans)(), gamma.log(), "log decay", tolerance=1e-5)
     assert_close(DiJiangLinearAttention(config, 0).decay(), gamma.log(), "log decay of a layer", tolerance=1e-5)
+    assert torch.isfinite(Decay(5, learned=True, spans=[1.0001, 1e30]).log_rate).all()
     fixed, learned = (Decay(5, learned=learned, spans=spans).log_rate for learned in (False, True))
     assert not fixed.requires_grad and learned.requires_grad

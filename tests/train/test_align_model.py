@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from dijiang.convert import load_source
+from dijiang.convert import PRESETS, load_source
 from dijiang.evaluate import perplexity
 from dijiang.modeling.linear_layer import linear_layers
 from dijiang.train.align_model import AlignModel, linear_branch_alone
@@ -58,6 +58,7 @@ CASES = [
     (None, {"trains": "attention"}),
     (WINDOWLESS, {}),
     (WINDOWLESS | {"decay": "learned", "feature_map": "hedgehog"}, {"trains": "attention"}),
+    (PRESETS["linear"] | {"layer_types": "linear_attention", "branch_scale_init": 0.5}, {"trains": "attention"}),
 ]
 
 

@@ -88,7 +88,7 @@ def test_linear_log_sum_equals_loops(window, sinks, feature_map, decay):
 
 @pytest.mark.parametrize("activation", ["softmax", "exp"])
 @pytest.mark.parametrize("pairs", [True, False])
-@pytest.mark.parametrize("feature_map", ["wdcf", "wpff"])
+@pytest.mark.parametrize("feature_map", ["wdcf", "ldcf", "wpff"])
 def test_a_centred_map_is_the_map_of_centred_inputs(feature_map, pairs, activation):
     config = make_config(feature_map=feature_map, feature_pairs=pairs, feature_activation=activation, feature_dim=11)
     x = make_qk(30)[0]
@@ -190,7 +190,7 @@ def test_the_fit_is_the_least_squares_solution_of_another_library():
     assert fit == pytest.approx(sum(shares) / HEADS, abs=0.01) and 0.3 < fit < 1
 
 
-@pytest.mark.parametrize(("feature_map", "window"), [("wdcf", 5), ("wpff", 5), ("wdcf", 0)])
+@pytest.mark.parametrize(("feature_map", "window"), [("wdcf", 5), ("ldcf", 5), ("wpff", 5), ("wdcf", 0)])
 @pytest.mark.parametrize("loudness", [0.3, 3.0])
 def test_the_multiple_of_the_radii_is_the_best_of_those_tried(monkeypatch, feature_map, window, loudness):
     settings = {"feature_map": feature_map, "attention_window": window, "attention_sinks": min(window, 2)}

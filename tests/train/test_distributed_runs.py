@@ -190,6 +190,8 @@ def test_a_recipe_in_two_processes_under_zero_3(job, tmp_path):
     for stage in ("align", "distill"):
         found = tmp_path / "out" / stage
         assert losses(metrics(found)) == pytest.approx(losses(metrics(expected.parents[1] / stage)), rel=1e-5)
+        teacher, alone = (metrics(folder)[-1]["eval_teacher_perplexity"] for folder in (found, expected.parents[1] / stage))
+        assert teacher == pytest.approx(alone, rel=1e-5)
         assert difference(found / "model", expected.parents[1] / stage / "model") < 1e-4
     record = json.loads((tmp_path / "out" / "distill" / "model" / "provenance.json").read_text())["stages"][-1]
     assert record["world_size"] == 2 and record["written_by"] == "DeepSpeed ZeRO-3"

@@ -206,6 +206,7 @@ SHAPES_OF_LAYERS = [
     {"num_key_value_heads": 6, "feature_dim": 24},
     {"norm_type": "layer_norm", "mlp_type": "plain", "parallel_residual": True, "num_key_value_heads": 3},
     {"attention_window": 0, "attention_sinks": 0, "intermediate_size": 333},
+    {"attention_window": 1, "decay": "learned", "feature_map": "ldcf"},
     {"hidden_size": 192, "num_attention_heads": 4, "head_dim": 40},
 ]
 

@@ -258,6 +258,7 @@ IDLE = [
     ),
     ("distill: {kl_weight: 0, ce_weight: 1, temperature: 2}", "distill.temperature", "distill.kl_weight: 0"),
     ("distill: {kl_weight: 0, ce_weight: 1, teacher_top_k: 0}", "distill.teacher_top_k", "distill.kl_weight: 0"),
+    ("convert: {settings: {decay_spans: [4, 64]}}\nalign: {}", "convert.settings.decay_spans", "decay: none"),
     ("align: {}\nrun: {evaluate_every: 10}", "run.evaluate_every", "no data.held_out"),
     (
         "convert: {settings: {attention_window: 0, attention_sinks: 0}}\nalign: {window_dropout: 0.5}",
@@ -421,7 +422,7 @@ def test_a_stored_recipe_may_hold_keys_without_effect(recipe, complains):
 def test_without_effect_knows_defaults_too():
     plain = Recipe(source="s", output="o", data=DataConfig(train=[SourceConfig(path="a/b")]), distill=DistillConfig())
     idle = set(without_effect(plain))
-    assert {"data.held_out_tokens", "run.evaluate_every", "data.train.0.weight"} == idle
+    assert {"data.held_out_tokens", "run.evaluate_every", "data.train.0.weight", "convert.settings.decay_spans"} == idle
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,8 @@ def test_a_teacher_on_disk_with_all_tokens_is_the_teacher_beside(recipe, tmp_pat
         for folder in (tmp_path / "beside", model.parent)
     ]
     assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-3)  # float16 on disk
+    beside, on_disk = (read_provenance(folder)["stages"][-1] for folder in (tmp_path / "beside" / "model", model))
+    assert beside["teacher_perplexity"] > 1 and "teacher_perplexity" not in on_disk  # which has no logits of held-out text
 
 
 # --- interruptions ---
@@ -240,6 +242,15 @@ def test_another_recipe(begun):
 def test_how_it_runs_may_change(begun, tmp_path):
     job = begun("run.micro_batch_size=2", "run.log_every=1", f"data.cache={tmp_path / 'elsewhere'}", stages=("distill",))
     run_stage(job, "distill", progress=False)
+
+
+def test_a_folder_begun_by_an_older_version(begun, tmp_path):
+    """Its recipe may hold keys that have no effect by today's rules."""
+    file = tmp_path / "out" / "distill" / "recipe.yaml"
+    content = yaml.safe_load(file.read_text())
+    content["data"]["train"][0]["weight"] = 2.0
+    file.write_text(yaml.safe_dump(content))
+    run_stage(begun(stages=("distill",)), "distill", progress=False)
 
 
 def test_an_align_section_that_changed_since(recipe):

@@ -142,7 +142,7 @@ class Documents(FakeBlocks):
         return super().__getitem__(place) | {"position_ids": positions}
 
 
-def test_held_out_blocks_weigh_as_many_tokens_as_they_predict(tmp_path):
+def test_held_out_blocks_weigh_as_many_tokens_as_they_predict(tmp_path, capsys):
     class PerRow(FakeModel):
         """A loss, and a teacher's, that say which row it is."""
 
@@ -156,16 +156,28 @@ def test_held_out_blocks_weigh_as_many_tokens_as_they_predict(tmp_path):
             calls.append(len(position_ids))
             return position_ids.max() / 20
 
-    calls = []
-    stage, held_out = stage_config(), Documents(7, seed=1)
-    build_trainer(tmp_path, stage, run_config(evaluate_every=2), PerRow(), held_out=held_out).run(None)
-    # a row's last token and the last before another document predict nothing
-    tokens, losses = zip(*((LENGTH - 2 - i, (LENGTH - 2 - i) / 10) for i in range(7)), strict=True)
-    expected = sum(n * loss for n, loss in zip(tokens, losses, strict=True)) / sum(tokens)
+    def mean(rows: int) -> float:
+        # a row's last token and the last before another document predict nothing
+        tokens = [LENGTH - 2 - i for i in range(rows)]
+        return sum(n * n / 10 for n in tokens) / sum(tokens)
+
+    calls, stage, run = [], stage_config(), run_config(evaluate_every=2)
+    build_trainer(tmp_path, stage, run, PerRow(), held_out=Documents(7, seed=1), progress=True).run(None)
     found = [line for line in metrics(tmp_path) if "eval_loss" in line]
-    assert len(found) == 3 and found[0]["eval_loss"] == pytest.approx(expected)
-    assert [line["eval_teacher_perplexity"] for line in found] == pytest.approx([math.exp(expected / 2)] * 3)
+    assert len(found) == 3 and found[0]["eval_loss"] == pytest.approx(mean(7))
+    assert [line["eval_teacher_perplexity"] for line in found] == pytest.approx([math.exp(mean(7) / 2)] * 3)
     assert calls == [1] * 7  # once, for it does not change
+    perplexity, teacher = math.exp(mean(7)), math.exp(mean(7) / 2)
+    said = f"perplexity {perplexity:.3f}, {perplexity / teacher:.3f} times the teacher's {teacher:.3f}"
+    assert said in " ".join(capsys.readouterr().err.split())
+
+    # a resumed run may measure on another text
+    again = build_trainer(tmp_path, stage, run, PerRow(), held_out=Documents(3, seed=1))
+    again.run(again.checkpoints.folder / "checkpoint-4")
+    last = metrics(tmp_path)[-1]
+    assert [last["eval_perplexity"], last["eval_teacher_perplexity"]] == pytest.approx(
+        [math.exp(mean(3)), math.exp(mean(3) / 2)]
+    )
 
 
 def test_logs_hold_the_means_of_their_steps(tmp_path):
@@ -189,6 +201,7 @@ def test_console_lines_leave_layer_measures_out(tmp_path, capsys):
     build_trainer(tmp_path, stage_config(), run_config(log_every=3), progress=True).run(None)
     err = capsys.readouterr().err
     assert "Testing: step 3/6, 108 tokens, " in err and "held-out loss" in err
+    assert "teacher's" not in err
     assert "loss 3." in err and "learning rate 2.29e-02 7.62e-03" in err and "logit" not in err
 
 
