@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+TICKS = (1, 1.2, 1.5, 2, 3, 4, 6)
 PAGE = Path(__file__).parents[1] / "docs" / "recovery.md"
 
 
@@ -105,6 +106,9 @@ def plot(recovery: dict, path: Path) -> None:
     axes.set_xlabel("tokens of distillation")
     axes.set_ylabel("held-out perplexity / teacher's")
     axes.set_yscale("log")
+    axes.set_yticks(TICKS, [str(tick) for tick in TICKS])
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
