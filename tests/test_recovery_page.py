@@ -26,6 +26,16 @@ def test_tables_are_those_of_the_results(report):
     assert page.count("\n| --- |") == 4
 
 
+def test_the_readme_says_what_the_runs_came_to():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    runs = json.loads((ROOT / "benchmarks" / "results" / "recovery.json").read_text(encoding="utf-8"))["runs"]
+    for name in ("window", "window_only", "linear"):
+        found = runs[name]["stages"]["distill"]
+        minutes = round(sum(found["seconds"]) / 60)
+        ratios = " | ".join(f"{found['ratio'][length]:.3f}" for length in ("1024", "4096"))
+        assert f"| {found['tokens']:,} | {minutes} min | {ratios} |" in readme
+
+
 def test_means_and_ranges_over_seeds(report):
     assert report.mean({"0": {"x": 1.0}, "1": {"x": 2.0}}, "x") == "1.500 (1.000-2.000)"
     assert report.mean({"0": {"x": 1.0}}, "x") == "1.000" and report.mean({"0": {}}, "x") == "-"
