@@ -294,8 +294,10 @@ def layer_bytes(config, low: int) -> float:
     norms = 3 * low + (0 if config.norm_type == "layer_norm" else 22 if low == 2 else 11)
     outside = norms * config.hidden_size + (4 if config.mlp_type == "gated" else 2) * low * config.intermediate_size
     branch = (8 + 2.5 * low) * H * d + (3 + low) * H * M + (10 + 2 * low) * G * M + 8 / low * G * M * d / CHUNK_SIZE
+    scaled = 0 if config.decay == "none" else low * H * CHUNK_SIZE  # what a decay multiplies is kept before and after
+    scaled += low * H * M + G * (6 * M + CHUNK_SIZE) if config.decay == "learned" else 0
     near = config.attention_window + config.attention_sinks + queries_per_block(config.attention_window)
-    return outside + branch + (6 * H * (near + 1) if config.attention_window else 0)
+    return outside + branch + scaled + (4.6 * H * (near + 1) + 8 * H * d if config.attention_window else 0)
 
 
 def model_bytes(level: str, n: int, trained: int, others: int, frozen: int, low: int) -> tuple[dict[str, float], float]:

@@ -265,7 +265,7 @@ def test_the_bundled_recipe_is_the_default_even_beside_a_file_of_its_name(tmp_pa
     (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path)
     found = demo_recipe(None, "source", tmp_path / "work")
-    assert (found.align.tokens, found.align.block_size) == (40_960, 1024)
+    assert (found.align.tokens, found.align.block_size) == (12_288, 1024)
     assert found.distill.block_size == 1024 and found.distill.batch_size == 1
     assert found.run.report_to == []  # `make demo` installs no tracker
 

@@ -191,7 +191,7 @@ def cost_of_layer(name: str, e: int) -> float:
     d = h // H
     M = 2 * d
     branch = (8 + 2.5 * e) * h + (3 + e) * H * M + (10 + 2 * e) * H * M + 8 / e * H * M * d / 64
-    return 3 * e * h + 2 * e * f + branch + 6 * H * (64 + 4 + 65)
+    return 3 * e * h + 2 * e * f + branch + 4.6 * H * (64 + 4 + 65) + 8 * h
 
 
 def test_a_teacher_takes_memory_only_where_it_runs():
@@ -207,6 +207,7 @@ SHAPES_OF_LAYERS = [
     {"norm_type": "layer_norm", "mlp_type": "plain", "parallel_residual": True, "num_key_value_heads": 3},
     {"attention_window": 0, "attention_sinks": 0, "intermediate_size": 333},
     {"attention_window": 1, "decay": "learned", "feature_map": "ldcf"},
+    {"decay": "retnet"},
     {"hidden_size": 192, "num_attention_heads": 4, "head_dim": 40},
 ]
 
