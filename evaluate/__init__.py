@@ -1,8 +1,18 @@
-"""Measures what a conversion kept: perplexity beside the teacher's and the controls', decoding speed, memory."""
+"""Measures what a conversion kept: quality beside the teacher's and the controls', latency, memory, attention maps."""
 
-from .controls import linear_only, window_only
+from .controls import linear_only, no_attention, window_only
 from .decode import decode_speed
+from .evaluation import EvaluationConfig, evaluate_model
 from .perplexity import perplexity
 from .reload import logits_without_package
 
-__all__ = ["decode_speed", "linear_only", "logits_without_package", "perplexity", "window_only"]
+__all__ = [
+    "EvaluationConfig",
+    "decode_speed",
+    "evaluate_model",
+    "linear_only",
+    "logits_without_package",
+    "no_attention",
+    "perplexity",
+    "window_only",
+]

@@ -47,3 +47,17 @@ def linear_only(model: DiJiangForCausalLM) -> Iterator[DiJiangForCausalLM]:
     finally:
         for layer, (window, sinks) in zip(layers, saved, strict=True):
             layer.window, layer.sinks = window, sinks
+
+
+@contextmanager
+def no_attention(model: DiJiangForCausalLM) -> Iterator[DiJiangForCausalLM]:
+    """Within the block no linear layer adds anything to the residual stream, as if its output projection were zero."""
+    hooks = [
+        layer.register_forward_hook(lambda module, args, output: (torch.zeros_like(output[0]), *output[1:]))
+        for layer in linear_layers(model).values()
+    ]
+    try:
+        yield model
+    finally:
+        for hook in hooks:
+            hook.remove()

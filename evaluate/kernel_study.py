@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dijiang.convert.folders import refuse_taken_file
 from dijiang.convert.provenance import public_name, versions
 
 from . import kernel_report
+from .drawing import refuse_missing_matplotlib
 from .kernel_inputs import Case, InputSet, gaussian_inputs, normal_radius_limit, real_inputs
 from .kernel_maps import FITS, MAPS, WEIGHTED, estimate, features, normal_equations, squared_error
 
@@ -94,12 +95,9 @@ def run_kernel_study(
     started = time.perf_counter()
     config = config or KernelStudyConfig()
     for path in filter(None, (output, plot)):
-        if path.exists() or path.is_symlink():
-            raise ValueError(f"output {path} exists already; choose a new file or remove it")
-        if not path.absolute().parent.is_dir():
-            raise ValueError(f"the folder of {path} does not exist; make it or choose another output")
-    if plot and find_spec("matplotlib") is None:
-        raise ValueError("plots are drawn with matplotlib, which is missing; run: pip install matplotlib")
+        refuse_taken_file(path)
+    if plot:
+        refuse_missing_matplotlib()
     sets = [gaussian_inputs(norm, d, config.pairs) for norm, d in GAUSSIANS]
     sets += real_inputs(source, text, tokens=config.tokens, query_every=config.query_every, heads=config.heads)
     errors = measure(sets, config, progress=progress)

@@ -1,11 +1,7 @@
 """The README's commands and snippets, run as they stand beside a tiny model that bears the name they use."""
 
 import json
-import os
-import random
 import re
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,38 +9,27 @@ from dijiang.evaluate import report
 from dijiang.train import load_recipe
 from dijiang.train.__main__ import parse_arguments
 
-ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+from doc_commands import LAUNCHERS, ROOT, blocks, run, run_without_package, shell_lines, write_text
+
 # what the commands train on here; all else is as written
 BUDGET = ["align.tokens=12288", "distill.tokens=16384"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-
-
-def run(command: list[str], folder: Path) -> str:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, f"{shlex.join(command)}: {done.stderr[-2000:]}"
-    return done.stdout
-
-
 def test_commands_and_snippets_work_as_written(make_source, tmp_path):
     make_source(name="HuggingFaceTB/SmolLM2-135M", num_key_value_heads=2)
     for seed, name in enumerate(("book.txt", "other.txt")):
-        words = random.Random(seed).choices("the cat sat on mat and rat".split(), k=5000)
-        (tmp_path / name).write_text(" ".join(words), encoding="utf-8")
+        write_text(tmp_path / name, seed)
 
-    commands = [shlex.split(line) for block in blocks("bash") for line in block.splitlines() if line.startswith("dijiang ")]
+    commands = [words for words in shell_lines(README) if words[0] == "dijiang"]
     assert [command[1] for command in commands] == ["convert", "estimate", "recover"]
     for command in commands:
         small = [word for setting in BUDGET for word in ("--set", setting)] if command[1] == "recover" else []
         run([str(Path(sys.executable).with_name("dijiang")), *command[1:], *small], tmp_path)
 
-    use, convert = blocks("python")
-    (tmp_path / "use.py").write_text("import sys\nsys.modules['dijiang'] = None\n" + use, encoding="utf-8")
-    assert run([sys.executable, "use.py"], tmp_path).startswith("A hacker is")
+    use, convert = blocks(README, "python")
+    assert run_without_package(use, tmp_path).startswith("A hacker is")
 
     for folder in ("smollm2-dijiang", "smollm2-recovered"):
         (tmp_path / folder).rename(tmp_path / f"{folder}-by-command")
@@ -57,16 +42,16 @@ def test_commands_and_snippets_work_as_written(make_source, tmp_path):
 
 
 def test_launch_lines_are_of_recipes_and_options_that_exist():
-    lines = [line for block in blocks("bash") for line in block.splitlines() if "dijiang.train" in line]
-    assert {line.split()[0] for line in lines} == {"deepspeed", "torchrun"}
-    for line in lines:
-        given = parse_arguments(shlex.split(line.partition("dijiang.train ")[2]))
+    lines = [words for words in shell_lines(README) if words[0] in LAUNCHERS]
+    assert {words[0] for words in lines} == {"deepspeed", "torchrun"}
+    for words in lines:
+        given = parse_arguments(words[words.index("dijiang.train") + 1 :])
         assert load_recipe(given.recipe, given.set).stages == ["align", "distill"]
 
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = [line.split()[1] for block in blocks("bash") for line in block.splitlines() if line.startswith("make ")]
+    targets = [words[1] for words in shell_lines(README) if words[0] == "make"]
     assert targets == ["demo", "test"]
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from dijiang.convert.shapes import SHAPES
 from dijiang.train.estimate import BUCKET, LEVELS, LIVE, estimate
-from dijiang.train.hardware import SHAPES
 from dijiang.train.recipe import load_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -5,24 +5,7 @@ from pathlib import Path
 
 import torch
 
-
-def read_text(path: str | Path) -> str:
-    """
-    The text of one UTF-8 file.
-
-    Raises:
-        ValueError: if it cannot be read, is empty, or is not UTF-8 (with the position of the first wrong byte).
-    """
-    try:
-        # not utf-8-sig, which counts bytes from behind the byte-order mark
-        text = Path(path).read_bytes().decode().removeprefix("\ufeff")
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
-    if not text.strip():
-        raise ValueError(f"{path} is empty; give a file with text")
-    return text
+from dijiang.convert.text_files import read_text
 
 
 def token_blocks(tokenizer, files: Sequence[str | Path], block_size: int) -> torch.Tensor:

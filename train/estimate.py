@@ -11,6 +11,7 @@ from dijiang.convert import PRESETS
 from dijiang.convert.families import FAMILIES, dijiang_config, one_line
 from dijiang.convert.mapping import build_on_meta
 from dijiang.convert.overrides import check_effect
+from dijiang.convert.shapes import SHAPES
 from dijiang.convert.source import open_source
 from dijiang.modeling import FEATURE_MAPS, DiJiangForCausalLM
 from dijiang.modeling.chunk_attention import CHUNK_SIZE
@@ -19,7 +20,7 @@ from dijiang.modeling.window_attention import queries_per_block
 
 from .attention_transfer import KERNEL_PARTS, kernel_parameters
 from .config import Recipe
-from .hardware import DEVICES, SHAPES
+from .hardware import DEVICES
 
 LEVELS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 UTILISATION = 0.35  # share of the device's peak that training reaches

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dijiang.convert import convert_model, load_source
-from dijiang.evaluate import linear_only, window_only
+from dijiang.evaluate import linear_only, no_attention, window_only
 from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
 
 WINDOW, SINKS, LENGTH = 4, 2, 25
@@ -69,7 +69,32 @@ def test_linear_only_of_a_fresh_conversion(pair, tokens, tmp_path):
         assert torch.equal(logits(control, tokens(LENGTH)), logits(without, tokens(LENGTH)))
 
 
-@pytest.mark.parametrize("control", [window_only, linear_only])
+def test_no_attention_is_a_model_whose_output_projections_are_zero(model, tokens):
+    ids = tokens(LENGTH)
+    without = rebuilt(model)
+    with torch.no_grad():
+        for layer in without.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    with no_attention(model) as control:
+        found = logits(control, ids)
+    assert torch.equal(found, logits(without, ids))
+    shuffled = ids.clone()
+    shuffled[:, :-1] = ids[:, :-1].flip(1)
+    with no_attention(model) as control:  # the last token knows nothing of those before it
+        assert torch.equal(logits(control, shuffled)[:, -1], found[:, -1])
+    assert (found - logits(model, ids)).abs().max() > 0.1
+
+
+def test_no_attention_leaves_full_layers_alone(pair, tokens):
+    hybrid = load_source(pair.teacher, layer_types=["full_attention", "linear_attention"])[0]
+    with torch.no_grad():
+        expected = load_source(pair.teacher)[0]
+        expected.model.layers[1].self_attn.o_proj.weight.zero_()
+    with no_attention(hybrid) as control:
+        assert torch.allclose(logits(control, tokens(LENGTH)), logits(expected, tokens(LENGTH)), atol=1e-5)
+
+
+@pytest.mark.parametrize("control", [window_only, linear_only, no_attention])
 def test_the_model_is_itself_again(model, tokens, control):
     ids = tokens(LENGTH)
     before, weights = logits(model, ids), {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -90,7 +115,7 @@ def test_the_model_is_itself_again(model, tokens, control):
 def test_controls_hold_while_decoding(model, tokens):
     """Token by token through the cache, as all at once."""
     ids = tokens(LENGTH)
-    for control in (window_only, linear_only):
+    for control in (window_only, linear_only, no_attention):
         with control(model), torch.no_grad():
             whole, cache, steps = logits(model, ids), None, []
             for t in range(LENGTH):
@@ -100,7 +125,7 @@ def test_controls_hold_while_decoding(model, tokens):
         assert (torch.cat(steps, dim=1) - whole).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("control", [window_only, linear_only])
+@pytest.mark.parametrize("control", [window_only, linear_only, no_attention])
 def test_softmax_models_have_nothing_to_take_away(pair, tokens, control):
     teacher = load_source(pair.teacher)[0]
     expected = logits(teacher, tokens(LENGTH))

@@ -11,12 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaC
 
 from dijiang.convert import PRESETS, convert_model
 from dijiang.convert.families import dijiang_config
+from dijiang.convert.shapes import SHAPES
 from dijiang.modeling import DiJiangForCausalLM
 from dijiang.train.attention_transfer import kernel_parameters
 from dijiang.train.config import AlignConfig, ConvertConfig, DataConfig, DistillConfig, Recipe, RunConfig, SourceConfig
 from dijiang.train.distill_model import prepare
 from dijiang.train.estimate import GIB, LEVELS, estimate, layer_bytes, render
-from dijiang.train.hardware import DEVICES, SHAPES
+from dijiang.train.hardware import DEVICES
 
 PUBLISHED = {
     "HuggingFaceTB/SmolLM2-135M": 134_515_008,
@@ -24,6 +25,7 @@ PUBLISHED = {
     "EleutherAI/pythia-160m": 162_322_944,
     "EleutherAI/pythia-410m": 405_334_016,
     "EleutherAI/pythia-1b": 1_011_781_632,
+    "EleutherAI/pythia-1.4b": 1_414_647_808,
     "EleutherAI/pythia-2.8b": 2_775_208_960,
     "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": 1_100_048_384,
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,

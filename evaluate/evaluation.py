@@ -1,0 +1,263 @@
+"""The evaluation of a DiJiang checkpoint beside its teacher and the controls, resumable after any result."""
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dijiang.convert import fastest_dtype
+from dijiang.convert.folders import new_folder, refuse_occupied
+from dijiang.convert.mapping import dtype_named
+from dijiang.convert.provenance import versions
+
+from .attention_maps import measure_maps
+from .drawing import refuse_missing_matplotlib
+from .evaluation_result import describe, summary, training_curves
+from .page import write_report
+from .result_cache import ResultCache, code_hash, default_folder, hash_of
+from .statistics import LEVEL, RESAMPLES
+from .subjects import Comparison, Subject, compare
+from .tasks import (
+    ASSOCIATIVE,
+    NEEDLE,
+    Task,
+    agreement_task,
+    harness_tasks,
+    perplexity_task,
+    recall_task,
+    refuse_long,
+    tokenised,
+)
+
+MAP_COST = 20  # passes that the maps' arithmetic is reckoned as
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """
+    Settings of an evaluation.
+
+    Attributes:
+        texts: UTF-8 files of held-out text, each of which gives its own perplexities; the first also gives prompts, the
+            haystack of needles, and what attention maps are drawn of.
+        text_tokens: of each text, at most (None: all).
+        lengths: of the windows that perplexity is measured in; stride: tokens between their starts (None: their length).
+        recall_lengths: tokens in which something is to be found again; recall_samples: of each kind and length.
+        prompts, prompt_length, new_tokens: greedy continuations that are compared with the teacher's.
+        tasks: of lm-eval: names, groups, `paper`, `paper-7b`, or YAML files; limit: documents of each task (None: all);
+            num_fewshot: None means the task's own; batch_size: of lm-eval.
+        map_tokens: length of the row that attention maps are measured on; 0 leaves them out, and so does a teacher with other
+            layers or heads.
+        dtype: `auto` is the faster of float32 and bfloat16; device: `auto` is the GPU where there is one.
+        seed: of recall's samples and of the bootstrap.
+    """
+
+    texts: tuple[Path, ...]
+    text_tokens: int | None = 32768
+    lengths: tuple[int, ...] = (1024,)
+    stride: int | None = None
+    recall_lengths: tuple[int, ...] = (128, 256, 512, 1024)
+    recall_samples: int = 24
+    prompts: int = 16
+    prompt_length: int = 128
+    new_tokens: int = 32
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int = 1
+    map_tokens: int = 256
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.texts:
+            raise ValueError("no text given; name at least one text file")
+        positive = ("text_tokens", "stride", "recall_samples", "prompts", "prompt_length", "new_tokens", "limit", "batch_size")
+        sizes = [(name, getattr(self, name)) for name in positive]
+        sizes += [("lengths", length) for length in self.lengths]
+        sizes += [("recall_lengths", length) for length in self.recall_lengths]
+        for name, size in sizes:
+            if size is not None and size < 1:
+                raise ValueError(f"{name} holds {size}, which must be at least 1")
+
+    def quick(self) -> "EvaluationConfig":
+        """The same on so little that it takes seconds, to see that it works."""
+        small = {"text_tokens": 2048, "recall_samples": 4, "prompts": 2, "new_tokens": 8, "map_tokens": 64}
+        cut = {
+            "lengths": tuple(min(length, 256) for length in self.lengths[:1]),
+            "recall_lengths": self.recall_lengths[:1],
+            "prompt_length": min(self.prompt_length, 64),
+            "limit": min(self.limit or 8, 8),
+        }
+        return replace(self, **small, **cut)
+
+
+def evaluate_model(
+    checkpoint: str | Path,
+    teacher: str | Path,
+    output: str | Path,
+    config: EvaluationConfig,
+    *,
+    cache: Path | None = None,
+    progress: bool = True,
+) -> dict:
+    """
+    Evaluate a checkpoint beside its teacher and the controls, and write the report.
+
+    Args:
+        checkpoint: DiJiang checkpoint, folder or hub id.
+        teacher: softmax model with the same tokenizer: hub id, folder or GGUF file.
+        output: new folder for `evaluation.json`, `report.html` and the figures.
+        cache: folder where results are kept as they come, so that the same call goes on after an interruption; default
+            `~/.cache/dijiang/evaluations`.
+        progress: show a bar on stderr.
+
+    Returns:
+        What `evaluation.json` holds.
+
+    Raises:
+        ValueError: if output, models, texts or tasks do not allow it; nothing was measured then.
+    """
+    started = time.perf_counter()
+    output = Path(output).expanduser()
+    refuse_occupied(output)
+    refuse_missing_matplotlib()
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    dtype = fastest_dtype(device) if config.dtype == "auto" else dtype_named(config.dtype)
+    comparison = compare(checkpoint, teacher, dtype=dtype, device=device)
+    tasks, map_rows = build_tasks(config, comparison)
+    kept = ResultCache(cache or default_folder())
+    scores, maps, reused = measure(tasks, map_rows, config, comparison, kept, progress=progress)
+    with new_folder(output) as folder:
+        result = {
+            "kind": "evaluation",
+            "command": shlex.join(["dijiang", *sys.argv[1:]]),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            **describe(comparison),
+            "settings": {**asdict(config), "texts": [path.name for path in map(Path, config.texts)]},
+            "tasks": [summary(task, scores[task.name], comparison.subjects(), config.seed) for task in tasks],
+            "maps": maps,
+            "training": training_curves(comparison.student.folder),
+            "bootstrap": {"resamples": RESAMPLES, "level": LEVEL, "units": "windows, samples, prompts or documents"},
+            "results_reused": reused,
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        text = json.dumps(result, indent=1, ensure_ascii=False)
+        (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+        result = json.loads(text)  # as whoever reads the file has it
+        write_report({"evaluation": result}, folder)
+    return result
+
+
+def build_tasks(config: EvaluationConfig, comparison: Comparison) -> tuple[list[Task], torch.Tensor | None]:
+    """Every task, its data read and checked, and the rows (1, T) for attention maps. No model is in memory yet."""
+    refuse_long(config.lengths, comparison.context, "perplexity in windows")
+    refuse_long(config.recall_lengths, comparison.context, "recall in samples")
+    refuse_long([config.prompt_length + config.new_tokens], comparison.context, "a prompt with its continuation")
+    refuse_long([config.map_tokens], comparison.context, "an attention map")
+    tokenizer, tasks = comparison.tokenizer, []
+    texts = {Path(path).name: tokenised(tokenizer, Path(path), config.text_tokens) for path in config.texts}
+    if len(texts) < len(config.texts):
+        raise ValueError("two texts have the same file name, which is what results are told apart by; rename one")
+    for name, tokens in texts.items():
+        for length in config.lengths:
+            tasks.append(perplexity_task(name, tokens, length=length, stride=config.stride))
+    name, first = next(iter(texts.items()))
+    for kind in (NEEDLE, ASSOCIATIVE):
+        for length in config.recall_lengths:
+            tasks.append(recall_task(kind, tokenizer, first, length=length, samples=config.recall_samples, seed=config.seed))
+    sizes = {"prompt_length": config.prompt_length, "count": config.prompts, "new_tokens": config.new_tokens}
+    tasks.append(agreement_task(name, tokenizer, first, **sizes))
+    if config.tasks:
+        options = {"limit": config.limit, "num_fewshot": config.num_fewshot, "batch_size": config.batch_size}
+        tasks += harness_tasks(config.tasks, tokenizer, context=comparison.context, **options)
+    rows = first[: config.map_tokens][None] if config.map_tokens and comparison.same_heads else None
+    if rows is not None and rows.shape[1] < config.map_tokens:
+        raise ValueError(f"{name} has {len(first)} tokens, attention maps want {config.map_tokens}; give more text")
+    return tasks, rows
+
+
+def measure(
+    tasks: Sequence[Task],
+    map_rows: torch.Tensor | None,
+    config: EvaluationConfig,
+    comparison: Comparison,
+    kept: ResultCache,
+    *,
+    progress: bool,
+) -> tuple[dict[str, dict[str, dict]], dict | None, int]:
+    """Scores by task and subject, the attention maps, and how many of them had been kept from before."""
+    code, vocabulary = code_hash(), hash_of(json.dumps(comparison.tokenizer.get_vocab(), sort_keys=True).encode())
+    environment = {"code": code, "versions": versions(), "dtype": str(comparison.dtype), "device": comparison.device}
+    environment |= {"tokenizer": vocabulary}
+    subjects = [subject for subject in comparison.subjects() if subject.left_out is None]
+    scores: dict[str, dict[str, dict]] = {task.name: {} for task in tasks}
+    reused = 0
+
+    def facts(task: Task, subject: Subject) -> dict:
+        found = {"kind": task.kind, "settings": task.settings, "subject": subject.key, **environment}
+        found["model"] = comparison.identity[subject.model]
+        if task.kind == "agreement":
+            found["teacher"] = comparison.identity["teacher"]
+        return found
+
+    todo = []
+    for subject in subjects:
+        for task in tasks:
+            if (found := kept.get(facts(task, subject))) is not None:
+                scores[task.name][subject.key] = found
+                reused += 1
+            else:
+                todo.append((subject, task))
+    map_facts = maps = None
+    if map_rows is not None:
+        map_facts = {"kind": "maps", "rows": map_rows.tolist(), "models": comparison.identity, **environment}
+        maps = kept.get(map_facts)
+        reused += maps is not None
+    total = sum(task.cost for _, task in todo)
+    map_cost = MAP_COST * map_rows.numel() if map_rows is not None and maps is None else 0
+
+    with progress_bar(progress) as bar:
+        line = bar.add_task("", total=total + map_cost)
+        for model_name, work in by_model(todo):
+            bar.update(line, description=f"loading {model_name}")
+            with comparison.loaded(model_name) as model:
+                for subject, task in work:
+                    bar.update(line, description=f"{subject.key}: {task.name}")
+                    before = bar.tasks[0].completed
+                    with subject.control(model):
+                        found = task.run(model, scores[task.name].get("teacher"), lambda n: bar.advance(line, n))
+                    bar.update(line, completed=before + task.cost)
+                    kept.put(facts(task, subject), found)
+                    scores[task.name][subject.key] = found
+        if map_rows is not None and maps is None:
+            bar.update(line, description="attention maps")
+            with comparison.loaded("teacher") as teacher, comparison.loaded("student") as student:
+                maps = measure_maps(teacher, student, map_rows)
+            kept.put(map_facts, maps)
+            bar.advance(line, map_cost)
+    return scores, maps, reused
+
+
+def by_model(work: Iterable[tuple[Subject, Task]]) -> list[tuple[str, list[tuple[Subject, Task]]]]:
+    """The work in its order, in parts that share a model in memory."""
+    parts: list[tuple[str, list]] = []
+    for subject, task in work:
+        if not parts or parts[-1][0] != subject.model:
+            parts.append((subject.model, []))
+        parts[-1][1].append((subject, task))
+    return parts
+
+
+def progress_bar(shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not shown)

@@ -1,0 +1,89 @@
+"""What an evaluation says: each task's row from the scores, what was compared, and how the student was trained."""
+
+import json
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dijiang.convert import read_provenance
+from dijiang.convert.lineage import weight_hashes
+from dijiang.convert.provenance import public_name, versions
+
+from .statistics import interval, recovered_share, resampled_means
+from .subjects import Comparison, Subject
+from .tasks import Task
+
+SHOWN: dict[str, Callable] = {"perplexity": np.exp}  # what of a mean is a metric's value; others show the mean itself
+
+
+def summary(task: Task, scores: dict[str, dict], subjects: Sequence[Subject], seed: int) -> dict:
+    """A task's row: each subject's value with its interval, and what the student recovered."""
+    means = resampled_means(scores, seed=seed)
+    shown = SHOWN.get(task.metric, lambda x: x)
+    floor = task.floor
+    share = recovered_share(means, means[floor] if isinstance(floor, str) else floor)
+    baseline = means["window_sinks"]
+    gained = recovered_share({"teacher": means["teacher"], "student": means["student"]}, baseline)
+    values = {
+        subject.key: {"left_out": subject.left_out} if subject.left_out else interval(shown(means[subject.key]))
+        for subject in subjects
+    }
+    return {
+        "kind": task.kind,
+        "name": task.name,
+        "metric": task.metric,
+        "better": task.better,
+        "floor": floor,
+        "chance": None if isinstance(floor, str) else floor,
+        "settings": task.settings,
+        "units": len(scores["student"]["totals"]),
+        "values": values,
+        "ratio": interval(shown(means["student"]) / shown(means["teacher"])) if task.metric == "perplexity" else None,
+        "recovered": None if share is None else interval(share),
+        "over_training_free": None if gained is None else interval(gained),
+        "detail": {key: found["detail"] for key, found in scores.items()},
+    }
+
+
+def describe(comparison: Comparison) -> dict:
+    """What was compared, on what."""
+    config, provenance = comparison.student.config, read_provenance(comparison.student.folder)
+    stages, recorded = provenance["stages"], weight_hashes(provenance)
+    return {
+        "student": {
+            "name": public_name(comparison.student.name),
+            "source": provenance.get("source"),
+            "tokens": sum(stage.get("tokens", 0) for stage in stages),
+            "stages": [
+                {key: stage[key] for key in ("stage", "tokens", "seconds", "device") if key in stage} for stage in stages
+            ],
+            "config": {key: value for key, value in config.to_diff_dict().items() if key != "auto_map"},
+        },
+        "teacher": {
+            "name": public_name(comparison.teacher.name),
+            "is_source": bool(recorded) and recorded <= set(comparison.identity["teacher"]["weights"].values()),
+        },
+        "subjects": {subject.key: subject.title for subject in comparison.subjects()},
+        "dtype": str(comparison.dtype).removeprefix("torch."),
+        "device": comparison.device,
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def training_curves(checkpoint: Path) -> list[dict]:
+    """Losses and held-out perplexities of the stages that led to a checkpoint, where their `metrics.jsonl` lie beside it."""
+    curves = []
+    run = checkpoint.resolve().parent.parent
+    for stage in (record["stage"] for record in read_provenance(checkpoint)["stages"]):
+        path = run / stage / "metrics.jsonl"
+        if not path.is_file():
+            continue
+        points = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        names = ("tokens", "loss", "eval_loss", "eval_perplexity", "eval_teacher_perplexity")
+        curves.append({"stage": stage, "points": [{key: x[key] for key in names if key in x} for x in points]})
+    return curves

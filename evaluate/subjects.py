@@ -1,0 +1,160 @@
+"""
+The models that stand beside one another in an evaluation: the teacher, the student, and the controls that say what of the
+student's score its linear branches earn, for often they are idle (arXiv 2510.05901; training-free control: arXiv 2608.28444).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from dijiang.convert import load_source
+from dijiang.convert.loader import load_tokenizer
+from dijiang.convert.provenance import hash_files, public_name
+from dijiang.convert.source import Source, open_source
+
+from .controls import linear_only, no_attention, window_only
+
+# the training-free control has at least these, also beside a student whose own window is smaller
+BASELINE_WINDOW, BASELINE_SINKS = 64, 4
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+NO_WINDOW = "the student has no window"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """
+    One of the models compared.
+
+    Attributes:
+        key, title: its name in results and in words.
+        model: which of the models in memory it is, "teacher", "window_sinks" or "student".
+        control: what is taken away from that model while it is measured.
+        left_out: why there is no such model; None if there is.
+    """
+
+    key: str
+    title: str
+    model: str
+    control: Callable[..., AbstractContextManager] = nullcontext
+    left_out: str | None = None
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """
+    A DiJiang checkpoint and its teacher, opened but not loaded.
+
+    Attributes:
+        student, teacher: what was opened.
+        tokenizer: of both.
+        identity: hashes of what each model is, by its name.
+    """
+
+    student: Source
+    teacher: Source
+    dtype: torch.dtype
+    device: str
+    tokenizer: object = field(init=False)
+    identity: dict[str, dict] = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = self.student.config
+        if not self.student.is_dijiang or not config.has_linear_layers:
+            found = f"{config.model_type} model" if not self.student.is_dijiang else "DiJiang model without linear layers"
+            raise ValueError(
+                f"{self.student.name} is a {found}; give a checkpoint with linear layers, made with `dijiang convert`"
+            )
+        if self.teacher.is_dijiang:
+            raise ValueError(f"the teacher {self.teacher.name} is a DiJiang model; give the softmax model that it came from")
+        self.tokenizer = load_tokenizer(self.student)
+        refuse_other_tokenizer(self.tokenizer, load_tokenizer(self.teacher), self.student.name, self.teacher.name)
+        teacher = {"weights": weight_hashes(self.teacher)}
+        self.identity = {
+            "teacher": teacher,
+            "window_sinks": teacher | self.baseline(),
+            "student": {"weights": weight_hashes(self.student), "config": config.to_diff_dict()},
+        }
+
+    @property
+    def context(self) -> int:
+        """Tokens that both models were made for."""
+        return min(self.student.config.max_position_embeddings, self.teacher.config.max_position_embeddings)
+
+    @property
+    def same_heads(self) -> bool:
+        """Whether attention can be compared layer by layer and head by head."""
+        student, teacher = self.student.config, self.teacher.config
+        return all(getattr(student, key) == getattr(teacher, key) for key in ("num_hidden_layers", "num_attention_heads"))
+
+    def baseline(self) -> dict:
+        """Settings of the training-free control: the student's layers, window and sinks, on the teacher's weights."""
+        config = self.student.config
+        return {
+            "layer_types": list(config.layer_types) if self.same_heads else "linear_attention",
+            "attention_window": max(config.attention_window, BASELINE_WINDOW),
+            "attention_sinks": max(config.attention_sinks, BASELINE_SINKS),
+        }
+
+    def subjects(self) -> list[Subject]:
+        """Teacher first, for others are measured by what it says."""
+        config, base = self.student.config, self.baseline()
+        missing = None if config.attention_window else NO_WINDOW
+        near = f"window {base['attention_window']} + {base['attention_sinks']} sinks"
+        own = f"window {config.attention_window} + {config.attention_sinks} sinks"
+        return [
+            Subject(key="teacher", title="teacher (softmax attention)", model="teacher"),
+            Subject(key="window_sinks", title=f"teacher with {near}, training-free", model="window_sinks"),
+            Subject(key="student", title="DiJiang", model="student"),
+            Subject(key="window_only", title=f"DiJiang, {own} alone", model="student", control=window_only, left_out=missing),
+            Subject(
+                key="linear_only", title="DiJiang, linear branch alone", model="student", control=linear_only, left_out=missing
+            ),
+            Subject(
+                key="no_attention", title="DiJiang, linear layers without attention", model="student", control=no_attention
+            ),
+        ]
+
+    @contextmanager
+    def loaded(self, model: str) -> Iterator[torch.nn.Module]:
+        """One of the models by its name, on the device, until the block ends."""
+        source = self.student if model == "student" else self.teacher
+        settings = self.baseline() if model == "window_sinks" else {}
+        made, _ = load_source(source.gguf or source.folder, dtype=self.dtype, **settings)
+        yield made.to(self.device)
+
+
+def compare(student: str | Path, teacher: str | Path, *, dtype: torch.dtype, device: str) -> Comparison:
+    """
+    Open both.
+
+    Raises:
+        ValueError: if one cannot be opened, the student is no model with linear layers or the teacher is one, or their
+            tokenizers differ.
+    """
+    return Comparison(student=open_source(student), teacher=open_source(teacher), dtype=dtype, device=device)
+
+
+def refuse_other_tokenizer(ours, theirs, student: str, teacher: str) -> None:
+    """Raise ValueError unless both turn text into the same tokens."""
+    own, other = ours.get_vocab(), theirs.get_vocab()
+    probe = "The 2 quick (brown) foxes -\n\tdon't; naïve 你好 12345."
+    if own != other:
+        differ = min(set(own.items()) ^ set(other.items()))[0]
+        found = f"differ ({len(own)} and {len(other)} entries; for example at {differ!r})"
+    elif ours(probe)["input_ids"] != theirs(probe)["input_ids"]:
+        found = "have one vocabulary but split text in two ways"
+    else:
+        return
+    raise ValueError(
+        f"the tokenizers of {public_name(student)} and {public_name(teacher)} {found}, so their scores cannot be compared; "
+        "give the model that the student came from"
+    )
+
+
+def weight_hashes(source: Source) -> dict[str, str]:
+    """SHA-256 of the files that hold a model's weights, by name."""
+    files = [source.gguf] if source.gguf else sorted(path for p in WEIGHT_PATTERNS for path in source.folder.glob(p))
+    return hash_files(files)

@@ -1,0 +1,270 @@
+"""The evaluation as a whole: its numbers are those of its parts, an interrupted one goes on, bad input is refused first."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dijiang.convert import convert_model, load_source, read_provenance, write_provenance
+from dijiang.evaluate import evaluation, linear_only, no_attention, window_only
+from dijiang.evaluate.evaluation import EvaluationConfig, evaluate_model
+from dijiang.evaluate.perplexity import perplexity_scores
+from dijiang.evaluate.subjects import Comparison
+
+CONTROLS = {"window_only": window_only, "linear_only": linear_only, "no_attention": no_attention}
+SUBJECTS = ["teacher", "window_sinks", "student", *CONTROLS]
+
+
+@pytest.fixture
+def config(text_file):
+    return EvaluationConfig(
+        texts=(text_file,), text_tokens=300, lengths=(24,), stride=10, recall_lengths=(), prompts=3, prompt_length=12,
+        new_tokens=5, map_tokens=20, dtype="float32", device="cpu",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def evaluated(pair, config, tmp_path):
+    """evaluated(name, **other settings) -> the result of an evaluation of the pair, kept in tmp_path/cache."""
+
+    def run(name="out", checkpoint=pair.checkpoint, teacher=pair.teacher, cache="cache", **settings):
+        given = replace(config, **settings)
+        return evaluate_model(checkpoint, teacher, tmp_path / name, given, cache=tmp_path / cache, progress=False)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """No report, which takes a second or two, unless the test is about it."""
+    if "drawn" not in request.keywords:
+        monkeypatch.setattr(evaluation, "write_report", lambda results, folder: None)
+
+
+def row(result: dict, kind: str) -> dict:
+    (found,) = (task for task in result["tasks"] if task["kind"] == kind)
+    return found
+
+
+def comparable(result: dict) -> dict:
+    return {key: value for key, value in result.items() if key not in ("seconds", "time", "results_reused")}
+
+
+def test_every_subject_has_its_own_numbers(pair, config, evaluated, tmp_path):
+    """Each value against the model in question, built here; the training-free control against a fresh conversion."""
+    result = evaluated()
+    assert result == json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    teacher, tokenizer = load_source(pair.teacher)
+    student = load_source(pair.checkpoint)[0]
+    folder = convert_model(pair.teacher, tmp_path / "fresh", progress=False, attention_window=64, attention_sinks=4)
+    tokens = torch.tensor(tokenizer(config.texts[0].read_text(encoding="utf-8"))["input_ids"][:300])
+
+    def expected(model) -> float:
+        scores = perplexity_scores(model, tokens, length=24, stride=10)
+        return math.exp(sum(scores["totals"]) / sum(scores["weights"]))
+
+    found = {key: x["value"] for key, x in row(result, "perplexity")["values"].items()}
+    assert list(found) == list(result["subjects"]) == SUBJECTS
+    by_hand = {"teacher": expected(teacher), "window_sinks": expected(load_source(folder)[0]), "student": expected(student)}
+    for key, control in CONTROLS.items():
+        with control(student):
+            by_hand[key] = expected(student)
+    assert found == pytest.approx(by_hand, rel=1e-5)
+    assert len({round(value, 2) for value in found.values()}) == 5  # a window of 64 sees all of 24 tokens, as the teacher does
+    nats = {key: math.log(value) for key, value in found.items()}
+    share = row(result, "perplexity")["recovered"]
+    if share is not None:
+        expected_share = (nats["student"] - nats["no_attention"]) / (nats["teacher"] - nats["no_attention"])
+        assert share["value"] == pytest.approx(expected_share, rel=1e-6)
+    agreement = row(result, "agreement")
+    assert agreement["values"]["teacher"] == {"value": 1.0, "low": None, "high": None} and agreement["units"] == 3
+    assert 0 <= agreement["values"]["student"]["value"] <= 1
+    assert len(result["maps"]["layers"]) == 2
+
+
+def test_tokens_and_stages_come_from_the_provenance(pair, evaluated, tmp_path):
+    checkpoint = tmp_path / "trained"
+    checkpoint.mkdir()
+    for path in pair.checkpoint.iterdir():
+        (checkpoint / path.name).write_bytes(path.read_bytes())
+    provenance = read_provenance(checkpoint)
+    provenance["stages"] += [{"stage": "align", "tokens": 500, "seconds": 2.0}, {"stage": "distill", "tokens": 70}]
+    write_provenance(checkpoint, provenance)
+    student = evaluated(checkpoint=checkpoint)["student"]
+    assert student["tokens"] == 570 and student["name"] == "trained"
+    assert student["stages"] == [
+        {"stage": "convert"},
+        {"stage": "align", "tokens": 500, "seconds": 2.0},
+        {"stage": "distill", "tokens": 70},
+    ]
+
+
+def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(evaluated, tmp_path, monkeypatch):
+    whole = evaluated("whole", cache="other")
+    assert whole["results_reused"] == 0
+    kept, put = [], evaluation.ResultCache.put
+
+    def stop_after_five(self, facts, result):
+        put(self, facts, result)
+        kept.append(facts)
+        if len(kept) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation.ResultCache, "put", stop_after_five)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated()
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    monkeypatch.setattr(evaluation.ResultCache, "put", put)
+    rest = evaluated()
+    assert rest["results_reused"] == 5 and comparable(rest) == comparable(whole)
+
+    def nothing_is_loaded(self, model):
+        raise AssertionError(model)
+
+    monkeypatch.setattr(Comparison, "loaded", nothing_is_loaded)
+    again = evaluated("again")
+    assert again["results_reused"] == 13 and comparable(again) == comparable(whole)
+
+
+def test_a_killed_command_goes_on_to_the_same_numbers(pair, text_file, tmp_path):
+    def command(output: str, cache: str) -> list[str]:
+        options = {"against": pair.teacher, "output": tmp_path / output, "cache": tmp_path / cache, "text": text_file}
+        options |= {"text-tokens": 1500, "length": 60, "stride": 2, "recall-length": 0, "dtype": "float32"}
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        return [str(Path(sys.executable).with_name("dijiang")), "evaluate", str(pair.checkpoint), *words]
+
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command("out", "cache"), env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("cache/*.json"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+    before = len(list(tmp_path.glob("cache/*.json")))
+    assert before >= 2
+    for output, cache in (("out", "cache"), ("whole", "other")):
+        done = subprocess.run(command(output, cache), env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    rest, whole = (json.loads((tmp_path / name / "evaluation.json").read_text(encoding="utf-8")) for name in ("out", "whole"))
+    assert rest["results_reused"] == before and whole["results_reused"] == 0
+    assert {**comparable(rest), "command": ""} == {**comparable(whole), "command": ""}
+
+
+def test_other_weights_and_settings_are_measured_anew(pair, evaluated, tmp_path, monkeypatch):
+    evaluated()
+    # 6 subjects, maps; other windows leave agreement and maps as they are, another window length leaves all but perplexity
+    assert evaluated("stride", stride=11)["results_reused"] == 7
+    assert evaluated("prompts", new_tokens=6)["results_reused"] == 7
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    for path in pair.checkpoint.iterdir():
+        (changed / path.name).write_bytes(path.read_bytes())
+    weights = load_file(changed / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    assert evaluated("weights", checkpoint=changed)["results_reused"] == 4  # teacher and training-free control, two tasks each
+    monkeypatch.setattr(evaluation, "code_hash", lambda: "of other code")
+    assert evaluated("code")["results_reused"] == 0
+
+
+def test_a_student_without_a_window_leaves_controls_out(pair, evaluated, tmp_path):
+    settings = {"attention_window": 0, "attention_sinks": 0}
+    checkpoint = convert_model(pair.teacher, tmp_path / "linear", progress=False, **settings)
+    result = evaluated(checkpoint=checkpoint)
+    values = row(result, "perplexity")["values"]
+    assert values["window_only"] == values["linear_only"] == {"left_out": "the student has no window"}
+    assert {"window_only", "linear_only"}.isdisjoint(row(result, "perplexity")["detail"])
+    assert values["window_sinks"]["value"] == pytest.approx(values["teacher"]["value"], rel=1e-5)  # 64 tokens see it all
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lengths": (24, 65)}, r"^perplexity in windows of 65 tokens exceeds the 64 that these models were made for"),
+        ({"recall_lengths": (128,)}, r"^recall in samples of 128 tokens exceeds the 64"),
+        ({"prompt_length": 60}, r"^a prompt with its continuation of 65 tokens exceeds the 64"),
+        ({"map_tokens": 65}, r"^an attention map of 65 tokens exceeds the 64"),
+        ({"stride": 25}, r"^stride=25 must be from 1 to the length, 24"),
+        ({"prompt_length": 40, "text_tokens": 30}, r"^the text has 30 tokens and a prompt 40; give more text"),
+        ({"map_tokens": 64, "text_tokens": 50}, r"^text\.txt has 50 tokens, attention maps want 64; give more text"),
+        ({"texts": (Path("nowhere.txt"),)}, r"^cannot read nowhere\.txt: No such file or directory$"),
+        ({"dtype": "float12"}, r"^dtype 'float12' is unknown; choose auto, "),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(evaluated, refused, tmp_path, monkeypatch, settings, message):
+    monkeypatch.setattr(Comparison, "loaded", None)
+    refused(tmp_path, lambda: evaluated(**settings), message)
+
+
+def test_two_texts_of_one_name_are_refused(evaluated, refused, text_file, tmp_path):
+    (tmp_path / "text.txt").write_bytes(text_file.read_bytes())
+    message = "^two texts have the same file name"
+    refused(tmp_path, lambda: evaluated(texts=(text_file, tmp_path / "text.txt")), message)
+
+
+@pytest.mark.parametrize("settings", [{"texts": ()}, {"lengths": (0,)}, {"prompts": 0}, {"batch_size": -1}])
+def test_settings_without_sense_are_refused(config, refused, tmp_path, settings):
+    refused(tmp_path, lambda: replace(config, **settings), "no text given|must be at least 1$")
+
+
+def test_models_that_do_not_fit_are_refused(pair, evaluated, refused, make_source, tokenizer, tmp_path):
+    refused(
+        tmp_path, lambda: evaluated(checkpoint=pair.teacher), r"teacher is a llama model; give a checkpoint with linear layers"
+    )
+    refused(tmp_path, lambda: evaluated(teacher=pair.checkpoint), r"the teacher .* is a DiJiang model; give the softmax model")
+    full = convert_model(pair.teacher, tmp_path / "full", progress=False, layer_types="full_attention")
+    refused(tmp_path, lambda: evaluated(checkpoint=full), r"full is a DiJiang model without linear layers; give a checkpoint")
+    folder, _ = make_source(name="other")
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    message = r"^the tokenizers of checkpoint and other differ \(\d+ and \d+ entries; for example at 'a'\), so their scores"
+    refused(tmp_path, lambda: evaluated(teacher=folder), message)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    refused(tmp_path, lambda: evaluated("taken"), r"taken is not empty; choose a new one or empty it$")
+
+
+@pytest.mark.drawn
+def test_the_page_asks_for_nothing_outside_itself(evaluated, tmp_path):
+    evaluated()
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    pictures = sorted(path.stem for path in (tmp_path / "out" / "figures").iterdir())
+    assert sorted(re.findall(r'<figure id="(\w+)"', page)) == pictures
+    assert {"perplexity", "perplexity_by_position", "attention_maps", "effective_context"} <= set(pictures)
+    assert page.count("data:image/png;base64,") == len(pictures)
+    assert not re.search(r'(?:src|href|action)\s*=\s*"(?!data:|#)|url\(|@import|<script|<link|<iframe', page)
+
+
+@pytest.mark.drawn
+def test_training_curves_are_read_from_beside_the_checkpoint(pair, evaluated, tmp_path):
+    run = tmp_path / "run"
+    (run / "distill" / "model").mkdir(parents=True)
+    for path in pair.checkpoint.iterdir():
+        (run / "distill" / "model" / path.name).write_bytes(path.read_bytes())
+    provenance = read_provenance(pair.checkpoint)
+    provenance["stages"] += [{"stage": "align", "tokens": 5}, {"stage": "distill", "tokens": 7}]
+    write_provenance(run / "distill" / "model", provenance)
+    lines = [
+        {"step": 1, "loss": 2.5, "tokens": 4},
+        {"step": 2, "tokens": 7, "eval_perplexity": 12.0, "eval_teacher_perplexity": 9},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo'  # cut off by a kill
+    (run / "distill" / "metrics.jsonl").write_text(text, encoding="utf-8")
+    result = evaluated(checkpoint=run / "distill" / "model")
+    points = [{"loss": 2.5, "tokens": 4}, {"tokens": 7, "eval_perplexity": 12.0, "eval_teacher_perplexity": 9}]
+    assert result["training"] == [{"stage": "distill", "points": points}]
+    assert (tmp_path / "out" / "figures" / "training.png").is_file()

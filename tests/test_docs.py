@@ -1,0 +1,276 @@
+"""
+The documentation: every command and snippet runs as it stands beside tiny stand-ins for what it names, every link and figure
+exists, and the site builds without warnings and asks nobody else for anything.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from html.parser import HTMLParser
+from importlib import import_module
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import typer
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dijiang import cli
+from dijiang.convert import convert_model
+from dijiang.train import load_recipe
+from dijiang.train.__main__ import parse_arguments
+
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+from doc_commands import LAUNCHERS, ROOT, blocks, run_without_package, shell_lines, titled_blocks, write_text
+
+DOCS = ROOT / "docs"
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
+WITH_COMMANDS = [name for name, page in PAGES.items() if any(words[0] == "dijiang" for words in shell_lines(page))]
+TEACHER = "HuggingFaceTB/SmolLM2-135M"
+STUDENT = "smollm2-recovered/distill/model"
+VOCAB = 512
+
+STAGE = {"tokens": 1024, "block_size": 256, "start_block_size": "null"}
+BUDGET = [f"{stage}.{key}={value}" for stage in ("align", "distill") for key, value in STAGE.items()]
+BUDGET.append("data.held_out_tokens=1024")
+# by the first words of a command: what is added to it, and which of its words are replaced, so that it takes seconds
+SMALLER = {
+    "recover": ([word for setting in BUDGET for word in ("--set", setting)], {}),
+    "benchmark kernels": (["--quick", "--model", TEACHER, "--features", "3", "--features", "8"], {}),
+    "benchmark latency": (["--rounds", "1"], {"pythia-410m": "pythia-70m", "2048": "64", "512": "32"}),
+    # there is no hub here to give the tasks' data
+    "evaluate": (["--quick", "--cache", "cache"], {"paper": "capitals.yaml"}),
+}
+
+
+def made_smaller(words: list[str]) -> list[str]:
+    line = " ".join(words)
+    for start, (added, replaced) in SMALLER.items():
+        if line.startswith(start):
+            return [replaced.get(word, word) for word in words] + added
+    return words
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """In place of the common one, which knows too few words as one token for the recall tasks."""
+    syllables = [f"{consonant}{vowel}" for consonant in "bcdfghklmnprst" for vowel in "aeiou"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator([" ".join(["the cat sat on mat and rat", *syllables])] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def stand_ins(make_source, tmp_path):
+    """stand_ins(page): a folder with tiny models, texts and a recipe under the names that the page uses."""
+
+    def make(name: str) -> Path:
+        make_source(name=TEACHER, vocab_size=VOCAB, num_key_value_heads=2, max_position_embeddings=8192)
+        make_source("gpt_neox", name="EleutherAI/pythia-160m", vocab_size=VOCAB)
+        make_source("gpt_neox", name="EleutherAI/pythia-70m", vocab_size=VOCAB, num_hidden_layers=6)
+        make_source(name="my-model", vocab_size=VOCAB)
+        for seed, path in enumerate(("book.txt", "other.txt", "books/one.txt", "books/two.txt", "held_out.txt")):
+            write_text(tmp_path / path, seed)
+        recipe = yaml.safe_load((ROOT / "configs" / "recipes" / "smollm2-135m.yaml").read_text(encoding="utf-8"))
+        recipe["data"] = {"train": ["book.txt"], "held_out": ["other.txt"]}
+        (tmp_path / "RECIPE").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        for path, content in titled_blocks(PAGES[name]).items():
+            (tmp_path / path).write_text(content, encoding="utf-8")
+        for folder in ("benchmarks/results", "docs"):
+            (tmp_path / folder).mkdir(parents=True)
+        if name == "evaluation":
+            settings = {"attention_window": 4, "attention_sinks": 2, "branch_scale_init": 0.5}
+            convert_model(tmp_path / TEACHER, tmp_path / STUDENT, progress=False, **settings)
+        return tmp_path
+
+    return make
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """command(words): run `dijiang ...` in this process, offline; it must succeed."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def call(words: list[str]) -> None:
+        monkeypatch.setattr(sys, "argv", ["dijiang", *words])
+        try:
+            cli.main()
+        except SystemExit as end:
+            assert not end.code, words
+
+    return call
+
+
+@pytest.mark.parametrize("name", WITH_COMMANDS)
+def test_commands_and_snippets_work_as_written(name, command, stand_ins, monkeypatch):
+    folder = stand_ins(name)
+    monkeypatch.chdir(folder)
+    for words in shell_lines(PAGES[name]):
+        if words[0] == "dijiang":
+            command(made_smaller(words[1:]))
+    for snippet in blocks(PAGES[name], "python"):
+        if re.search(r"^(import|from) dijiang", snippet, flags=re.MULTILINE):
+            exec(compile(snippet, f"docs/{name}.md", "exec"), {})
+        else:
+            assert run_without_package(snippet, folder)
+
+
+def test_pages_without_commands_have_no_snippets():
+    assert all(not blocks(page, "python") for name, page in PAGES.items() if name not in WITH_COMMANDS)
+
+
+def test_every_shell_line_is_of_a_kind_that_is_tested():
+    for page in PAGES.values():
+        for words in shell_lines(page):
+            if words[0] == "pip":
+                extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+                assert words[:2] == ["pip", "install"]
+                assert set(re.fullmatch(r"dijiang\[(.+)\]", words[2])[1].split(",")) <= extras.keys()
+            elif words[0] in LAUNCHERS:
+                given = parse_arguments(words[words.index("dijiang.train") + 1 :])
+                recipe = "smollm2-135m" if given.recipe == "RECIPE" else given.recipe
+                assert load_recipe(recipe, given.set).stages == ["align", "distill"]
+            else:
+                assert words[0] == "dijiang", words
+
+
+def test_commands_named_in_the_text_exist():
+    root = typer.main.get_command(cli.app)
+    spans = [span.split() for page in PAGES.values() for span in re.findall(r"`((?:dijiang|python|make) [^`\n]+)`", page)]
+    assert len(spans) > 10
+    for program, *words in spans:
+        if program == "python":
+            assert (ROOT / words[0]).is_file() or words[:2] == ["-m", "dijiang.train"], words
+            continue
+        if program == "make":
+            assert f"\n{words[0]}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
+            continue
+        found = root
+        while words and hasattr(found, "commands"):
+            assert words[0] in found.commands, words
+            found = found.commands[words.pop(0)]
+        options = {option for parameter in found.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options, words
+
+
+def test_options_named_in_the_text_exist():
+    root = typer.main.get_command(cli.app)
+
+    def options(command) -> set[str]:
+        inner = getattr(command, "commands", {}).values()
+        return {word for parameter in command.params for word in parameter.opts}.union(*map(options, inner))
+
+    for name, page in PAGES.items():
+        assert set(re.findall(r"`(--[a-z-]+)", page)) <= options(root), name
+
+
+def test_links_and_figures_exist():
+    for name, page in PAGES.items():
+        targets = re.findall(r"\]\((?!https?:)([^)]+)\)", page)
+        for target in targets:
+            path, _, anchor = target.partition("#")
+            assert (DOCS / path).is_file(), f"{name}: {target}"
+            assert not anchor or path == "api.md", f"{name}: {target}"  # the site's build checks those
+
+
+# --- the site ---
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The site as `mkdocs build --strict` makes it, which fails on any warning."""
+    folder = tmp_path_factory.mktemp("site")
+    mkdocs = Path(sys.executable).with_name("mkdocs")
+    done = subprocess.run(
+        [mkdocs, "build", "--strict", "--config-file", ROOT / "mkdocs.yml", "--site-dir", folder],
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr[-3000:]
+    return folder
+
+
+class References(HTMLParser):
+    """What a page makes the browser fetch (`fetched`), what it links to, its ids, and styles within it."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.fetched, self.links, self.ids, self.styles = [], [], set(), []
+        self.inside = None
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.inside = tag
+        if "id" in given:
+            self.ids.add(given["id"])
+        if tag == "a" and given.get("href"):
+            self.links.append(given["href"])
+        elif tag == "link" and given.get("rel") not in ("canonical", "next", "prev"):
+            self.fetched.append(given["href"])
+        elif given.get("src"):
+            self.fetched.append(given["src"])
+        self.styles.append(given.get("style") or "")
+
+    def handle_data(self, data):
+        if self.inside in ("style", "script"):
+            self.styles.append(data)
+
+
+def test_site_has_every_page_and_leaves_the_hook_out(site):
+    assert {path.stem for path in site.glob("*.html")} == {*PAGES, "404"}
+    assert not list(site.rglob("*.py")) and not list(site.rglob("*.pyc"))
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    assert {file for entry in navigation for file in entry.values()} == {f"{name}.md" for name in PAGES}
+
+
+def test_reading_the_site_asks_nobody_else(site):
+    for path in site.rglob("*.html"):
+        found = References(path.read_text(encoding="utf-8"))
+        assert found.fetched
+        for reference in found.fetched:
+            assert not urlsplit(reference).netloc, f"{path.name} fetches {reference}"
+        assert not [style for style in found.styles if re.search(r"url\(\s*['\"]?(https?:)?//|@import", style)]
+        assert "mermaid" not in found.ids and 'class="mermaid"' not in path.read_text(encoding="utf-8")
+    for path in site.rglob("*.css"):
+        assert not re.search(r"url\(\s*['\"]?(https?:)?//|@import", path.read_text(encoding="utf-8")), path.name
+
+
+def test_links_of_the_site_lead_somewhere(site):
+    pages = {path.name: References(path.read_text(encoding="utf-8")) for path in site.glob("*.html")}
+    for name, found in pages.items():
+        if name == "404.html":  # its links are absolute: it stands for any address
+            continue
+        for link in found.links + found.fetched:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = unquote(parts.path) or name
+            assert (site / target).exists(), f"{name} links to {link}"
+            if parts.fragment and target in pages:
+                assert unquote(parts.fragment) in pages[target].ids | {"__top"}, f"{name} links to {link}"
+
+
+def test_results_that_pages_quote_are_part_of_the_site(site):
+    quoted = {target for page in PAGES.values() for target in re.findall(r"\]\(\.\./([^)]+\.json)\)", page)}
+    assert len(quoted) >= 5
+    for target in quoted:
+        assert (site / "repository" / target).read_bytes() == (ROOT / target).read_bytes()
+
+
+@pytest.mark.parametrize("room", ["modeling", "convert", "train", "evaluate"])
+def test_api_reference_has_every_public_name(site, room):
+    ids = References((site / "api.html").read_text(encoding="utf-8")).ids
+    module = import_module(f"dijiang.{room}")
+    documented = {name.rpartition(".")[2] for name in ids if name.startswith(f"dijiang.{room}.")}
+    assert set(module.__all__) <= documented, f"not in docs/api.md: {sorted(set(module.__all__) - documented)}"

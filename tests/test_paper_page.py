@@ -1,0 +1,109 @@
+"""docs/paper.md: its tables are those of the result files, and its verdicts follow from them."""
+
+import importlib
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dijiang.evaluate.kernel_report import pick
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("paper_report")
+
+
+@pytest.fixture
+def results(report) -> dict:
+    return report.load_results()
+
+
+def test_tables_are_those_of_the_results(report, results):
+    assert report.fill(PAGE, results) == PAGE
+    assert PAGE.count("\n| --- |") == 4
+    for table in (report.claim_table(results), report.map_table(results), report.speed_table(), report.control_table(results)):
+        assert table in PAGE
+
+
+def test_a_changed_result_changes_the_page(report, results):
+    results["recovery"]["runs"]["linear"]["stages"]["distill"]["ratio"]["1024"] = 7.25
+    changed = report.fill(PAGE, results)
+    assert changed != PAGE and changed.count("7.250") == 2
+
+
+def test_every_claim_names_a_file_and_what_made_it(report):
+    for claim, (_, file, how) in report.CLAIMS.items():
+        assert (ROOT / "benchmarks" / "results" / f"{file}.json").is_file(), claim
+        made_by = re.search(r"python (\S+)`|\]\(([^)]+)\)", how)
+        path = ROOT / made_by[1] if made_by[1] else ROOT / "docs" / made_by[2]
+        assert path.is_file(), claim
+
+
+def test_numbers_outside_tables_are_of_the_results_too(results):
+    text = re.sub(r"<!-- (\w+):start -->.*?<!-- \1:end -->", "", PAGE, flags=re.DOTALL)
+    assert f"kernels alone on {results['ablation']['tokens']:,} tokens" in text
+    assert len(results["ablation"]["layers"]) == 4 and "We make four layers" in text
+    tokens = [run["stages"]["distill"]["tokens"] for run in results["recovery"]["runs"].values() if "distill" in run["stages"]]
+    assert max(tokens) < 1_000_000 and "budgets below a million tokens" in text
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(np.float16, "fp16"), (np.float32, "fp32")])
+def test_overflow_of_the_released_tables(report, dtype, name):
+    """Their entries are g^-n with g = 1 - exp(log 1/32) for the first head."""
+    g = 1 - math.exp(math.log(1 / 32))
+    n = report.first_overflow(report.LARGEST[name])
+    with np.errstate(over="ignore"):
+        assert np.isinf(dtype(np.float64(g) ** -n)) and np.isfinite(dtype(np.float64(g) ** -(n - 1)))
+
+
+def test_verdicts_follow_from_the_results(results):
+    kernels, decode = results["kernels"], results["model"]["decode"]
+    for growth in results["attention"]["growth"]:
+        first, last = growth["rows"][0], growth["rows"][-1]
+        factor = last["timing"]["median_s"] / first["timing"]["median_s"]
+        assert factor < 1.1 * last["tokens"] / first["tokens"]  # linear time
+    short, long = (pick(decode, batch=1, tokens=tokens) for tokens in (512, 16384))
+    assert short["state_bytes"] == long["state_bytes"]
+    assert long["tokens_per_s"]["dijiang"] > 0.95 * short["tokens_per_s"]["dijiang"]
+    assert long["tokens_per_s"]["llama static"] < 0.5 * short["tokens_per_s"]["llama static"]
+
+    slopes = [s for s in kernels["slopes"] if s["weights"] == "equal" and s["from"] == 16]
+    sobol = [s for s in slopes if s["map"] == "pff-sobol-chi"]
+    assert all(s["slope"][0] > -0.9 for s in slopes if s["metric"] == "rmse")  # nowhere -1
+    for inputs in ("gaussian-0.5-d4", "gaussian-0.5-d64"):  # steeper than Monte Carlo
+        found = pick(sobol, inputs=inputs, metric="rmse")
+        assert found["slope"][2] < pick(slopes, inputs=inputs, metric="rmse", map="prf")["slope"][1]
+    assert all(s["slope"][0] > -0.1 for s in slopes if s["inputs"] == "real" and s["metric"] == "attention")
+
+    fitted = [r for r in kernels["ratios"] if r["metric"] == "calibration"]
+    assert all(r["largest"] <= 1 for r in fitted)
+    pair = {"over": ["pff-sobol-chi", "nnls"], "under": ["pff-sobol-chi", "equal"], "metric": "rmse"}
+    assert pick(kernels["ratios"], inputs="real", **pair)["ratio"][1] > 1
+
+    floor = [r["rmse"][0] for r in kernels["rows"] if (r["inputs"], r["map"]) == ("gaussian-1-d64", "pff-sobol-normal")]
+    assert max(floor[-6:]) / min(floor[-6:]) < 1.7 and kernels["limits"]["gaussian-1-d64"]["normal_rmse"] > 0.6
+
+    real = [r for r in kernels["rows"] if r["inputs"] == "real" and r["weights"] == "equal"]
+    mean_alone = kernels["limits"]["real"]["plain_mean_attention"]
+    assert min(min(r["attention"][0], r["attention_dropped"][0]) for r in real) > mean_alone - 0.02
+
+
+def test_order_of_maps_is_as_the_page_says(results):
+    runs = results["ablation"]["runs"]
+    far, near = (
+        {
+            name: np.mean([run["perplexity_ratio"] for run in runs[f"{name}, {window}, none decay"].values()])
+            for name in ("wdcf m=d", "pff", "prf", "cosformer", "relu", "hedgehog", "ldcf")
+        }
+        for window in ("no window", "window")
+    )
+    assert far["wdcf m=d"] < min(far["prf"], far["cosformer"])  # ahead, as in the paper
+    assert all(far[name] < far["wdcf m=d"] for name in ("pff", "relu", "hedgehog", "ldcf"))  # whose directions train
+    assert max(near.values()) - min(near.values()) < 0.01
