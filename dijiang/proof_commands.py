@@ -22,7 +22,8 @@ def evaluate(
     ] = None,
     text_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each text, at most.")] = 32768,
     length: Annotated[
-        list[int] | None, typer.Option(min=2, help="Tokens of a window of perplexity. Repeatable.  [default: 1024]")
+        list[int] | None,
+        typer.Option(min=2, help="Tokens of a window of perplexity. Repeatable.  [default: 1024, if the models take so many]"),
     ] = None,
     stride: Annotated[
         int | None, typer.Option(min=1, help="Tokens between windows: less than the length slides.  [default: the length]")
@@ -55,15 +56,19 @@ def evaluate(
 
     Example: dijiang evaluate smollm2-recovered/distill/model --against HuggingFaceTB/SmolLM2-135M --text book.txt
     """
+    from rich.console import Console
+
     from dijiang.demo import HELD_OUT_TEXT
     from dijiang.evaluate import EvaluationConfig, evaluate_model
+    from dijiang.evaluate.tables import print_table, score_table
 
     config = EvaluationConfig(
-        texts=tuple(text or [HELD_OUT_TEXT]), text_tokens=text_tokens, lengths=tuple(length or [1024]), stride=stride,
-        recall_lengths=tuple(filter(None, recall_length or [128, 256, 512, 1024])), tasks=tuple(tasks or []), limit=limit,
+        texts=tuple(text or [HELD_OUT_TEXT]), text_tokens=text_tokens, lengths=tuple(length) if length else None, stride=stride,
+        recall_lengths=tuple(filter(None, recall_length)) if recall_length else None, tasks=tuple(tasks or []), limit=limit,
         num_fewshot=num_fewshot, batch_size=batch_size, dtype=dtype, device=device,
     )  # fmt: skip
-    evaluate_model(checkpoint, against, output, config.quick() if quick else config, cache=cache)
+    result = evaluate_model(checkpoint, against, output, config.quick() if quick else config, cache=cache)
+    print_table(Console(), *score_table(result))
     typer.echo(f"wrote {output} (evaluation.json, report.html, figures)")
 
 

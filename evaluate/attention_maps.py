@@ -19,7 +19,7 @@ from dijiang.modeling.linear_layer import DiJiangLinearAttention, linear_layers
 
 from .kernel_inputs import capture
 
-SHARE = 0.9  # of a row's weight that the effective context carries
+SHARE, ROUNDING = 0.9, 1e-6  # of a row's weight that the effective context carries, and what sums may lack of it
 DIGITS = 5  # of the numbers in the result
 
 
@@ -104,7 +104,7 @@ def effective_context(weights: torch.Tensor) -> torch.Tensor:
     """
     T = weights.shape[-1]
     carried = weights.abs().flip(-1).cumsum(-1)  # by the keys from the last one back to each
-    context = (carried[..., :-1] < SHARE - 1e-6).sum(-1) + 1 - torch.arange(T - 1, -1, -1, device=weights.device)
+    context = (carried[..., :-1] < SHARE - ROUNDING).sum(-1) + 1 - torch.arange(T - 1, -1, -1, device=weights.device)
     return context[:, :, T // 4 :].transpose(0, 1).flatten(1).double().quantile(0.5, dim=1)
 
 

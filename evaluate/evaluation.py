@@ -1,8 +1,6 @@
 """The evaluation of a DiJiang checkpoint beside its teacher and the controls, resumable after any result."""
 
 import json
-import shlex
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +19,7 @@ from dijiang.convert.provenance import versions
 from .attention_maps import measure_maps
 from .drawing import refuse_missing_matplotlib
 from .evaluation_result import describe, summary, training_curves
-from .page import write_report
+from .page import write_results
 from .result_cache import ResultCache, code_hash, default_folder, hash_of
 from .statistics import LEVEL, RESAMPLES
 from .subjects import Comparison, Subject, compare
@@ -36,7 +34,9 @@ from .tasks import (
     refuse_long,
     tokenised,
 )
+from .timing import command
 
+LENGTH, RECALL_LENGTHS = 1024, (128, 256, 512, 1024)
 MAP_COST = 20  # passes that the maps' arithmetic is reckoned as
 
 
@@ -49,22 +49,25 @@ class EvaluationConfig:
         texts: UTF-8 files of held-out text, each of which gives its own perplexities; the first also gives prompts, the
             haystack of needles, and what attention maps are drawn of.
         text_tokens: of each text, at most (None: all).
-        lengths: of the windows that perplexity is measured in; stride: tokens between their starts (None: their length).
-        recall_lengths: tokens in which something is to be found again; recall_samples: of each kind and length.
-        prompts, prompt_length, new_tokens: greedy continuations that are compared with the teacher's.
+        lengths: of the windows that perplexity is measured in (None: 1,024, or the models' context if that is shorter);
+            stride: tokens between their starts (None: their length).
+        recall_lengths: tokens in which something is to be found again (None: those of `RECALL_LENGTHS` that the models were
+            made for); recall_samples: of each kind and length.
+        prompts, prompt_length, new_tokens: greedy continuations that are compared with the teacher's; prompts are shorter
+            where the context is.
         tasks: of lm-eval: names, groups, `paper`, `paper-7b`, or YAML files; limit: documents of each task (None: all);
             num_fewshot: None means the task's own; batch_size: of lm-eval.
-        map_tokens: length of the row that attention maps are measured on; 0 leaves them out, and so does a teacher with other
-            layers or heads.
+        map_tokens: length of the row that attention maps are measured on, at most; 0 leaves them out, and so does a teacher
+            with other layers or heads.
         dtype: `auto` is the faster of float32 and bfloat16; device: `auto` is the GPU where there is one.
         seed: of recall's samples and of the bootstrap.
     """
 
     texts: tuple[Path, ...]
     text_tokens: int | None = 32768
-    lengths: tuple[int, ...] = (1024,)
+    lengths: tuple[int, ...] | None = None
     stride: int | None = None
-    recall_lengths: tuple[int, ...] = (128, 256, 512, 1024)
+    recall_lengths: tuple[int, ...] | None = None
     recall_samples: int = 24
     prompts: int = 16
     prompt_length: int = 128
@@ -83,22 +86,43 @@ class EvaluationConfig:
             raise ValueError("no text given; name at least one text file")
         positive = ("text_tokens", "stride", "recall_samples", "prompts", "prompt_length", "new_tokens", "limit", "batch_size")
         sizes = [(name, getattr(self, name)) for name in positive]
-        sizes += [("lengths", length) for length in self.lengths]
-        sizes += [("recall_lengths", length) for length in self.recall_lengths]
+        sizes += [(name, length) for name in ("lengths", "recall_lengths") for length in getattr(self, name) or ()]
         for name, size in sizes:
             if size is not None and size < 1:
                 raise ValueError(f"{name} holds {size}, which must be at least 1")
 
+    def within(self, context: int) -> "EvaluationConfig":
+        """
+        The same, fitted to models of this context wherever nothing else was asked for.
+
+        Raises:
+            ValueError: where what was asked for exceeds it.
+        """
+        refuse_long(self.lengths or (), context, "perplexity in windows")
+        refuse_long(self.recall_lengths or (), context, "recall in samples")
+        fitted = {
+            "lengths": (min(LENGTH, context),) if self.lengths is None else self.lengths,
+            "recall_lengths": tuple(length for length in RECALL_LENGTHS if length <= context)
+            if self.recall_lengths is None
+            else self.recall_lengths,
+            "prompt_length": max(min(self.prompt_length, context - self.new_tokens), 1),
+            "map_tokens": min(self.map_tokens, context),
+        }
+        return replace(self, **fitted)
+
     def quick(self) -> "EvaluationConfig":
         """The same on so little that it takes seconds, to see that it works."""
-        small = {"text_tokens": 2048, "recall_samples": 4, "prompts": 2, "new_tokens": 8, "map_tokens": 64}
-        cut = {
-            "lengths": tuple(min(length, 256) for length in self.lengths[:1]),
-            "recall_lengths": self.recall_lengths[:1],
-            "prompt_length": min(self.prompt_length, 64),
-            "limit": min(self.limit or 8, 8),
+        small = {
+            "text_tokens": 1024,
+            "recall_samples": 4,
+            "prompts": 2,
+            "prompt_length": 32,
+            "new_tokens": 8,
+            "map_tokens": 48,
         }
-        return replace(self, **small, **cut)
+        lengths = (self.lengths or (256,))[:1]
+        recall = RECALL_LENGTHS[:1] if self.recall_lengths is None else self.recall_lengths[:1]
+        return replace(self, **small, lengths=lengths, recall_lengths=recall, limit=min(self.limit or 8, 8))
 
 
 def evaluate_model(
@@ -111,15 +135,10 @@ def evaluate_model(
     progress: bool = True,
 ) -> dict:
     """
-    Evaluate a checkpoint beside its teacher and the controls, and write the report.
+    Evaluate a checkpoint beside its teacher and the controls (`run_evaluation`), and write the report.
 
     Args:
-        checkpoint: DiJiang checkpoint, folder or hub id.
-        teacher: softmax model with the same tokenizer: hub id, folder or GGUF file.
-        output: new folder for `evaluation.json`, `report.html` and the figures.
-        cache: folder where results are kept as they come, so that the same call goes on after an interruption; default
-            `~/.cache/dijiang/evaluations`.
-        progress: show a bar on stderr.
+        output: new folder for `evaluation.json`, `report.html` and the figures; the rest as for `run_evaluation`.
 
     Returns:
         What `evaluation.json` holds.
@@ -127,43 +146,56 @@ def evaluate_model(
     Raises:
         ValueError: if output, models, texts or tasks do not allow it; nothing was measured then.
     """
-    started = time.perf_counter()
     output = Path(output).expanduser()
     refuse_occupied(output)
     refuse_missing_matplotlib()
+    result = run_evaluation(checkpoint, teacher, config, cache=cache, progress=progress)
+    with new_folder(output) as folder:
+        write_results({"evaluation": result}, folder)
+    return result
+
+
+def run_evaluation(
+    checkpoint: str | Path, teacher: str | Path, config: EvaluationConfig, *, cache: Path | None = None, progress: bool = True
+) -> dict:
+    """
+    Measure a checkpoint beside its teacher and the controls.
+
+    Args:
+        checkpoint: DiJiang checkpoint, folder or hub id.
+        teacher: softmax model with the same tokenizer: hub id, folder or GGUF file.
+        cache: folder where results are kept as they come, so that the same call goes on after an interruption; default
+            `~/.cache/dijiang/evaluations`.
+        progress: show a bar on stderr.
+
+    Returns:
+        The result, as JSON.
+    """
+    started = time.perf_counter()
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     dtype = fastest_dtype(device) if config.dtype == "auto" else dtype_named(config.dtype)
     comparison = compare(checkpoint, teacher, dtype=dtype, device=device)
+    config = config.within(comparison.context)
     tasks, map_rows = build_tasks(config, comparison)
-    kept = ResultCache(cache or default_folder())
-    scores, maps, reused = measure(tasks, map_rows, config, comparison, kept, progress=progress)
-    with new_folder(output) as folder:
-        result = {
-            "kind": "evaluation",
-            "command": shlex.join(["dijiang", *sys.argv[1:]]),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            **describe(comparison),
-            "settings": {**asdict(config), "texts": [path.name for path in map(Path, config.texts)]},
-            "tasks": [summary(task, scores[task.name], comparison.subjects(), config.seed) for task in tasks],
-            "maps": maps,
-            "training": training_curves(comparison.student.folder),
-            "bootstrap": {"resamples": RESAMPLES, "level": LEVEL, "units": "windows, samples, prompts or documents"},
-            "results_reused": reused,
-            "seconds": round(time.perf_counter() - started, 1),
-        }
-        text = json.dumps(result, indent=1, ensure_ascii=False)
-        (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-        result = json.loads(text)  # as whoever reads the file has it
-        write_report({"evaluation": result}, folder)
-    return result
+    scores, maps, reused = measure(tasks, map_rows, comparison, ResultCache(cache or default_folder()), progress=progress)
+    result = {
+        "kind": "evaluation",
+        "command": command("dijiang"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        **describe(comparison),
+        "settings": {**asdict(config), "texts": [Path(path).name for path in config.texts]},
+        "tasks": [summary(task, scores[task.name], comparison.subjects(), config.seed) for task in tasks],
+        "maps": maps,
+        "training": training_curves(comparison.student.folder),
+        "bootstrap": {"resamples": RESAMPLES, "level": LEVEL, "units": "windows, samples, prompts or documents"},
+        "results_reused": reused,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    return json.loads(json.dumps(result))  # as whoever reads the file has it
 
 
 def build_tasks(config: EvaluationConfig, comparison: Comparison) -> tuple[list[Task], torch.Tensor | None]:
     """Every task, its data read and checked, and the rows (1, T) for attention maps. No model is in memory yet."""
-    refuse_long(config.lengths, comparison.context, "perplexity in windows")
-    refuse_long(config.recall_lengths, comparison.context, "recall in samples")
-    refuse_long([config.prompt_length + config.new_tokens], comparison.context, "a prompt with its continuation")
-    refuse_long([config.map_tokens], comparison.context, "an attention map")
     tokenizer, tasks = comparison.tokenizer, []
     texts = {Path(path).name: tokenised(tokenizer, Path(path), config.text_tokens) for path in config.texts}
     if len(texts) < len(config.texts):
@@ -181,15 +213,12 @@ def build_tasks(config: EvaluationConfig, comparison: Comparison) -> tuple[list[
         options = {"limit": config.limit, "num_fewshot": config.num_fewshot, "batch_size": config.batch_size}
         tasks += harness_tasks(config.tasks, tokenizer, context=comparison.context, **options)
     rows = first[: config.map_tokens][None] if config.map_tokens and comparison.same_heads else None
-    if rows is not None and rows.shape[1] < config.map_tokens:
-        raise ValueError(f"{name} has {len(first)} tokens, attention maps want {config.map_tokens}; give more text")
     return tasks, rows
 
 
 def measure(
     tasks: Sequence[Task],
     map_rows: torch.Tensor | None,
-    config: EvaluationConfig,
     comparison: Comparison,
     kept: ResultCache,
     *,

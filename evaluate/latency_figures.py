@@ -2,33 +2,31 @@
 
 from pathlib import Path
 
-from .drawing import CONTROL_COLOUR, STUDENT_COLOUR, TEACHER_COLOUR, drawn, lengths_axis, plain
+from .drawing import STUDENT_COLOUR, TEACHER_COLOUR, THIRD_COLOUR, drawn, lengths_axis, plain
 
 LOOKS = {
     "softmax": (TEACHER_COLOUR, "softmax, growing cache"),
-    "softmax static": (CONTROL_COLOUR, "softmax, static cache"),
+    "softmax static": (THIRD_COLOUR, "softmax, static cache"),
     "dijiang": (STUDENT_COLOUR, "DiJiang"),
 }
-TITLES = {"prefill": "time to the first token, s", "decode": "decoding step, ms"}
+TIMES = {"prefill": "time to the first token, s", "decode": "decoding step, ms"}
+MEMORY = dict.fromkeys(TIMES, "MiB")
 
 
 def draw_latency(result: dict, folder: Path) -> list[Path]:
     """
-    Write `latency.png` (medians with their quartiles; dotted, the least the machine allows for a step) and `memory.png` (cache
-    or state, and dashed the peak above the weights) into `folder`: phases from top to bottom, batches from left to right.
-    Returns their paths.
-
-    Raises:
-        ValueError: if every row was left out.
+    Write `latency.png` (medians with their quartiles; dotted, the least that the machine allows for a decoding step) and
+    `memory.png` (cache or state, and dashed the peak above the weights) into `folder`: phases from top to bottom, batches
+    from left to right. Returns their paths, none if every row was left out.
     """
     measured = [row for row in result["rows"] if "left_out" not in row]
     if not measured:
-        raise ValueError("nothing to draw: every row of the result was left out, for want of memory")
+        return []
     phases = list(dict.fromkeys(row["phase"] for row in measured))
     batches = sorted({row["batch"] for row in measured})
     paths = []
-    for name, panel in (("latency.png", draw_times), ("memory.png", draw_memory)):
-        size = (1 + 3.6 * len(batches), 0.6 + 3 * len(phases))
+    for name, panel, titles in (("latency.png", draw_times, TIMES), ("memory.png", draw_memory, MEMORY)):
+        size = (max(6.4, 1 + 3.4 * len(batches)), 1.2 + 2.8 * len(phases))
         paths.append(folder / name)
         with drawn(paths[-1], len(phases), len(batches), size=size) as (figure, _):
             panels = figure.axes  # row by row
@@ -42,7 +40,11 @@ def draw_latency(result: dict, folder: Path) -> list[Path]:
                     rows.sort(key=lambda row: row["context"])
                     panel(axes, rows)
                     lengths_axis(axes, [row["context"] for row in rows])
+                    axes.margins(x=0.1)
+                    plain(axes, x="context, tokens", y=titles[phase], legend=False)
                     axes.set_title(f"{phase}, batch {batch}", fontsize=10)
+                    lines = axes.get_legend_handles_labels()  # all those that decoding has, if it was measured
+            figure.legend(*lines, loc="outside lower center", ncols=len(LOOKS), fontsize=8, frameon=False)
             figure.suptitle(f"{result['name']}, {result['dtype']}, {result['device']}", fontsize=10)
     return paths
 
@@ -56,17 +58,21 @@ def draw_times(axes, rows: list[dict]) -> None:
         axes.plot(contexts, median, "o-", color=colour, label=label, markersize=4)
         axes.fill_between(contexts, low, high, color=colour, alpha=0.25, linewidth=0)
         if phase == "decode":
-            axes.plot(contexts, [unit * row["floor_s"][name] for row in rows], ":", color=colour, linewidth=1)
+            floors = [unit * row["floor_s"][name] for row in rows]
+            axes.plot(contexts, floors, ":", color=colour, label=f"{label}, at best", linewidth=1.5)
     axes.set_ylim(bottom=0)
-    plain(axes, x="context, tokens", y=TITLES[phase])
 
 
 def draw_memory(axes, rows: list[dict]) -> None:
     """Memory of one phase and batch against context."""
+    from matplotlib.ticker import LogLocator, ScalarFormatter
+
     contexts = [row["context"] for row in rows]
     for name, (colour, label) in LOOKS.items():
         cache, peak = ([row[key][name] / 2**20 for row in rows] for key in ("cache_bytes", "peak_bytes"))
         axes.plot(contexts, cache, "o-", color=colour, label=label, markersize=4)
-        axes.plot(contexts, peak, "s--", color=colour, markersize=3, linewidth=1)
+        axes.plot(contexts, peak, "s--", color=colour, label=f"{label}, peak", markersize=3, linewidth=1)
     axes.set_yscale("log")
-    plain(axes, x="context, tokens", y="MiB: cache (line), peak (dashed)")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_locator(LogLocator(subs=()))

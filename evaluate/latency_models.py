@@ -21,6 +21,11 @@ from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
 
 from .timing import available_bytes
 
+try:  # releases that have it keep the weights quantised where they find a kernel for them
+    from transformers.utils.quantization_config import GgufConfig
+except ImportError:
+    GgufConfig = None
+
 SPARE_BYTES = 2 << 30  # what libraries, the rest of a step and the copy that times the machine take at most
 SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -144,8 +149,10 @@ def placement(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
 
 
 def load_softmax(source: Source, dtype: torch.dtype) -> PreTrainedModel:
-    """The source in transformers' own class, with its default attention, on the CPU."""
+    """The source in transformers' own class, with its default attention, on the CPU; of a GGUF file, dense weights."""
     arguments = {"gguf_file": source.gguf.name} if source.gguf else {}
+    if source.gguf and GgufConfig:
+        arguments["quantization_config"] = GgufConfig(dequantize=True)
     try:
         with no_library_bars(), contextlib.redirect_stderr(io.StringIO()):  # where the GGUF reader draws its own
             return AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **arguments).eval()

@@ -33,6 +33,7 @@ MARKER = "<!-- Written by dijiang, which may replace this file by a newer card; 
 HUB_METRICS = {"acc": "accuracy"}  # where the hub has another name
 SHARED_SETTINGS = ("key_scale", "scale_features", "normalize", "output_norm", "output_gate", "decay")
 ARROWS = {"lower": "↓", "higher": "↑"}
+SHARES = {"recovered": "recovered", "over_training_free": "of the training-free loss"}
 NOTHING = "–"
 # a path that is absolute or starts from the home, working or parent folder; its last part
 LOCAL_PATH = re.compile(
@@ -184,7 +185,7 @@ def model_facts(config) -> dict:
     state_bytes = 0
     for layer in linear_layers(model).values():
         k = torch.empty(1, 1, layer.num_key_value_heads, layer.head_dim, dtype=config.dtype, device="meta")
-        state = LinearState.empty(k, k, layer.feature_map_k.size, layer.window, 0, layer.normalize)
+        state = LinearState.empty(k, k, layer.feature_map_k.size, layer.window, layer.sinks, layer.normalize)
         state_bytes += sum(tensor.nbytes for tensor in state.tensors())
     names = ["attention_window", "attention_sinks", "feature_map", *FEATURE_MAPS[config.feature_map].settings]
     return {
@@ -241,7 +242,7 @@ def with_interval(score: dict | None, shown=number) -> str:
 
 
 def score(task: dict, subject: str) -> float | None:
-    return task["values"].get(subject, {}).get("value")
+    return (task["values"].get(subject) or {}).get("value")  # there is none of a score that is not finite
 
 
 def eval_results(evaluation: dict) -> list[EvalResult]:
@@ -267,7 +268,7 @@ def evaluation_facts(evaluation: dict | None, source: str) -> dict:
             f"{task['units']:,}",
             number(task["chance"]),
             *(with_interval(task["values"].get(key)) for key in subjects),
-            with_interval(task["recovered"], "{:.0%}".format),
+            *(with_interval(task.get(key), "{:.0%}".format) for key in SHARES),
         ]
         for task in tasks
     ]
@@ -279,12 +280,14 @@ def evaluation_facts(evaluation: dict | None, source: str) -> dict:
     perplexities = measured("perplexity", "student", "teacher", "window_only", "linear_only")
     return {
         "evaluation": evaluation,
-        "results": markdown_table(("task", "metric", "units", "chance", *map(escaped, subjects.values()), "recovered"), rows),
+        "results": markdown_table(
+            ("task", "metric", "units", "chance", *map(escaped, subjects.values()), *SHARES.values()), rows
+        ),
         "left_out": [
             f"{escaped(task['name'])}, {escaped(title)}: left out, {escaped(task['values'][key]['left_out'])}"
             for task in tasks
             for key, title in subjects.items()
-            if "left_out" in task["values"].get(key, {})
+            if "left_out" in (task["values"].get(key) or {})
         ],
         "command": shareable(evaluation["command"], source),
         "recall": max(recalls, key=lambda task: score(task, "teacher") - score(task, "student"), default=None),

@@ -11,6 +11,7 @@ from .drawing import refuse_missing_matplotlib
 from .latency_figures import draw_latency
 from .map_figures import draw_maps
 from .quality_figures import draw_quality
+from .tables import interval, number, share
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.jinja"
 KINDS: dict[str, Callable[[dict, Path], list[Path]]] = {"evaluation": draw_quality, "latency": draw_latency}
@@ -72,6 +73,14 @@ def make_report(paths: Iterable[Path], output: str | Path) -> Path:
     return Path(output) / "report.html"
 
 
+def write_results(results: dict[str, dict], folder: Path) -> Path:
+    """Write each result as `<kind>.json`, the report and the figures into `folder`; returns the page."""
+    for kind, result in results.items():
+        text = json.dumps(result, indent=1, ensure_ascii=False)
+        (folder / f"{kind}.json").write_text(text + "\n", encoding="utf-8")
+    return write_report(results, folder)
+
+
 def write_report(results: dict[str, dict], folder: Path) -> Path:
     """Draw figures into `folder`/figures and write `report.html`, which holds them; returns the page."""
     from jinja2 import Environment, StrictUndefined
@@ -94,29 +103,3 @@ def write_report(results: dict[str, dict], folder: Path) -> Path:
 
 def encoded(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode("ascii")
-
-
-def number(value: float) -> str:
-    """Four significant digits or so, thousands with commas."""
-    if value == 0 or 0.01 <= abs(value) < 100:
-        return f"{value:.3f}"
-    return f"{value:,.1f}" if abs(value) < 10000 else f"{value:,.0f}"
-
-
-def interval(value: dict | None) -> str:
-    """A value and its interval."""
-    if value is None:
-        return "not finite"
-    if "left_out" in value:
-        return "-"
-    if value["low"] is None:
-        return number(value["value"])
-    return f"{number(value['value'])} [{number(value['low'])}, {number(value['high'])}]"
-
-
-def share(value: dict | None) -> str:
-    """A share and its interval in percent; a dash where there is none."""
-    if value is None:
-        return "-"
-    ends = "" if value["low"] is None else f" [{value['low']:.0%}, {value['high']:.0%}]"
-    return f"{value['value']:.1%}{ends}"

@@ -3,11 +3,10 @@ Recall from a context made up for it, by its length: a needle in a haystack, and
 associative recall, Zoology, arXiv 2312.04927).
 """
 
-import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 
 import torch
 
@@ -66,8 +65,9 @@ def needle_samples(
         start, before = rng.randint(0, len(filler) - room), round(depth * room)
         hay = filler[start : start + room]
         ids = hay[:before] + needle + hay[before:] + asked
-        # where the tokens that the answer changes begin, wherever the tokenizer splits
-        known = len(os.path.commonprefix([asked, encode(tokenizer, question)]))
+        # the answer begins where the tokens do that the question alone lacks, wherever the tokenizer splits
+        same = zip(asked, encode(tokenizer, question), strict=False)
+        known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], same))
         answers = [(length - len(asked) + known, length)]
         chance = 1 / (9 * 10 ** (DIGITS - 1))
         found.append(RecallSample(input_ids=torch.tensor(ids), answers=answers, depths=[depth], chance=chance))
@@ -78,12 +78,13 @@ def associative_samples(tokenizer, *, length: int, samples: int, seed: int, quer
     """
     Contexts of `length` tokens: lines " key = value", a blank line, and then `queries` random ones of these lines again. Keys
     and values are words of one token, none of them used twice. However long the context, it has at most `PAIRS` of them,
-    spread over it at random, so that length means distance and chance stays the same; the other lines are other words.
+    spread over it at random, so that length means distance and chance stays the same; the other lines are "#" and other words.
 
     Raises:
         ValueError: if `queries` pairs and their queries do not go into `length`, or the tokenizer has too few words.
     """
-    words, equals, newline = single_token_words(tokenizer), encode(tokenizer, " ="), encode(tokenizer, "\n")
+    words = single_token_words(tokenizer)
+    equals, newline, mark = (encode(tokenizer, text) for text in (" =", "\n", " #"))
     size = 2 + len(equals) + len(newline)
     lines = length // size - queries
     if lines < queries:
@@ -96,7 +97,7 @@ def associative_samples(tokenizer, *, length: int, samples: int, seed: int, quer
     for _ in range(samples):
         drawn = rng.sample(words, len(words))
         others = drawn[2 * pairs :]
-        rows = [[*rng.choices(others, k=size - len(newline)), *newline] for _ in range(lines)]
+        rows = [[*mark, *rng.choices(others, k=size - len(mark) - len(newline)), *newline] for _ in range(lines)]
         places = rng.sample(range(lines), pairs)
         for place, key, value in zip(places, drawn[:pairs], drawn[pairs:], strict=False):
             rows[place] = [key, *equals, value, *newline]

@@ -2,7 +2,7 @@
 
 import importlib
 import json
-import mmap
+import os
 import sys
 from pathlib import Path
 
@@ -21,47 +21,6 @@ def measure(monkeypatch):
     return measure
 
 
-class Clock:
-    """A clock that `passes(seconds)` moves."""
-
-    def __init__(self):
-        self.now, self.order = 0.0, []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def passes(self, name: str, *seconds: float):
-        left = list(seconds)
-
-        def call():
-            self.order.append(name)
-            self.now += left.pop(0) if len(left) > 1 else left[0]
-
-        return call
-
-
-def test_calls_take_turns_and_warm_up_does_not_count(measure):
-    clock = Clock()
-    calls = {"a": clock.passes("a", 100.0, 1.0, 5.0, 3.0), "b": clock.passes("b", 2.0)}
-    found = measure.alternate(calls, rounds=3, after={"b": clock.passes("after b", 50.0)}, clock=clock)
-    assert clock.order == ["a", "b", "after b"] * 4
-    assert found["a"] == {"median_s": 3.0, "min_s": 1.0, "q1_s": 2.0, "q3_s": 4.0, "rounds": 3}
-    assert found["b"]["median_s"] == 2.0
-
-
-def test_rounds_go_on_until_the_time_is_spent(measure):
-    clock = Clock()
-    assert measure.alternate({"a": clock.passes("a", 1.0)}, rounds=3, seconds=10.0, clock=clock)["a"]["rounds"] == 10
-    assert measure.alternate({"a": clock.passes("a", 1.0)}, rounds=3, seconds=0.0, clock=clock)["a"]["rounds"] == 3
-
-
-def test_ratios_say_how_many_times_faster_than_the_peer(measure):
-    timings = {
-        name: measure.summary(times) for name, times in {"peer": [6, 5, 7], "fast": [3, 2, 9], "slow": [12] * 3}.items()
-    }
-    assert measure.ratios(timings, "peer") == {"fast": 2.0, "slow": 0.5}
-
-
 @pytest.mark.parametrize("features", [4, 6])
 def test_floor_counts_the_products_of_the_chunk_form(measure, features):
     """By hand: products of (rows, inner) and (inner, columns) cost 2 rows inner columns."""
@@ -73,25 +32,20 @@ def test_floor_counts_the_products_of_the_chunk_form(measure, features):
     assert measure.floor_flops(T, H, d, M, chunk=C) == H * (maps + state + inside)
 
 
-def test_floor_is_the_slower_of_computing_and_moving(measure):
-    limits = {"product_gflops": {"float32": 2.0}, "copy_bytes_per_s": 100.0}
-    assert measure.floor_seconds(4e9, 100, limits, "float32") == 2.0
-    assert measure.floor_seconds(4e9, 500, limits, "float32") == 5.0
-
-
 def test_a_target_is_met_from_the_right_side(measure):
     assert measure.target("speed", 4, 4.0) == {"name": "speed", "target": ">= 4", "measured": 4.0, "met": True}
     assert not measure.target("speed", 4, 3.9)["met"]
     assert measure.target("bytes", 4, 3.9, at_most=True)["met"] and not measure.target("bytes", 4, 4.1, at_most=True)["met"]
 
 
-def test_peak_memory_sees_what_was_freed_again(measure):
-    with measure.PeakMemory() as peak:
-        pages = mmap.mmap(-1, 1 << 26)  # torch might reuse memory that is resident already
-        for start in range(0, 1 << 26, mmap.PAGESIZE):
-            pages[start] = 1
-        pages.close()
-    assert 0.9 * (1 << 26) < peak.bytes < 1.5 * (1 << 26)
+def test_a_backend_can_be_chosen_at_any_time(measure, monkeypatch):
+    from dijiang.modeling.native_kernel import native_is_usable
+
+    monkeypatch.setenv("DIJIANG_NATIVE", "1")  # put back at the end
+    measure.choose_backend("torch")
+    assert native_is_usable() == (False, "DIJIANG_NATIVE=0 turns native code off")
+    measure.choose_backend("native")
+    assert "DIJIANG_NATIVE" not in os.environ
 
 
 def test_backend_is_told_by_who_answered(measure):

@@ -48,7 +48,7 @@ def evaluated(pair, config, tmp_path):
 def undrawn(request, monkeypatch):
     """No report, which takes a second or two, unless the test is about it."""
     if "drawn" not in request.keywords:
-        monkeypatch.setattr(evaluation, "write_report", lambda results, folder: None)
+        monkeypatch.setattr("dijiang.evaluate.page.write_report", lambda results, folder: None)
 
 
 def row(result: dict, kind: str) -> dict:
@@ -193,11 +193,8 @@ def test_a_student_without_a_window_leaves_controls_out(pair, evaluated, tmp_pat
     [
         ({"lengths": (24, 65)}, r"^perplexity in windows of 65 tokens exceeds the 64 that these models were made for"),
         ({"recall_lengths": (128,)}, r"^recall in samples of 128 tokens exceeds the 64"),
-        ({"prompt_length": 60}, r"^a prompt with its continuation of 65 tokens exceeds the 64"),
-        ({"map_tokens": 65}, r"^an attention map of 65 tokens exceeds the 64"),
         ({"stride": 25}, r"^stride=25 must be from 1 to the length, 24"),
         ({"prompt_length": 40, "text_tokens": 30}, r"^the text has 30 tokens and a prompt 40; give more text"),
-        ({"map_tokens": 64, "text_tokens": 50}, r"^text\.txt has 50 tokens, attention maps want 64; give more text"),
         ({"texts": (Path("nowhere.txt"),)}, r"^cannot read nowhere\.txt: No such file or directory$"),
         ({"dtype": "float12"}, r"^dtype 'float12' is unknown; choose auto, "),
     ],
@@ -205,6 +202,15 @@ def test_a_student_without_a_window_leaves_controls_out(pair, evaluated, tmp_pat
 def test_what_cannot_be_measured_is_refused_before_anything_is(evaluated, refused, tmp_path, monkeypatch, settings, message):
     monkeypatch.setattr(Comparison, "loaded", None)
     refused(tmp_path, lambda: evaluated(**settings), message)
+
+
+def test_what_was_not_asked_for_fits_the_context(config):
+    free = replace(config, lengths=None, recall_lengths=None, prompt_length=100, new_tokens=8, map_tokens=512)
+    fitted = free.within(300)
+    assert (fitted.lengths, fitted.recall_lengths) == ((300,), (128, 256))
+    assert (fitted.prompt_length, fitted.map_tokens) == (100, 300) and free.within(64).prompt_length == 56
+    assert free.within(4096).lengths == (1024,) and free.within(4096).recall_lengths == (128, 256, 512, 1024)
+    assert replace(free, recall_lengths=()).within(300).recall_lengths == ()
 
 
 def test_two_texts_of_one_name_are_refused(evaluated, refused, text_file, tmp_path):

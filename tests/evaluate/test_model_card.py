@@ -196,6 +196,8 @@ def test_layers_and_memory_of_a_hybrid(make_source, tokens, tmp_path, dtype):
         assert line in words
     assert of_kind["sliding_attention"][0].keys.shape[1:] == (2, 4, 8)  # heads, tokens but the one to come, head size
     assert json.loads(dict(table(card, "setting")[1:])["decay_spans"]) == [32, 512]
+    del settings["layer_types"]  # which are told by number
+    assert f"with the preset recommended and {json.dumps(settings)}." in words
 
 
 def test_a_layer_without_window_is_told_apart(pair, tmp_path):
@@ -223,22 +225,25 @@ def test_results_are_those_of_the_evaluation(checkpoint):
     found = evaluation(
         task("perplexity", "held out",
              {"teacher": (4.0, 3.9, 4.1), "window_sinks": 5012.345, "student": (42.2849, 41.0, 43.55)},
-             recovered={"value": 0.876, "low": 0.5, "high": 1.0349}),
+             recovered={"value": 0.876, "low": 0.5, "high": 1.0349},
+             over_training_free={"value": -0.25, "low": None, "high": None}),
         task("recall", "needle", {"teacher": 0.9996, "student": 0.5, "linear_only": linear}, chance=0.125),
         task("lm_eval", "boolq", {"teacher": 0.5, "student": float("inf"), "window_only": 0.25}, metric="acc"),
     )  # fmt: skip
     found["tasks"][1]["values"]["teacher"] |= {"low": None, "high": None}
+    found["tasks"][2]["values"]["linear_only"] = None  # not finite
     card = model_card(checkpoint, found)
     head, *rows = table(card, "task")
-    assert head == ["task", "metric", "units", "chance", *SUBJECTS.values(), "recovered"]
+    assert head == ["task", "metric", "units", "chance", *SUBJECTS.values(), "recovered", "of the training-free loss"]
     assert rows == [
         ["held out", "perplexity ↓", "1,500", "–", "4.000 [3.900, 4.100]", "5,012.35 [5,012.35, 5,012.35]",
-         "42.28 [41.00, 43.55]", "–", "–", "88% [50%, 103%]"],
-        ["needle", "accuracy ↑", "1,500", "0.125", "1.000", "–", "0.500 [0.500, 0.500]", "–", "–", "–"],
-        ["boolq", "acc ↑", "1,500", "0.250", "0.500 [0.500, 0.500]", "–", "inf [inf, inf]", "0.250 [0.250, 0.250]", "–", "–"],
+         "42.28 [41.00, 43.55]", "–", "–", "88% [50%, 103%]", "-25%"],
+        ["needle", "accuracy ↑", "1,500", "0.125", "1.000", "–", "0.500 [0.500, 0.500]", "–", "–", "–", "–"],
+        ["boolq", "acc ↑", "1,500", "0.250", "0.500 [0.500, 0.500]", "–", "inf [inf, inf]", "0.250 [0.250, 0.250]", "–",
+         "–", "–"],
     ]  # fmt: skip
     words = text_of(card)
-    assert f"needle, linear branch alone: left out, {linear}" in words and words.count("left out") == 1
+    assert f"needle, linear branch alone: left out, {linear}" in words and words.count(": left out") == 1
     assert "has not been evaluated" not in words and "in float32 on cpu, 2026-01-02T03:04:05+00:00" in words
     assert "without the exact window has not been measured" in words
 
