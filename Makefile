@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint
+.PHONY: help demo test lint docs
 
 help:
 	@echo "make demo   convert, align, compare and run a small model; results in demo-output/"
 	@echo "make test   run the tests (more options: make test ARGS='-k wdcf -x')"
 	@echo "make lint   check style and formatting"
+	@echo "make docs   build the documentation's site into site/"
 	@echo "The first run installs into $(VENV) with $(PYTHON); for another one: make PYTHON=/path/to/python3 demo"
 
 demo: $(INSTALLED)
@@ -23,6 +24,9 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The stamp bears the time at which the installation began, and takes its name only once all of it has succeeded.
 $(INSTALLED): pyproject.toml constraints.txt

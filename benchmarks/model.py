@@ -17,6 +17,10 @@ from pathlib import Path
 
 import measure
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from dijiang.evaluate.latency_contenders import SoftmaxContender
+from dijiang.modeling import DiJiangConfig
 
 SHAPE = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
          "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 65536}  # fmt: skip
@@ -37,37 +41,13 @@ PEERS = {
 
 
 def build(shape: dict, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
-    """Our model and the peer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
-
-    ours = DiJiangForCausalLM(DiJiangConfig(**shape, branch_scale_init=0.0)).to(dtype).eval()
-    for layer in ours.model.layers:  # as a checkpoint keeps them
-        for name in ("feature_map_q", "feature_map_k", "branch_scale", "key_scale"):
-            getattr(layer.self_attn, name).float()
-    return {"llama": LlamaForCausalLM(LlamaConfig(**shape)).to(dtype).eval(), "dijiang": ours}
+    """Our model, its kernels float32 as a checkpoint keeps them, and the peer."""
+    configs = {"llama": LlamaConfig(**shape), "dijiang": DiJiangConfig(**shape, branch_scale_init=0.0)}
+    return {name: AutoModelForCausalLM.from_config(config, dtype=dtype).eval() for name, config in configs.items()}
 
 
 def random_ids(model: torch.nn.Module, batch: int, tokens: int) -> torch.Tensor:
     return torch.randint(0, model.config.vocab_size, (batch, tokens))
-
-
-def cache_bytes(config, batch: int, context: int, dtype: torch.dtype) -> int:
-    """Bytes of the peer's keys and values."""
-    return 2 * batch * context * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
-
-
-def full_cache(model: torch.nn.Module, batch: int, context: int, dtype: torch.dtype, static: bool):
-    """The peer's cache, as if it had read `context` tokens."""
-    from transformers.cache_utils import DynamicCache, StaticCache
-
-    config = model.config
-    cache = StaticCache(config=config, max_cache_len=context + 1) if static else DynamicCache(config=config)
-    shape = (batch, config.num_key_value_heads, context, config.head_dim)
-    for layer in range(config.num_hidden_layers):
-        cache.update(torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype), layer)
-    return cache
 
 
 def compare(kind: str, dtype: str, batch: int, tokens: int, new_tokens: int, timings: dict, **facts) -> dict:
@@ -90,8 +70,10 @@ def prefill(models: dict, dtype: str, tokens: int, options: dict) -> dict:
 
 def decode(models: dict, dtype: str, batch: int, context: int, options: dict) -> dict:
     """One step of `batch` sequences that have `context` tokens behind them."""
-    llama, ours, kind = models["llama"], models["dijiang"], getattr(torch, dtype)
-    needed, available = 2 * cache_bytes(llama.config, batch, context, kind) + SPARE_BYTES, measure.available_bytes()
+    llama, ours = models["llama"], models["dijiang"]
+    growing, fixed = (SoftmaxContender(llama, static=static) for static in (False, True))
+    sizes = {"cache_bytes": growing.cache_bytes(batch, context)}
+    needed, available = 2 * sizes["cache_bytes"] + SPARE_BYTES, measure.available_bytes()
     if needed > available:
         reason = f"needs {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are free"
         measure.console.print(f"decode, {dtype}, batch {batch}, {context:,} tokens: left out, {reason}")
@@ -99,14 +81,13 @@ def decode(models: dict, dtype: str, batch: int, context: int, options: dict) ->
     step = random_ids(llama, batch, 1)
     with torch.no_grad():
         state = ours(random_ids(ours, batch, PROMPT), use_cache=True, logits_to_keep=1).past_key_values
-        grown, static = (full_cache(llama, batch, context, kind, static) for static in (False, True))
-        sizes = {"cache_bytes": sum(x.keys.nbytes + x.values.nbytes for x in grown.layers)}
+        grown, static = (side.filled_cache(batch, context) for side in (growing, fixed))
         calls: dict[str, Callable] = {
             "llama": lambda: llama(step, past_key_values=grown, use_cache=True).logits,
             "llama static": lambda: llama(step, past_key_values=static, use_cache=True).logits,
             "dijiang": lambda: ours(step, past_key_values=state, use_cache=True).logits,
         }
-        after = {"llama": lambda: grown.crop(-1), "llama static": lambda: [x.cumulative_length.sub_(1) for x in static.layers]}
+        after = {"llama": lambda: growing.step_back(grown), "llama static": lambda: fixed.step_back(static)}
         timings = measure.alternate(calls, after=after, **options)
     sizes |= {"state_bytes": state.memory_bytes(), "cache_per_state": sizes["cache_bytes"] / state.memory_bytes()}
     sizes["ratio_to_static_cache"] = measure.ratios(timings, "llama static")["dijiang"]

@@ -3,7 +3,7 @@
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,3 +63,13 @@ def refuse_taken_file(path: Path) -> None:
         raise ValueError(f"output {path} exists already; choose a new file or remove it")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"the folder of {path} does not exist; make it or choose another output")
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file that takes the name `path` once it is complete."""
+    draft = path.with_name(f".{path.name}.partial")
+    try:
+        write(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -26,6 +26,8 @@ _ROOM_OF = {
     "load_recipe": "train",
     "recover": "train",
     "run_stage": "train",
+    "EvaluationConfig": "evaluate",
+    "evaluate_model": "evaluate",
     "perplexity": "evaluate",
 }
 

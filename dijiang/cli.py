@@ -171,17 +171,17 @@ def demo(
     ] = None,
     contexts: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Context length to measure decoding at. Repeatable.  [default: 1024, 4096, 16384]"),
+        typer.Option(min=1, help="Context length to measure decoding at. Repeatable.  [default: 1024, 4096, 8192]"),
     ] = None,
 ) -> None:
     """
-    Convert, align, distil and compare a small real model on this machine, without a GPU, in minutes.
+    Convert, align, distil and evaluate a small real model on this machine, without a GPU, in minutes.
 
-    Leaves `model/` (a standard checkpoint), `report.md`, `report.json` and two plots in the output folder.
+    Leaves `model/` (a standard checkpoint with its card), `report.html` and what it is drawn from in the output folder.
     """
     from dijiang.demo import run_demo
 
-    run_demo(output, source=source, recipe=recipe, contexts=contexts or [1024, 4096, 16384])
+    run_demo(output, source=source, recipe=recipe, contexts=contexts)
 
 
 for command in (proof_commands.evaluate, proof_commands.report, proof_commands.card):

@@ -63,9 +63,10 @@ def evaluate(
     from dijiang.evaluate.tables import print_table, score_table
 
     config = EvaluationConfig(
-        texts=tuple(text or [HELD_OUT_TEXT]), text_tokens=text_tokens, lengths=tuple(length) if length else None, stride=stride,
-        recall_lengths=tuple(filter(None, recall_length)) if recall_length else None, tasks=tuple(tasks or []), limit=limit,
-        num_fewshot=num_fewshot, batch_size=batch_size, dtype=dtype, device=device,
+        texts=tuple(text or [HELD_OUT_TEXT]), text_tokens=text_tokens, stride=stride,
+        lengths=tuple(length) if length else None,
+        recall_lengths=tuple(filter(None, recall_length)) if recall_length else None,
+        tasks=tuple(tasks or []), limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, dtype=dtype, device=device,
     )  # fmt: skip
     result = evaluate_model(checkpoint, against, output, config.quick() if quick else config, cache=cache)
     print_table(Console(), *score_table(result))

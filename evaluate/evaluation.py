@@ -20,6 +20,7 @@ from .attention_maps import measure_maps
 from .drawing import refuse_missing_matplotlib
 from .evaluation_result import describe, summary, training_curves
 from .page import write_results
+from .recall import PAIRS, single_token_words
 from .result_cache import ResultCache, code_hash, default_folder, hash_of
 from .statistics import LEVEL, RESAMPLES
 from .subjects import Comparison, Subject, compare
@@ -176,7 +177,7 @@ def run_evaluation(
     dtype = fastest_dtype(device) if config.dtype == "auto" else dtype_named(config.dtype)
     comparison = compare(checkpoint, teacher, dtype=dtype, device=device)
     config = config.within(comparison.context)
-    tasks, map_rows = build_tasks(config, comparison)
+    tasks, map_rows, left_out = build_tasks(config, comparison)
     scores, maps, reused = measure(tasks, map_rows, comparison, ResultCache(cache or default_folder()), progress=progress)
     result = {
         "kind": "evaluation",
@@ -185,6 +186,7 @@ def run_evaluation(
         **describe(comparison),
         "settings": {**asdict(config), "texts": [Path(path).name for path in config.texts]},
         "tasks": [summary(task, scores[task.name], comparison.subjects(), config.seed) for task in tasks],
+        "left_out": left_out,
         "maps": maps,
         "training": training_curves(comparison.student.folder),
         "bootstrap": {"resamples": RESAMPLES, "level": LEVEL, "units": "windows, samples, prompts or documents"},
@@ -194,8 +196,11 @@ def run_evaluation(
     return json.loads(json.dumps(result))  # as whoever reads the file has it
 
 
-def build_tasks(config: EvaluationConfig, comparison: Comparison) -> tuple[list[Task], torch.Tensor | None]:
-    """Every task, its data read and checked, and the rows (1, T) for attention maps. No model is in memory yet."""
+def build_tasks(config: EvaluationConfig, comparison: Comparison) -> tuple[list[Task], torch.Tensor | None, dict[str, str]]:
+    """
+    Every task, its data read and checked, the rows (1, T) for attention maps, and why what these models do not allow is left
+    out. No model is in memory yet.
+    """
     tokenizer, tasks = comparison.tokenizer, []
     texts = {Path(path).name: tokenised(tokenizer, Path(path), config.text_tokens) for path in config.texts}
     if len(texts) < len(config.texts):
@@ -204,7 +209,10 @@ def build_tasks(config: EvaluationConfig, comparison: Comparison) -> tuple[list[
         for length in config.lengths:
             tasks.append(perplexity_task(name, tokens, length=length, stride=config.stride))
     name, first = next(iter(texts.items()))
-    for kind in (NEEDLE, ASSOCIATIVE):
+    left_out = {}
+    if len(single_token_words(tokenizer)) <= 2 * PAIRS:
+        left_out[ASSOCIATIVE] = f"the tokenizer has no {2 * PAIRS} words of one token to make pairs of"
+    for kind in filter(lambda kind: kind not in left_out, (NEEDLE, ASSOCIATIVE)):
         for length in config.recall_lengths:
             tasks.append(recall_task(kind, tokenizer, first, length=length, samples=config.recall_samples, seed=config.seed))
     sizes = {"prompt_length": config.prompt_length, "count": config.prompts, "new_tokens": config.new_tokens}
@@ -213,7 +221,9 @@ def build_tasks(config: EvaluationConfig, comparison: Comparison) -> tuple[list[
         options = {"limit": config.limit, "num_fewshot": config.num_fewshot, "batch_size": config.batch_size}
         tasks += harness_tasks(config.tasks, tokenizer, context=comparison.context, **options)
     rows = first[: config.map_tokens][None] if config.map_tokens and comparison.same_heads else None
-    return tasks, rows
+    if not comparison.same_heads:
+        left_out["attention maps"] = "teacher and student differ in layers or heads"
+    return tasks, rows, left_out
 
 
 def measure(
@@ -271,9 +281,9 @@ def measure(
         if map_rows is not None and maps is None:
             bar.update(line, description="attention maps")
             with comparison.loaded("teacher") as teacher, comparison.loaded("student") as student:
-                maps = measure_maps(teacher, student, map_rows)
+                per_layer = map_cost / teacher.config.num_hidden_layers
+                maps = measure_maps(teacher, student, map_rows, advance=lambda n: bar.advance(line, n * per_layer))
             kept.put(map_facts, maps)
-            bar.advance(line, map_cost)
     return scores, maps, reused
 
 

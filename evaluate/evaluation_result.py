@@ -56,6 +56,7 @@ def describe(comparison: Comparison) -> dict:
         "student": {
             "name": public_name(comparison.student.name),
             "source": provenance.get("source"),
+            "weights": comparison.identity["student"]["weights"],
             "tokens": sum(stage.get("tokens", 0) for stage in stages),
             "stages": [
                 {key: stage[key] for key in ("stage", "tokens", "seconds", "device") if key in stage} for stage in stages

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from .report import markdown_table
+from .tables import markdown_table
 
 INPUTS = {
     "gaussian-0.5-d4": "d = 4, norm 0.5",

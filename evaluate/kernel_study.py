@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dijiang.convert.folders import refuse_taken_file
+from dijiang.convert.folders import refuse_taken_file, write_whole
 from dijiang.convert.provenance import public_name, versions
 
 from . import kernel_report
@@ -251,16 +251,6 @@ def rivals(name: str, weights: str) -> list[tuple[str, str]]:
     elif weights == "equal" and name != "prf":
         found.append(("prf", "equal"))
     return found
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file that takes the name `path` once it is complete."""
-    draft = path.with_name(f".{path.name}.partial")
-    try:
-        write(draft)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def json_text(result: dict) -> str:

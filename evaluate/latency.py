@@ -6,6 +6,7 @@ contexts and batches, and the least time that the machine allows for a step (as 
 from collections.abc import Callable, Sequence
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -211,18 +212,17 @@ def flatness(rows: list[dict]) -> list[dict]:
 
 
 def show_latency(result: dict, console: Console) -> None:
-    """Print a table of the rows, and how flat decoding is."""
-    titles = {"prefill": "time to the first token, s", "decode": "decoding, ms per token of each sequence"}
+    """Print tables of times (ratios: to the growing cache / to the static one) and of memory, and how flat decoding is."""
+    titles = {"prefill": "time to the first token, s", "decode": "decoding step, ms"}
     for phase in dict.fromkeys(row["phase"] for row in result["rows"]):
-        decoding, rows = phase == "decode", [row for row in result["rows"] if row["phase"] == phase]
-        table = Table(title=f"{result['name']}, {result['dtype']}, {titles[phase]}", title_justify="left")
-        columns = ["batch", "context", *result["contenders"], *(f"times faster than {peer}" for peer in PEERS)]
-        columns += ["... at both floors", "paper"] if decoding else []
-        for column in [*columns, "cache softmax, MiB", "state, MiB"]:
-            table.add_column(column, justify="right")
-        for row in rows:
-            table.add_row(str(row["batch"]), f"{row['context']:,}", *cells(row, 1e3 if decoding else 1.0, decoding))
-        console.print(table)
+        rows = [row for row in result["rows"] if row["phase"] == phase]
+        measured = [row for row in rows if "left_out" not in row]
+        columns = ["softmax", "static", "DiJiang", "times faster"]
+        columns += ["at floors", "paper"] if phase == "decode" else []
+        times = [(row, times_of(row)) for row in measured]
+        print_table(console, f"{result['name']}, {result['dtype']}: {titles[phase]}", columns, times)
+        columns = ["softmax cache", "state", "peak softmax", "peak static", "peak DiJiang"]
+        print_table(console, f"memory of {phase} above the weights, MiB", columns, [(row, memory_of(row)) for row in measured])
         for row in rows:
             if "left_out" in row:
                 console.print(f"batch {row['batch']}, context {row['context']:,} was left out: {row['left_out']}")
@@ -231,13 +231,25 @@ def show_latency(result: dict, console: Console) -> None:
         console.print(f"step at {x['to']:,} tokens over step at {x['from']:,}, batch {x['batch']}: {grown}")
 
 
-def cells(row: dict, unit: float, decoding: bool) -> list[str]:
-    """A row of the table without its first two columns; `unit` per second."""
-    if "left_out" in row:
-        return ["left out"]
-    found = [f"{x['median_s'] * unit:,.2f}" for x in row["timings"].values()]
-    found += [f"{row['ratio'][peer]:.2f}" for peer in PEERS]
-    if decoding:
-        found.append(" / ".join(f"{row['floor_ratio'][peer]:.2f}" for peer in PEERS))
-        found.append(f"{row['paper_ratio']:.2f}" if "paper_ratio" in row else "")
-    return found + [f"{row['cache_bytes'][name] / 2**20:,.1f}" for name in ("softmax", "dijiang")]
+def print_table(console: Console, title: str, columns: list[str], rows: list[tuple[dict, list[str]]]) -> None:
+    """A table of rows of a result and their cells, beside batch and context."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("batch", "context", *columns):
+        table.add_column(column, justify="right")
+    for row, found in rows:
+        table.add_row(str(row["batch"]), f"{row['context']:,}", *found)
+    console.print(table)
+
+
+def times_of(row: dict) -> list[str]:
+    """Medians, and the ratios to both kinds of cache."""
+    decoding = row["phase"] == "decode"
+    found = [f"{x['median_s'] * (1e3 if decoding else 1.0):,.2f}" for x in row["timings"].values()]
+    for key in ("ratio", "floor_ratio") if decoding else ("ratio",):
+        found.append("/".join(f"{row[key][peer]:.2f}" for peer in PEERS))
+    return [*found, f"{row['paper_ratio']:.2f}" if "paper_ratio" in row else ""] if decoding else found
+
+
+def memory_of(row: dict) -> list[str]:
+    sizes = [row["cache_bytes"]["softmax"], row["cache_bytes"]["dijiang"], *row["peak_bytes"].values()]
+    return [f"{size / 2**20:,.1f}" for size in sizes]

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from dijiang.convert.folders import new_folder, refuse_occupied, refuse_taken_file
+from dijiang.convert.folders import new_folder, refuse_occupied, refuse_taken_file, write_whole
 
 from .drawing import refuse_missing_matplotlib
 from .latency import check, measure_latency, show_latency
@@ -30,6 +30,7 @@ def run_latency(
     output: Path | None = None,
     plot: Path | None = None,
     progress: bool = True,
+    show: bool = True,
 ) -> dict:
     """
     Measure a checkpoint beside its teacher, or a shape (`shape_pair`), and write what is found.
@@ -37,7 +38,7 @@ def run_latency(
     Args:
         contexts, batches, phases, rounds: as for `measure_latency`.
         output: new JSON file; plot: new folder for the figures.
-        progress: show a bar on stderr and the tables on stdout.
+        progress: show a bar on stderr; show: print the tables.
 
     Raises:
         ValueError: as `measure_latency`, `checkpoint_pair` and `shape_pair`, or if the outputs are not free.
@@ -58,12 +59,10 @@ def run_latency(
         result = measure_latency(
             pair, contexts=contexts, batches=batches, phases=phases, rounds=rounds, advance=lambda n: bar.advance(line, n)
         )
-    if progress:
+    if show:
         show_latency(result, Console())
     if output:
-        draft = output.with_name(f".{output.name}.partial")
-        draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        draft.replace(output)
+        write_whole(output, lambda draft: draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
     if plot:
         with new_folder(plot) as folder:
             draw_latency(result, folder)

@@ -17,6 +17,7 @@ from jinja2 import Environment, StrictUndefined
 
 from dijiang.convert import read_provenance
 from dijiang.convert.families import one_line
+from dijiang.convert.folders import write_whole
 from dijiang.convert.mapping import build_on_meta, new_modules
 from dijiang.convert.source import open_source
 from dijiang.modeling import FEATURE_MAPS
@@ -24,8 +25,8 @@ from dijiang.modeling.configuration_dijiang import LAYER_TYPES
 from dijiang.modeling.linear_layer import linear_layers
 from dijiang.modeling.linear_state import LinearState
 
-from .kernel_study import write_whole
-from .report import markdown_table, mib
+from .subjects import file_hashes
+from .tables import markdown_table, mib
 
 FILE_NAME = "README.md"
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
@@ -49,20 +50,20 @@ def model_card(checkpoint: str | Path, evaluation: dict | None = None, latency: 
         evaluation, latency: of this checkpoint, what `dijiang evaluate` and `dijiang benchmark latency` write.
 
     Raises:
-        ValueError: if it is no DiJiang checkpoint, or a result is of another kind or of a student trained otherwise.
+        ValueError: if it is no DiJiang checkpoint, or a result is of another kind or of other weights.
     """
     folder = Path(checkpoint).expanduser().resolve()
     provenance = read_provenance(folder)
-    config = open_source(folder).config
+    opened = open_source(folder)
+    config = opened.config
     if config.model_type != "dijiang":
         raise ValueError(f"{checkpoint} holds a {config.model_type} model; give the folder of a DiJiang checkpoint")
     for kind, result in (("evaluation", evaluation), ("latency", latency)):
         if result is not None and result.get("kind") != kind:
             raise ValueError(f"the {kind} given is of kind {result.get('kind')!r}; give the JSON file of the {kind}")
     tokens = sum(stage.get("tokens", 0) for stage in provenance["stages"])
-    if evaluation and evaluation["student"]["tokens"] != tokens:
-        found = evaluation["student"]["tokens"]
-        raise ValueError(f"the evaluation is of a student of {found:,} tokens, this one has {tokens:,}; evaluate this one")
+    if evaluation and evaluation["student"]["weights"] != file_hashes(opened):
+        raise ValueError(f"the evaluation is of other weights than those in {checkpoint}; evaluate this checkpoint")
 
     source = plain(provenance["source"])
     on_hub = bool(provenance.get("commit"))  # the hub alone gives one

@@ -21,10 +21,11 @@ CAPTIONS = {
     "recall": "Finding a sentence, and pairs of words, again by length; bands are 95 % bootstrap intervals.",
     "recovered": "Share of the teacher's score above the chance level, with 95 % bootstrap intervals.",
     "training": "Training loss and held-out perplexity against the tokens trained on.",
-    "attention_maps": "Attention maps averaged over heads; square root of the weights; TV is the total variation distance to "
-    "the teacher's rows.",
+    "attention_maps": "Attention averaged over heads. The student's is that of its own queries and keys; Performer's features "
+    "are given the teacher's. Distance: total variation of a row from the teacher's, 0 to 1.",
     "attention_heads": "The same, head by head, of one layer.",
-    "effective_context": "Tokens that hold 90 % of the weight, and the weight beyond window and sinks, by layer.",
+    "effective_context": "Most recent tokens that hold 90 % of the weight, with and without the sinks, and the weight beyond "
+    "window and sinks, by layer.",
     "map_distance": "Distance to the teacher's attention by layer; Performer and window + sinks on the teacher's own queries "
     "and keys.",
     "latency": "Time per token when decoding, and to the first token, against context.",

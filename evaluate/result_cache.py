@@ -10,7 +10,7 @@ from dijiang import modeling
 
 # whose code scores depend on, besides the model's own; the others draw and tell
 MEASURING = frozenset(
-    ("agreement", "attention_maps", "controls", "harness", "kernel_inputs", "perplexity", "recall", "subjects", "tasks")
+    "agreement attention_maps controls harness harness_task kernel_inputs perplexity recall subjects tasks".split()
 )
 
 

@@ -71,11 +71,11 @@ class Comparison:
             raise ValueError(f"the teacher {self.teacher.name} is a DiJiang model; give the softmax model that it came from")
         self.tokenizer = load_tokenizer(self.student)
         refuse_other_tokenizer(self.tokenizer, load_tokenizer(self.teacher), self.student.name, self.teacher.name)
-        teacher = {"weights": weight_hashes(self.teacher)}
+        teacher = {"weights": file_hashes(self.teacher)}
         self.identity = {
             "teacher": teacher,
             "window_sinks": teacher | self.baseline(),
-            "student": {"weights": weight_hashes(self.student), "config": config.to_diff_dict()},
+            "student": {"weights": file_hashes(self.student), "config": config.to_diff_dict()},
         }
 
     @property
@@ -154,7 +154,7 @@ def refuse_other_tokenizer(ours, theirs, student: str, teacher: str) -> None:
     )
 
 
-def weight_hashes(source: Source) -> dict[str, str]:
+def file_hashes(source: Source) -> dict[str, str]:
     """SHA-256 of the files that hold a model's weights, by name."""
     files = [source.gguf] if source.gguf else sorted(path for p in WEIGHT_PATTERNS for path in source.folder.glob(p))
     return hash_files(files)

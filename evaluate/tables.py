@@ -1,5 +1,7 @@
 """Results as tables: cells, Markdown and the console."""
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
@@ -11,6 +13,10 @@ SHORT = {
     "linear_only": "its linear branch alone",
     "no_attention": "no attention",
 }
+
+
+def mib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**20:,.1f} MiB"
 
 
 def number(value: float) -> str:
@@ -66,12 +72,13 @@ def decode_table(latency: dict) -> tuple[list[str], list[list[str]]]:
     for row in latency["rows"]:
         if row["phase"] == "decode" and "left_out" not in row:
             speeds = [f"{row['tokens_per_s'][name]:.1f}" for name in ("softmax", "softmax static", "dijiang")]
-            sizes = [f"{row['cache_bytes'][name] / 2**20:,.1f} MiB" for name in ("softmax", "dijiang")]
+            sizes = [mib(row["cache_bytes"][name]) for name in ("softmax", "dijiang")]
             rows.append([f"{row['context']:,}", str(row["batch"]), *speeds, *sizes])
     return header, rows
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, numbers to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

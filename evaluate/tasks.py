@@ -111,6 +111,10 @@ def harness_tasks(names: Sequence[str], tokenizer, *, batch_size: int, **options
 
 
 def harness_task(task: HarnessTask, tokenizer, batch_size: int) -> Task:
+    def run(model, reference, advance) -> dict:
+        found = harness_scores(model, tokenizer, task, batch_size=batch_size, advance=advance)
+        return {key: found[key] for key in ("totals", "weights")} | {"detail": {"aggregated": found["aggregated"]}}
+
     return Task(
         kind="lm_eval",
         name=task.name,
@@ -119,7 +123,7 @@ def harness_task(task: HarnessTask, tokenizer, batch_size: int) -> Task:
         floor=task.chance if task.better == "higher" else "no_attention",
         settings=task.settings | {"batch_size": batch_size, "truncated": task.truncated},
         cost=task.tokens,
-        run=lambda model, reference, advance: harness_scores(model, tokenizer, task, batch_size=batch_size, advance=advance),
+        run=run,
     )
 
 

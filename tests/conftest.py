@@ -95,6 +95,14 @@ def pair(tmp_path_factory, tokenizer) -> Pair:
 
 
 @pytest.fixture(scope="session")
+def long_teacher(tmp_path_factory, tokenizer) -> Path:
+    """The folder of a softmax model that was made for 256 tokens, to read only."""
+    folder = tmp_path_factory.mktemp("long") / "teacher"
+    write_source(folder, tokenizer, num_key_value_heads=2, max_position_embeddings=256)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     """1,000 words, some 1,800 tokens, to read only."""
     path = tmp_path_factory.mktemp("text") / "text.txt"

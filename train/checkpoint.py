@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 def copy_with_parameters(checkpoint: str | Path, folder: Path, parameters: dict[str, torch.Tensor]) -> None:
     """
-    Copy every file of `checkpoint` into `folder`, with `parameters` in place of the stored tensors of the same names. All
-    other tensors keep their bits, whatever dtype the model was loaded in; one shard is in memory at a time.
+    Copy every file of `checkpoint` but its model card into `folder`, with `parameters` in place of the stored tensors of the
+    same names. All other tensors keep their bits, whatever dtype the model was loaded in; one shard is in memory at a time.
 
     Raises:
         ValueError: if a parameter is not finite or the checkpoint has no tensor of its name.
@@ -21,7 +21,7 @@ def copy_with_parameters(checkpoint: str | Path, folder: Path, parameters: dict[
             raise ValueError(f"{name} is not finite after training; lower learning_rate")
     left = {name: value.detach().cpu() for name, value in parameters.items()}
     for path in sorted(Path(checkpoint).iterdir()):
-        if path.is_dir():
+        if path.is_dir() or path.name == "README.md":  # what it says would no longer be true
             continue
         if path.suffix != ".safetensors":
             shutil.copyfile(path, folder / path.name)

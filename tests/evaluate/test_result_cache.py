@@ -1,7 +1,11 @@
 """Results come back under the facts they were kept for, and no others."""
 
+import re
+from pathlib import Path
+
 import pytest
 
+from dijiang.evaluate import result_cache
 from dijiang.evaluate.result_cache import ResultCache, code_hash, hash_of
 
 FACTS = {"kind": "perplexity", "settings": {"length": 8, "hash": "ab"}, "model": {"weights": {"model.safetensors": "cd"}}}
@@ -50,3 +54,15 @@ def test_code_is_hashed_by_what_it_says(monkeypatch, tmp_path):
     assert code_hash() == before
     (tmp_path / "perplexity.py").write_text("a = 2", encoding="utf-8")
     assert code_hash() != before
+
+
+def test_all_code_that_measures_is_named():
+    """Every module that a task's scores pass through: what tasks.py and subjects.py import from this room, and what those do."""
+    folder = Path(result_cache.__file__).parent
+    seen, left = set(), {"tasks", "subjects", "attention_maps"}
+    while left:
+        name = left.pop()
+        seen.add(name)
+        text = (folder / f"{name}.py").read_text(encoding="utf-8")
+        left |= set(re.findall(r"^from \.(\w+) import", text, flags=re.MULTILINE)) - seen
+    assert seen - {"result_cache"} == result_cache.MEASURING

@@ -23,9 +23,9 @@ def titled_blocks(page: str) -> dict[str, str]:
 
 
 def shell_lines(page: str) -> list[list[str]]:
-    """Every line of the bash blocks as words, without comments."""
-    lines = [shlex.split(line, comments=True) for block in blocks(page, "bash") for line in block.splitlines()]
-    return [words for words in lines if words]
+    """Every line of the bash blocks as words, without comments; a backslash at its end goes on with the next."""
+    text = "".join(blocks(page, "bash")).replace("\\\n", " ")
+    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
 
 
 def run(command: list[str], folder: Path) -> str:

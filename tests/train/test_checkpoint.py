@@ -19,6 +19,7 @@ def checkpoint(tmp_path):
     save_file({"a": torch.ones(2, 3), "odd": odd}, folder / "one.safetensors", metadata={"format": "pt", "by": "us"})
     save_file({"b": torch.ones(4), "half": torch.ones(2).half()}, folder / "two.safetensors")
     (folder / "config.json").write_bytes(b'{"x": 1}\r\n')
+    (folder / "README.md").write_text("the model card of the model before", encoding="utf-8")
     (folder / "logs").mkdir()
     (tmp_path / "out").mkdir()
     return folder
