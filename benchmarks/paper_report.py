@@ -11,9 +11,12 @@ from pathlib import Path
 from recovery_report import RESULTS, mean, table
 
 from dijiang.evaluate.kernel_report import pick
+from dijiang.evaluate.latency import PEERS
 
 PAGE = Path(__file__).parents[1] / "docs" / "paper.md"
-SOURCES = ("ablation", "attention", "kernels", "model", "recovery")
+SHAPES = {"Pythia-70M": "pythia-70m", "Pythia-160M": "pythia-160m", "Pythia-410M": "pythia-410m"}
+SOURCES = ("ablation", "attention", "kernels", "model", "recovery", *(f"latency-{shape}" for shape in SHAPES.values()))
+LATENCY_CONTEXTS = (2048, 8192, 16384)
 
 # the paper's table of maps at 410M: mean over six tasks; our name of the map, None where we have no such layer
 PAPER_MAPS = {
@@ -197,6 +200,36 @@ def speed_table() -> str:
     return table(["model", "paper: softmax", "paper: DiJiang", "paper: ratio"], rows)
 
 
+def latency_table(results: dict) -> str:
+    """Decoding of the paper's shapes: how many times faster DiJiang is, and would be if every side reached its floor."""
+    rows = []
+    for title, shape in SHAPES.items():
+        for context in LATENCY_CONTEXTS:
+            for row in results[f"latency-{shape}"]["rows"]:
+                if row["context"] != context:
+                    continue
+                start = [title, f"{context:,}", str(row["batch"])]
+                if "left_out" in row:
+                    rows.append([*start, "-", "-", "-", "-"])
+                    continue
+                of_both = [" / ".join(f"{row[key][peer]:.2f}" for peer in PEERS) for key in ("ratio", "floor_ratio")]
+                paper = f"{row['paper_ratio']:.2f}" if "paper_ratio" in row else ""
+                rows.append([*start, f"{row['tokens_per_s']['dijiang']:.1f}", *of_both, paper])
+    return table(["model", "context", "batch", "DiJiang tokens/s", "times faster", "at the floors", "paper"], rows)
+
+
+def flat_table(results: dict) -> str:
+    """Milliseconds of a step of one sequence at 1,024 and 32,768 tokens of context."""
+    rows = []
+    for title, shape in SHAPES.items():
+        found = {row["context"]: row for row in results[f"latency-{shape}"]["rows"] if row["batch"] == 1}
+        first, last = found[1024]["timings"], found[32768]["timings"]
+        for name in ("dijiang", *PEERS):
+            times = [1e3 * x[name]["median_s"] for x in (first, last)]
+            rows.append([title, name, *(f"{time:.1f}" for time in times), f"{times[1] / times[0]:.2f}"])
+    return table(["model", "", "1,024", "32,768", "ratio"], rows)
+
+
 def control_table(results: dict) -> str:
     """Recovered models beside the same without a linear branch, trained or not."""
     runs = results["recovery"]["runs"]
@@ -220,6 +253,8 @@ def fill(page: str, results: dict) -> str:
         "claims": claim_table(results),
         "maps": map_table(results),
         "speeds": speed_table(),
+        "latency": latency_table(results),
+        "flatness": flat_table(results),
         "controls": control_table(results),
     }
     for name, rows in tables.items():

@@ -6,6 +6,7 @@ B batch, T tokens, H query heads, G key/value heads (query head h reads key/valu
 """
 
 import base64
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -198,12 +199,12 @@ def plain(values: torch.Tensor) -> list[float]:
 
 
 def pack_map(weights: torch.Tensor) -> dict:
-    """A map (H, n, n) as JSON: the square roots of its |weights|, which keep small ones apart, as bytes in base64."""
+    """A map (H, n, n) as JSON: square roots of |weights|, which keep small ones apart, as bytes, compressed and in base64."""
     levels = (weights.abs().sqrt() * 255).round().clamp(max=255).to(torch.uint8).cpu().numpy()
-    return {"shape": list(levels.shape), "data": base64.b64encode(levels.tobytes()).decode("ascii")}
+    return {"shape": list(levels.shape), "data": base64.b64encode(zlib.compress(levels.tobytes(), 9)).decode("ascii")}
 
 
 def unpack_map(record: dict) -> np.ndarray:
     """The weights (H, n, n) that `pack_map` was given, their signs left out, each within 1/255."""
-    levels = np.frombuffer(base64.b64decode(record["data"]), dtype=np.uint8).reshape(record["shape"])
+    levels = np.frombuffer(zlib.decompress(base64.b64decode(record["data"])), dtype=np.uint8).reshape(record["shape"])
     return np.square(levels / 255)

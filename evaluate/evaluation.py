@@ -188,7 +188,7 @@ def run_evaluation(
         "tasks": [summary(task, scores[task.name], comparison.subjects(), config.seed) for task in tasks],
         "left_out": left_out,
         "maps": maps,
-        "training": training_curves(comparison.student.folder),
+        "training": training_curves(comparison.student.folder, comparison.provenance),
         "bootstrap": {"resamples": RESAMPLES, "level": LEVEL, "units": "windows, samples, prompts or documents"},
         "results_reused": reused,
         "seconds": round(time.perf_counter() - started, 1),
@@ -278,6 +278,7 @@ def measure(
                     bar.update(line, completed=before + task.cost)
                     kept.put(facts(task, subject), found)
                     scores[task.name][subject.key] = found
+                del model  # before the next one is loaded
         if map_rows is not None and maps is None:
             bar.update(line, description="attention maps")
             with comparison.loaded("teacher") as teacher, comparison.loaded("student") as student:

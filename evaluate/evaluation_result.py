@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dijiang.convert import read_provenance
 from dijiang.convert.lineage import weight_hashes
 from dijiang.convert.provenance import public_name, versions
 
@@ -50,7 +49,7 @@ def summary(task: Task, scores: dict[str, dict], subjects: Sequence[Subject], se
 
 def describe(comparison: Comparison) -> dict:
     """What was compared, on what."""
-    config, provenance = comparison.student.config, read_provenance(comparison.student.folder)
+    config, provenance = comparison.student.config, comparison.provenance
     stages, recorded = provenance["stages"], weight_hashes(provenance)
     return {
         "student": {
@@ -76,11 +75,11 @@ def describe(comparison: Comparison) -> dict:
     }
 
 
-def training_curves(checkpoint: Path) -> list[dict]:
+def training_curves(checkpoint: Path, provenance: dict) -> list[dict]:
     """Losses and held-out perplexities of the stages that led to a checkpoint, where their `metrics.jsonl` lie beside it."""
     curves = []
     run = checkpoint.resolve().parent.parent
-    for stage in (record["stage"] for record in read_provenance(checkpoint)["stages"]):
+    for stage in (record["stage"] for record in provenance["stages"]):
         path = run / stage / "metrics.jsonl"
         if not path.is_file():
             continue

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dijiang.convert import load_source
+from dijiang.convert import load_source, read_provenance
 from dijiang.convert.loader import load_tokenizer
 from dijiang.convert.provenance import hash_files, public_name
 from dijiang.convert.source import Source, open_source
@@ -49,6 +49,7 @@ class Comparison:
 
     Attributes:
         student, teacher: what was opened.
+        provenance: the student's record.
         tokenizer: of both.
         identity: hashes of what each model is, by its name.
     """
@@ -57,6 +58,7 @@ class Comparison:
     teacher: Source
     dtype: torch.dtype
     device: str
+    provenance: dict = field(init=False)
     tokenizer: object = field(init=False)
     identity: dict[str, dict] = field(init=False)
 
@@ -69,6 +71,7 @@ class Comparison:
             )
         if self.teacher.is_dijiang:
             raise ValueError(f"the teacher {self.teacher.name} is a DiJiang model; give the softmax model that it came from")
+        self.provenance = read_provenance(self.student.folder)
         self.tokenizer = load_tokenizer(self.student)
         refuse_other_tokenizer(self.tokenizer, load_tokenizer(self.teacher), self.student.name, self.teacher.name)
         teacher = {"weights": file_hashes(self.teacher)}

@@ -46,14 +46,15 @@ def share(value: dict | None) -> str:
 
 
 def score_table(evaluation: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: each task with the value of every subject, and what the student recovered."""
-    header = ["", *(SHORT[key] for key in evaluation["subjects"]), "recovered"]
+    """Header and rows: each task with the value of every subject, and what the student recovered, over either floor."""
+    header = ["", *(SHORT[key] for key in evaluation["subjects"]), "recovered", "over training-free"]
     rows = []
     for task in evaluation["tasks"]:
         values = [task["values"][key] for key in evaluation["subjects"]]
         shown = [number(x["value"]) if "value" in (x or {}) else "-" for x in values]
-        recovered = task["recovered"]
-        rows.append([f"{task['metric']}: {task['name']}", *shown, "-" if recovered is None else f"{recovered['value']:.0%}"])
+        shares = (task[key] for key in ("recovered", "over_training_free"))
+        shown += ["-" if share is None else f"{share['value']:.0%}" for share in shares]
+        rows.append([f"{task['metric']}: {task['name']}", *shown])
     return header, rows
 
 

@@ -11,46 +11,15 @@ import sys
 import pytest
 import yaml
 
-from dijiang import cli
 from dijiang.convert import convert_model, read_provenance
 from dijiang.train import AlignConfig, load_recipe
 from dijiang.train.estimate import estimate, render
 from dijiang.train.recipe import bundled_recipes
 
-COMMANDS = ("convert", "align", "distill", "recover", "estimate", "demo", "benchmark kernels")
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """command("align", ...) -> (exit code, stdout, stderr) of `dijiang align ...` in this process."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dijiang", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def fails(command, tmp_path):
-    """fails(message, *arguments): exit code 1, one line on stderr that matches, nothing else said, nothing written."""
-
-    def check(message: str, *arguments) -> None:
-        before = sorted(tmp_path.rglob("*"))
-        code, out, err = command(*arguments)
-        assert code == 1 and out == ""
-        assert re.fullmatch(rf"dijiang: .*{message}.*\n", err), err
-        assert sorted(tmp_path.rglob("*")) == before
-
-    return check
+COMMANDS = (
+    *("convert", "align", "distill", "recover", "estimate", "demo", "evaluate", "report", "card", "benchmark kernels"),
+    "benchmark latency",
+)
 
 
 def in_a_process(*arguments, **environment) -> subprocess.CompletedProcess:
@@ -279,7 +248,7 @@ def test_demo_passes_its_words_on(command, monkeypatch, tmp_path):
     assert command("demo")[0] == 0
     (output, settings), (_, defaults) = calls
     assert output == tmp_path / "x" and settings == {"source": "s", "recipe": None, "contexts": [64, 128]}
-    assert list(defaults["contexts"]) == [1024, 4096, 16384] and defaults["source"] is None
+    assert defaults == {"source": None, "recipe": None, "contexts": None}
 
 
 def test_demo_on_an_output_that_is_taken(fails, tmp_path):

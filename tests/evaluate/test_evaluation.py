@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from dijiang.convert import convert_model, load_source, read_provenance, write_provenance
 from dijiang.evaluate import evaluation, linear_only, no_attention, window_only
 from dijiang.evaluate.evaluation import EvaluationConfig, evaluate_model
+from dijiang.evaluate.page import make_report
 from dijiang.evaluate.perplexity import perplexity_scores
 from dijiang.evaluate.subjects import Comparison
 
@@ -253,6 +254,16 @@ def test_the_page_asks_for_nothing_outside_itself(evaluated, tmp_path):
     assert {"perplexity", "perplexity_by_position", "attention_maps", "effective_context"} <= set(pictures)
     assert page.count("data:image/png;base64,") == len(pictures)
     assert not re.search(r'(?:src|href|action)\s*=\s*"(?!data:|#)|url\(|@import|<script|<link|<iframe', page)
+
+
+@pytest.mark.drawn
+def test_the_report_can_be_drawn_again_from_its_json(evaluated, tmp_path):
+    evaluated()
+    page = make_report([tmp_path / "out"], tmp_path / "again")
+    assert page == tmp_path / "again" / "report.html"
+    for path in sorted((tmp_path / "out").rglob("*")):
+        if path.suffix in (".png", ".html"):
+            assert (tmp_path / "again" / path.relative_to(tmp_path / "out")).read_bytes() == path.read_bytes(), path.name
 
 
 @pytest.mark.drawn

@@ -57,7 +57,7 @@ def test_code_is_hashed_by_what_it_says(monkeypatch, tmp_path):
 
 
 def test_all_code_that_measures_is_named():
-    """Every module that a task's scores pass through: what tasks.py and subjects.py import from this room, and what those do."""
+    """Every module that scores pass through: those named here, what they import from this room, and so on."""
     folder = Path(result_cache.__file__).parent
     seen, left = set(), {"tasks", "subjects", "attention_maps"}
     while left:
