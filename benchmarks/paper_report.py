@@ -1,21 +1,33 @@
 """
-The tables of docs/paper.md: claims of arXiv 2403.19928 beside what benchmarks/results holds.
+The tables of docs/paper.md and docs/evaluation.md: claims of arXiv 2403.19928 beside what benchmarks/results holds, and an
+example of an evaluation.
 
-    python benchmarks/paper_report.py    # writes them into docs/paper.md
+    python benchmarks/paper_report.py    # writes them into the pages
 """
 
 import json
 import math
+import statistics
 from pathlib import Path
 
-from recovery_report import RESULTS, mean, table
+from recovery_report import RESULTS, between_marks, mean, table
 
+from dijiang.evaluate import tables
 from dijiang.evaluate.kernel_report import pick
-from dijiang.evaluate.latency import PEERS
+from dijiang.evaluate.latency import PAPER_CONTEXT, PAPER_SPEEDS, PEERS
 
-PAGE = Path(__file__).parents[1] / "docs" / "paper.md"
+DOCS = Path(__file__).parents[1] / "docs"
+EXAMPLE = "window/evaluation"  # the run `window` of recovery.json
 SHAPES = {"Pythia-70M": "pythia-70m", "Pythia-160M": "pythia-160m", "Pythia-410M": "pythia-410m"}
-SOURCES = ("ablation", "attention", "kernels", "model", "recovery", *(f"latency-{shape}" for shape in SHAPES.values()))
+SOURCES = (
+    "ablation",
+    "attention",
+    "kernels",
+    "model",
+    "recovery",
+    EXAMPLE,
+    *(f"latency-{shape}" for shape in SHAPES.values()),
+)
 LATENCY_CONTEXTS = (2048, 8192, 16384)
 
 # the paper's table of maps at 410M: mean over six tasks; our name of the map, None where we have no such layer
@@ -29,14 +41,6 @@ PAPER_MAPS = {
 }
 OTHER_MAPS = {"LDCF, WDCF whose directions train": "ldcf", "T2R (ReLU)": "relu", "Hedgehog": "hedgehog", "1 + ELU": "elu"}
 PAPER_TEACHER = 0.454
-# tokens per second at 2,048 tokens on an A800: the teacher's, DiJiang's
-PAPER_SPEEDS = {
-    "Pythia-70M": (2037, 2605),
-    "Pythia-160M": (622, 1315),
-    "Pythia-410M": (203, 787),
-    "Pythia-1B": (105, 611),
-    "Pythia-2.8B": (34, 284),
-}
 LARGEST = {"fp16": 65504.0, "fp32": 3.4028235e38}
 
 
@@ -203,17 +207,18 @@ def speed_table() -> str:
 def latency_table(results: dict) -> str:
     """Decoding of the paper's shapes: how many times faster DiJiang is, and would be if every side reached its floor."""
     rows = []
-    for title, shape in SHAPES.items():
+    for shape in SHAPES:
         for context in LATENCY_CONTEXTS:
             for row in results[f"latency-{shape}"]["rows"]:
                 if row["context"] != context:
                     continue
-                start = [title, f"{context:,}", str(row["batch"])]
+                start = [shape, f"{context:,}", str(row["batch"])]
                 if "left_out" in row:
                     rows.append([*start, "-", "-", "-", "-"])
                     continue
                 of_both = [" / ".join(f"{row[key][peer]:.2f}" for peer in PEERS) for key in ("ratio", "floor_ratio")]
-                paper = f"{row['paper_ratio']:.2f}" if "paper_ratio" in row else ""
+                softmax, dijiang = PAPER_SPEEDS[shape]
+                paper = f"{dijiang / softmax:.2f}" if context == PAPER_CONTEXT else ""
                 rows.append([*start, f"{row['tokens_per_s']['dijiang']:.1f}", *of_both, paper])
     return table(["model", "context", "batch", "DiJiang tokens/s", "times faster", "at the floors", "paper"], rows)
 
@@ -221,13 +226,26 @@ def latency_table(results: dict) -> str:
 def flat_table(results: dict) -> str:
     """Milliseconds of a step of one sequence at 1,024 and 32,768 tokens of context."""
     rows = []
-    for title, shape in SHAPES.items():
+    for shape in SHAPES:
         found = {row["context"]: row for row in results[f"latency-{shape}"]["rows"] if row["batch"] == 1}
         first, last = found[1024]["timings"], found[32768]["timings"]
         for name in ("dijiang", *PEERS):
             times = [1e3 * x[name]["median_s"] for x in (first, last)]
-            rows.append([title, name, *(f"{time:.1f}" for time in times), f"{times[1] / times[0]:.2f}"])
+            rows.append([shape, name, *(f"{time:.1f}" for time in times), f"{times[1] / times[0]:.2f}"])
     return table(["model", "", "1,024", "32,768", "ratio"], rows)
+
+
+def distance_table(results: dict) -> str:
+    """Mean distance of attention from the teacher's, over heads and layers: all of them, and both ends of the depth."""
+    layers = results[EXAMPLE]["maps"]["layers"]
+    third = len(layers) // 3
+    parts = (layers, layers[:third], layers[third:])
+    titles = {"student": "DiJiang", "window_only": "window + sinks, training-free", "performer": "Performer, untrained"}
+    rows = []
+    for side, title in titles.items():
+        heads = [[distance for layer in part for distance in layer["distance"][side]] for part in parts]
+        rows.append([title, *(f"{statistics.mean(found):.3f}" for found in heads)])
+    return table(["", "all layers", f"the first {third}", "the others"], rows)
 
 
 def control_table(results: dict) -> str:
@@ -248,24 +266,29 @@ def load_results() -> dict:
 
 
 def fill(page: str, results: dict) -> str:
-    """`page` with each table between its marks."""
+    """docs/paper.md with its tables."""
     tables = {
         "claims": claim_table(results),
         "maps": map_table(results),
         "speeds": speed_table(),
         "latency": latency_table(results),
         "flatness": flat_table(results),
+        "attention-maps": distance_table(results),
         "controls": control_table(results),
     }
-    for name, rows in tables.items():
-        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-        before, rest = page.split(start)
-        page = f"{before}{start}\n{rows}\n{end}{rest.split(end)[1]}"
-    return page
+    return between_marks(page, tables)
+
+
+def fill_evaluation(page: str, results: dict) -> str:
+    """docs/evaluation.md with its example."""
+    return between_marks(page, {"evaluation": tables.markdown_table(*tables.score_table(results[EXAMPLE]))})
 
 
 def main() -> None:
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), load_results()), encoding="utf-8")
+    results = load_results()
+    for name, filled in (("paper", fill), ("evaluation", fill_evaluation)):
+        path = DOCS / f"{name}.md"
+        path.write_text(filled(path.read_text(encoding="utf-8"), results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -115,19 +115,24 @@ def plot(recovery: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
+def between_marks(page: str, tables: dict[str, str]) -> str:
+    """`page` with each table between its marks, `<!-- name:start -->` and `<!-- name:end -->`."""
+    for name, rows in tables.items():
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        before, rest = page.split(start)
+        page = f"{before}{start}\n{rows}\n{end}{rest.split(end)[1]}"
+    return page
+
+
 def fill(page: str, ablation: dict, recovery: dict) -> str:
-    """`page` with each table between its marks."""
+    """docs/recovery.md with its tables."""
     tables = {
         "maps": map_table(ablation),
         "forgetting": forgetting_table(ablation),
         "losses": loss_table(ablation),
         "runs": recovery_table(recovery),
     }
-    for name, rows in tables.items():
-        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-        before, rest = page.split(start)
-        page = f"{before}{start}\n{rows}\n{end}{rest.split(end)[1]}"
-    return page
+    return between_marks(page, tables)
 
 
 def main() -> None:

@@ -18,9 +18,10 @@ from dijiang.convert import convert_model, load_source
 from dijiang.convert.folders import refuse_occupied
 from dijiang.convert.source import open_source
 from dijiang.evaluate import EvaluationConfig, logits_without_package, run_evaluation, run_latency, tables
-from dijiang.evaluate.drawing import refuse_missing_matplotlib
+from dijiang.evaluate.drawing import refuse_missing_packages
 from dijiang.evaluate.model_card import write_model_card
 from dijiang.evaluate.page import write_results
+from dijiang.evaluate.tasks import refuse_long
 from dijiang.train import Recipe, load_recipe, run_stage
 from dijiang.train.recipe import bundled_recipes
 
@@ -74,13 +75,14 @@ def run_demo(
     output = Path(output).expanduser()
     refuse_occupied(output)
     source = packaged_model() if source is None else source
-    refuse_missing_matplotlib()
+    refuse_missing_packages()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, if it is installed, would warn about it
     work = output / "recovery"
     recipe = demo_recipe(recipe, source, work)
     positions = open_source(source).config.max_position_embeddings
     contexts = contexts or [context for context in CONTEXTS if context <= positions] or [positions]
+    refuse_long(contexts, positions, "decoding after a context")
     console = Console()
 
     def say(text: str) -> None:

@@ -20,7 +20,7 @@ def evaluate(
         list[Path] | None,
         typer.Option(help="Held-out UTF-8 text file. Repeatable.  [default: a bundled text in the public domain]"),
     ] = None,
-    text_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each text, at most.")] = 32768,
+    text_tokens: Annotated[int, typer.Option(min=0, help="Tokens of each text, at most; 0: all.")] = 32768,
     length: Annotated[
         list[int] | None,
         typer.Option(min=2, help="Tokens of a window of perplexity. Repeatable.  [default: 1024, if the models take so many]"),
@@ -63,7 +63,7 @@ def evaluate(
     from dijiang.evaluate.tables import print_table, score_table
 
     config = EvaluationConfig(
-        texts=tuple(text or [HELD_OUT_TEXT]), text_tokens=text_tokens, stride=stride,
+        texts=tuple(text or [HELD_OUT_TEXT]), text_tokens=text_tokens or None, stride=stride,
         lengths=tuple(length) if length else None,
         recall_lengths=tuple(filter(None, recall_length)) if recall_length else None,
         tasks=tuple(tasks or []), limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, dtype=dtype, device=device,
@@ -92,17 +92,23 @@ def card(
     evaluation: Annotated[Path | None, typer.Option(help="evaluation.json of this checkpoint.")] = None,
     latency: Annotated[Path | None, typer.Option(help="latency.json of this checkpoint.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a README.md that was written by hand.")] = False,
+    validate: Annotated[bool, typer.Option("--validate", help="Have the hub check the card before it is written.")] = False,
 ) -> None:
     """
     Write the checkpoint's model card, README.md: method, provenance, scores with the controls, limits, how to use it.
 
     Example: dijiang card smollm2-recovered/distill/model --evaluation evaluation/evaluation.json
     """
-    from dijiang.evaluate.model_card import write_model_card
+    from dijiang.evaluate.drawing import refuse_missing_packages
     from dijiang.evaluate.page import read_results
 
+    refuse_missing_packages("jinja2")
+    from dijiang.evaluate.model_card import write_model_card
+
     found = read_results([path for path in (evaluation, latency) if path])
-    path = write_model_card(checkpoint, found.get("evaluation"), found.get("latency"), replace=replace)
+    path = write_model_card(
+        checkpoint, found.get("evaluation"), found.get("latency"), replace=replace, validate_online=validate
+    )
     typer.echo(f"wrote {path}")
 
 

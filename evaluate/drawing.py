@@ -8,10 +8,11 @@ from pathlib import Path
 TEACHER_COLOUR, STUDENT_COLOUR, CONTROL_COLOUR, THIRD_COLOUR = "#4c566a", "#2a7fba", "#b8c4cf", "#c8743c"
 
 
-def refuse_missing_matplotlib() -> None:
-    """Raise ValueError unless figures can be drawn."""
-    if find_spec("matplotlib") is None:
-        raise ValueError("figures are drawn with matplotlib, which is missing; run: pip install matplotlib")
+def refuse_missing_packages(*packages: str) -> None:
+    """Raise ValueError unless figures can be drawn (matplotlib) and pages filled in (jinja2), or what else is named."""
+    missing = [package for package in packages or ("matplotlib", "jinja2") if find_spec(package) is None]
+    if missing:
+        raise ValueError(f"reports are made with {' and '.join(missing)}, missing here; run: pip install {' '.join(missing)}")
 
 
 @contextmanager

@@ -3,23 +3,24 @@
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dijiang.convert import fastest_dtype
 from dijiang.convert.folders import new_folder, refuse_occupied
-from dijiang.convert.mapping import dtype_named
 from dijiang.convert.provenance import versions
 
 from .attention_maps import measure_maps
-from .drawing import refuse_missing_matplotlib
+from .drawing import refuse_missing_packages
+from .evaluation_config import EvaluationConfig
 from .evaluation_result import describe, summary, training_curves
 from .page import write_results
+from .placement import placement
 from .recall import PAIRS, single_token_words
 from .result_cache import ResultCache, code_hash, default_folder, hash_of
 from .statistics import LEVEL, RESAMPLES
@@ -32,98 +33,11 @@ from .tasks import (
     harness_tasks,
     perplexity_task,
     recall_task,
-    refuse_long,
     tokenised,
 )
-from .timing import command
+from .timing import own_command
 
-LENGTH, RECALL_LENGTHS = 1024, (128, 256, 512, 1024)
 MAP_COST = 20  # passes that the maps' arithmetic is reckoned as
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluationConfig:
-    """
-    Settings of an evaluation.
-
-    Attributes:
-        texts: UTF-8 files of held-out text, each of which gives its own perplexities; the first also gives prompts, the
-            haystack of needles, and what attention maps are drawn of.
-        text_tokens: of each text, at most (None: all).
-        lengths: of the windows that perplexity is measured in (None: 1,024, or the models' context if that is shorter);
-            stride: tokens between their starts (None: their length).
-        recall_lengths: tokens in which something is to be found again (None: those of `RECALL_LENGTHS` that the models were
-            made for); recall_samples: of each kind and length.
-        prompts, prompt_length, new_tokens: greedy continuations that are compared with the teacher's; prompts are shorter
-            where the context is.
-        tasks: of lm-eval: names, groups, `paper`, `paper-7b`, or YAML files; limit: documents of each task (None: all);
-            num_fewshot: None means the task's own; batch_size: of lm-eval.
-        map_tokens: length of the row that attention maps are measured on, at most; 0 leaves them out, and so does a teacher
-            with other layers or heads.
-        dtype: `auto` is the faster of float32 and bfloat16; device: `auto` is the GPU where there is one.
-        seed: of recall's samples and of the bootstrap.
-    """
-
-    texts: tuple[Path, ...]
-    text_tokens: int | None = 32768
-    lengths: tuple[int, ...] | None = None
-    stride: int | None = None
-    recall_lengths: tuple[int, ...] | None = None
-    recall_samples: int = 24
-    prompts: int = 16
-    prompt_length: int = 128
-    new_tokens: int = 32
-    tasks: tuple[str, ...] = ()
-    limit: int | None = None
-    num_fewshot: int | None = None
-    batch_size: int = 1
-    map_tokens: int = 256
-    dtype: str = "auto"
-    device: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.texts:
-            raise ValueError("no text given; name at least one text file")
-        positive = ("text_tokens", "stride", "recall_samples", "prompts", "prompt_length", "new_tokens", "limit", "batch_size")
-        sizes = [(name, getattr(self, name)) for name in positive]
-        sizes += [(name, length) for name in ("lengths", "recall_lengths") for length in getattr(self, name) or ()]
-        for name, size in sizes:
-            if size is not None and size < 1:
-                raise ValueError(f"{name} holds {size}, which must be at least 1")
-
-    def within(self, context: int) -> "EvaluationConfig":
-        """
-        The same, fitted to models of this context wherever nothing else was asked for.
-
-        Raises:
-            ValueError: where what was asked for exceeds it.
-        """
-        refuse_long(self.lengths or (), context, "perplexity in windows")
-        refuse_long(self.recall_lengths or (), context, "recall in samples")
-        fitted = {
-            "lengths": (min(LENGTH, context),) if self.lengths is None else self.lengths,
-            "recall_lengths": tuple(length for length in RECALL_LENGTHS if length <= context)
-            if self.recall_lengths is None
-            else self.recall_lengths,
-            "prompt_length": max(min(self.prompt_length, context - self.new_tokens), 1),
-            "map_tokens": min(self.map_tokens, context),
-        }
-        return replace(self, **fitted)
-
-    def quick(self) -> "EvaluationConfig":
-        """The same on so little that it takes seconds, to see that it works."""
-        small = {
-            "text_tokens": 1024,
-            "recall_samples": 4,
-            "prompts": 2,
-            "prompt_length": 32,
-            "new_tokens": 8,
-            "map_tokens": 48,
-        }
-        lengths = (self.lengths or (256,))[:1]
-        recall = RECALL_LENGTHS[:1] if self.recall_lengths is None else self.recall_lengths[:1]
-        return replace(self, **small, lengths=lengths, recall_lengths=recall, limit=min(self.limit or 8, 8))
 
 
 def evaluate_model(
@@ -149,7 +63,7 @@ def evaluate_model(
     """
     output = Path(output).expanduser()
     refuse_occupied(output)
-    refuse_missing_matplotlib()
+    refuse_missing_packages()
     result = run_evaluation(checkpoint, teacher, config, cache=cache, progress=progress)
     with new_folder(output) as folder:
         write_results({"evaluation": result}, folder)
@@ -173,19 +87,24 @@ def run_evaluation(
         The result, as JSON.
     """
     started = time.perf_counter()
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    dtype = fastest_dtype(device) if config.dtype == "auto" else dtype_named(config.dtype)
-    comparison = compare(checkpoint, teacher, dtype=dtype, device=device)
+    device, dtype = placement(config.device, config.dtype)
+    comparison = compare(checkpoint, teacher, dtype=dtype, device=device.type)
     config = config.within(comparison.context)
     tasks, map_rows, left_out = build_tasks(config, comparison)
-    scores, maps, reused = measure(tasks, map_rows, comparison, ResultCache(cache or default_folder()), progress=progress)
+    kept = ResultCache(cache or default_folder())
+    try:
+        scores, maps, reused = measure(tasks, map_rows, comparison, kept, progress=progress)
+    except torch.OutOfMemoryError:  # of a GPU
+        raise ValueError(
+            "the GPU's memory ran out; what was measured is kept, so go on with shorter lengths or --device cpu"
+        ) from None
     result = {
         "kind": "evaluation",
-        "command": command("dijiang"),
+        "command": own_command(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         **describe(comparison),
-        "settings": {**asdict(config), "texts": [Path(path).name for path in config.texts]},
-        "tasks": [summary(task, scores[task.name], comparison.subjects(), config.seed) for task in tasks],
+        "settings": asdict(config) | {key: [Path(x).name for x in getattr(config, key)] for key in ("texts", "tasks")},
+        "tasks": [summary(task, scores[task.key], comparison.subjects(), config.seed) for task in tasks],
         "left_out": left_out,
         "maps": maps,
         "training": training_curves(comparison.student.folder, comparison.provenance),
@@ -235,11 +154,10 @@ def measure(
     progress: bool,
 ) -> tuple[dict[str, dict[str, dict]], dict | None, int]:
     """Scores by task and subject, the attention maps, and how many of them had been kept from before."""
-    code, vocabulary = code_hash(), hash_of(json.dumps(comparison.tokenizer.get_vocab(), sort_keys=True).encode())
-    environment = {"code": code, "versions": versions(), "dtype": str(comparison.dtype), "device": comparison.device}
-    environment |= {"tokenizer": vocabulary}
+    environment = {"code": code_hash(), "versions": versions(), "dtype": str(comparison.dtype), "device": comparison.device}
+    environment["tokenizer"] = hash_of(tokenizer_facts(comparison.tokenizer).encode())
     subjects = [subject for subject in comparison.subjects() if subject.left_out is None]
-    scores: dict[str, dict[str, dict]] = {task.name: {} for task in tasks}
+    scores: dict[str, dict[str, dict]] = {task.key: {} for task in tasks}
     reused = 0
 
     def facts(task: Task, subject: Subject) -> dict:
@@ -253,7 +171,7 @@ def measure(
     for subject in subjects:
         for task in tasks:
             if (found := kept.get(facts(task, subject))) is not None:
-                scores[task.name][subject.key] = found
+                scores[task.key][subject.key] = found
                 reused += 1
             else:
                 todo.append((subject, task))
@@ -271,21 +189,29 @@ def measure(
             bar.update(line, description=f"loading {model_name}")
             with comparison.loaded(model_name) as model:
                 for subject, task in work:
-                    bar.update(line, description=f"{subject.key}: {task.name}")
+                    bar.update(line, description=escape(f"{subject.key}: {task.name}"))
                     before = bar.tasks[0].completed
                     with subject.control(model):
-                        found = task.run(model, scores[task.name].get("teacher"), lambda n: bar.advance(line, n))
+                        found = task.run(model, scores[task.key].get("teacher"), lambda n: bar.advance(line, n))
                     bar.update(line, completed=before + task.cost)
                     kept.put(facts(task, subject), found)
-                    scores[task.name][subject.key] = found
+                    scores[task.key][subject.key] = found
                 del model  # before the next one is loaded
         if map_rows is not None and maps is None:
             bar.update(line, description="attention maps")
             with comparison.loaded("teacher") as teacher, comparison.loaded("student") as student:
                 per_layer = map_cost / teacher.config.num_hidden_layers
-                maps = measure_maps(teacher, student, map_rows, advance=lambda n: bar.advance(line, n * per_layer))
+                rows = map_rows.to(comparison.device)
+                maps = measure_maps(teacher, student, rows, advance=lambda n: bar.advance(line, n * per_layer))
             kept.put(map_facts, maps)
     return scores, maps, reused
+
+
+def tokenizer_facts(tokenizer) -> str:
+    """All that decides which tokens a text becomes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    how = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return json.dumps([how, {key: str(value) for key, value in tokenizer.special_tokens_map.items()}])
 
 
 def by_model(work: Iterable[tuple[Subject, Task]]) -> list[tuple[str, list[tuple[Subject, Task]]]]:

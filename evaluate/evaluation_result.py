@@ -1,7 +1,6 @@
 """What an evaluation says: each task's row from the scores, what was compared, and how the student was trained."""
 
 import json
-import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from dijiang.convert.provenance import public_name, versions
 from .statistics import interval, recovered_share, resampled_means
 from .subjects import Comparison, Subject
 from .tasks import Task
+from .timing import machine
 
 SHOWN: dict[str, Callable] = {"perplexity": np.exp}  # what of a mean is a metric's value; others show the mean itself
 
@@ -23,9 +23,8 @@ def summary(task: Task, scores: dict[str, dict], subjects: Sequence[Subject], se
     means = resampled_means(scores, seed=seed)
     shown = SHOWN.get(task.metric, lambda x: x)
     floor = task.floor
-    share = recovered_share(means, means[floor] if isinstance(floor, str) else floor)
-    baseline = means["window_sinks"]
-    gained = recovered_share({"teacher": means["teacher"], "student": means["student"]}, baseline)
+    share = recovered_share(means, means[floor] if isinstance(floor, str) else floor, task.better)
+    gained = recovered_share(means, means["window_sinks"], task.better)
     values = {
         subject.key: {"left_out": subject.left_out} if subject.left_out else interval(shown(means[subject.key]))
         for subject in subjects
@@ -69,7 +68,7 @@ def describe(comparison: Comparison) -> dict:
         "subjects": {subject.key: subject.title for subject in comparison.subjects()},
         "dtype": str(comparison.dtype).removeprefix("torch."),
         "device": comparison.device,
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }

@@ -57,8 +57,9 @@ def quiet() -> Iterator[None]:
 
 def refuse_missing_lm_eval() -> None:
     """Raise ValueError unless lm-eval can be imported with what it needs."""
-    if find_spec("lm_eval") is None:
-        raise ValueError("lm-eval runs these tasks, and it is missing; run: pip install 'dijiang[eval]'")
+    missing = [package for package in ("lm_eval", "accelerate") if find_spec(package) is None]
+    if missing:
+        raise ValueError(f"these tasks run by {' and '.join(missing)}, missing here; run: pip install 'dijiang[eval]'")
     library = find_spec("evaluate")  # lm-eval takes metrics from it
     if library is not None and library.origin == str(Path(__file__).with_name("__init__.py")):
         raise ValueError(
@@ -127,7 +128,6 @@ def load_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
     seed: int = 1234,
-    advance: Callable[[int], None] = lambda done: None,
 ) -> list[HarnessTask]:
     """
     Load what `resolve_tasks` found, with all data, and make the prompts. A tag, or a group without a mean of its own, becomes
@@ -138,7 +138,6 @@ def load_tasks(
         limit: documents of each task, the first ones; default all.
         num_fewshot: examples in each prompt; default as many as the task says. As lm-eval has it, a task that says 0 keeps 0.
         seed: of the choice of examples; the default is lm-eval's.
-        advance: is told how many of the names were loaded.
 
     Raises:
         ValueError: if data cannot be had, or a task cannot be run or has no metric that is a mean over documents.
@@ -153,10 +152,15 @@ def load_tasks(
                 raise ValueError(unreachable(name, error)) from None
             items = [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
             for row in (row for item in items for row in with_mean(item)):
-                part = manager.load([row])
-                task = prepare(part, tokenizer, context=context, limit=limit, num_fewshot=num_fewshot, seed=seed)
+                try:
+                    part = manager.load([row])
+                    task = prepare(part, tokenizer, context=context, limit=limit, num_fewshot=num_fewshot, seed=seed)
+                except ValueError:
+                    raise
+                except Exception as error:  # of templates and functions that a task file brings
+                    what = f"{type(error).__name__}: {one_line(error)}"
+                    raise ValueError(f"the prompts of the task {name} cannot be made ({what}); mend its file") from None
                 found.setdefault(task.name, task)
-        advance(1)
     return list(found.values())
 
 

@@ -1,10 +1,13 @@
 """One of lm-eval's tasks with its prompts made and counted; see `harness.py`."""
 
+import inspect
 import json
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from transformers import set_seed
+
+from dijiang.convert.provenance import public_name
 
 from .result_cache import hash_of
 
@@ -81,10 +84,12 @@ def prepare(part: dict, tokenizer, *, context: int, limit: int | None, num_fewsh
             guessed += leaf_weights[leaf] * guessing(task, len(requests), target, metric)
             total_weight += leaf_weights[leaf]
             hashed.append(json.dumps([str(target), *(strings(x.args) for x in requests)]).encode())
+        scoring = {key: task.get_config(key) for key in ("metric_list", "filter_list", "process_results", "output_type")}
+        hashed.append(json.dumps([scoring, leaf_weights[leaf]], sort_keys=True, default=source_of).encode())
         documents += len(asked)
         truncated += len(too_long)
         described[leaf] = {"version": str(task.VERSION), "num_fewshot": shots or 0, "documents": len(asked)}
-        described[leaf] |= {"dataset": task.DATASET_PATH, "dataset_name": task.DATASET_NAME}
+        described[leaf] |= {"dataset": task.DATASET_PATH and public_name(task.DATASET_PATH), "dataset_name": task.DATASET_NAME}
     settings = {"lm_eval": version("lm_eval"), "limit": limit, "seed": seed, "context": context, "metric": metric}
     return HarnessTask(
         name=name,
@@ -102,6 +107,14 @@ def prepare(part: dict, tokenizer, *, context: int, limit: int | None, num_fewsh
         lengths=lengths,
         loaded=part,
     )
+
+
+def source_of(value) -> str:
+    """What a function or another thing of Python in a task's settings is known by."""
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):
+        return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def main_metric(name: str, leaves: list, group) -> tuple[str, bool]:

@@ -5,8 +5,6 @@ The approximation study: the error of untrained and of fitted feature maps for e
 
 import json
 import platform
-import shlex
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -23,9 +21,10 @@ from dijiang.convert.folders import refuse_taken_file, write_whole
 from dijiang.convert.provenance import public_name, versions
 
 from . import kernel_report
-from .drawing import refuse_missing_matplotlib
+from .drawing import refuse_missing_packages
 from .kernel_inputs import Case, InputSet, gaussian_inputs, normal_radius_limit, real_inputs
 from .kernel_maps import FITS, MAPS, WEIGHTED, estimate, features, normal_equations, squared_error
+from .timing import own_command
 
 GAUSSIANS = ((0.5, 4), (0.5, 64), (1.0, 64), (2.0, 64), (4.0, 64))  # norm of q and k, head size
 RESAMPLES = 2000
@@ -97,12 +96,12 @@ def run_kernel_study(
     for path in filter(None, (output, plot)):
         refuse_taken_file(path)
     if plot:
-        refuse_missing_matplotlib()
+        refuse_missing_packages("matplotlib")
     sets = [gaussian_inputs(norm, d, config.pairs) for norm, d in GAUSSIANS]
     sets += real_inputs(source, text, tokens=config.tokens, query_every=config.query_every, heads=config.heads)
     errors = measure(sets, config, progress=progress)
     result = {
-        "command": shlex.join(["dijiang", *sys.argv[1:]]),
+        "command": own_command(),
         "source": public_name(source),
         "text": text.name,
         "machine": platform.processor() or platform.machine(),

@@ -18,10 +18,10 @@ from .latency_models import SPARE_BYTES, LatencyPair, shortage
 from .timing import (
     PeakMemory,
     alternate,
-    command,
     floor_seconds,
     machine,
     machine_limits,
+    own_command,
     ratios,
     trim,
     waiting_for,
@@ -29,9 +29,15 @@ from .timing import (
 
 PHASES = ("prefill", "decode")
 PEERS = ("softmax", "softmax static")
-# tokens/s of DiJiang over those of the softmax model, decoding at 2,048 tokens on an A800 (arXiv 2403.19928, Table 1)
+# tokens/s of the softmax model and of DiJiang, decoding at 2,048 tokens on an A800 (arXiv 2403.19928, Table 1)
 PAPER_CONTEXT = 2048
-PAPER_RATIOS = {"pythia-70m": 1.28, "pythia-160m": 2.1, "pythia-410m": 3.9, "pythia-1b": 5.8, "pythia-2.8b": 8.4}
+PAPER_SPEEDS = {
+    "pythia-70m": (2037, 2605),
+    "pythia-160m": (622, 1315),
+    "pythia-410m": (203, 787),
+    "pythia-1b": (105, 611),
+    "pythia-2.8b": (34, 284),
+}
 MEANINGS = {
     "prefill": "a prompt is read into a new cache until the first generated token is known: the time to the first token",
     "decode": "one token of every sequence goes in after so many tokens of context, until the next one is known",
@@ -39,8 +45,8 @@ MEANINGS = {
     "of torch's tensors",
     "cache_bytes": "keys and values, or states, of all layers and sequences",
     "floor_s": "the longer of computing and of moving what a decoding step must (weights once; keys and values once, and "
-    "twice more where the cache copies them; states read and written), at the rates in limits. What stays in the processor's "
-    "cache can be read faster",
+    "twice more where the cache copies them; states read and written), at the rates in limits, those of large products, "
+    "copies and sums. What stays in the processor's cache can be read faster",
     "of_floor": "median over floor_s",
     "floor_ratio": "floor_s of the softmax model over that of DiJiang: the gain if both reached their floors",
     "ratio": "how many times faster DiJiang is, by medians",
@@ -85,12 +91,13 @@ def measure_latency(
         for context in sorted(contexts):
             for batch in sorted(batches):
                 rows.append(measure_row(phase, sides, batch, context, limits, rounds=rounds, seconds=seconds))
-                if phase == "decode" and context == PAPER_CONTEXT and pair.shape in PAPER_RATIOS:
-                    rows[-1]["paper_ratio"] = PAPER_RATIOS[pair.shape]
+                if phase == "decode" and context == PAPER_CONTEXT and pair.shape in PAPER_SPEEDS:
+                    softmax, dijiang = PAPER_SPEEDS[pair.shape]
+                    rows[-1]["paper_ratio"] = round(dijiang / softmax, 2)
                 advance(1)
     return {
         "kind": "latency",
-        "command": command("dijiang"),
+        "command": own_command(),
         "name": pair.name,
         "machine": machine(),
         "versions": versions(),

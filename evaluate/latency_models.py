@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from dijiang.convert import PRESETS, fastest_dtype
+from dijiang.convert import PRESETS
 from dijiang.convert.families import dijiang_config, one_line
 from dijiang.convert.loader import load_dijiang
-from dijiang.convert.mapping import build_on_meta, dtype_named
+from dijiang.convert.mapping import build_on_meta
 from dijiang.convert.overrides import check_effect, check_keys
 from dijiang.convert.provenance import public_name
 from dijiang.convert.shapes import shape_config
@@ -19,6 +19,8 @@ from dijiang.convert.source import Source, open_source
 from dijiang.convert.weights import no_library_bars
 from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
 
+from .placement import placement
+from .subjects import file_hashes
 from .timing import available_bytes
 
 try:  # releases that have it keep the weights quantised where they find a kernel for them
@@ -134,18 +136,8 @@ def checkpoint_pair(
         shape=None,
         softmax=load_softmax(theirs, dtype).to(device),
         dijiang=load_dijiang(ours, dtype).to(device),
-        facts={"weights": "the checkpoint's and its teacher's", "teacher": public_name(teacher)},
+        facts={"weights": "the checkpoint's and its teacher's", "teacher": public_name(teacher), "files": file_hashes(ours)},
     )
-
-
-def placement(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype of these names; `auto` is the GPU where there is one, and what it computes fastest in."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device {device!r} is unknown; choose auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but torch finds no GPU; choose cpu")
-    found = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    return found, dtype_named(dtype) or fastest_dtype(found)
 
 
 def load_softmax(source: Source, dtype: torch.dtype) -> PreTrainedModel:

@@ -8,7 +8,7 @@ from rich.progress import Progress
 
 from dijiang.convert.folders import new_folder, refuse_occupied, refuse_taken_file, write_whole
 
-from .drawing import refuse_missing_matplotlib
+from .drawing import refuse_missing_packages
 from .latency import check, measure_latency, show_latency
 from .latency_figures import draw_latency
 from .latency_models import checkpoint_pair, shape_pair
@@ -46,7 +46,7 @@ def run_latency(
     if output:
         refuse_taken_file(output)
     if plot:
-        refuse_missing_matplotlib()
+        refuse_missing_packages("matplotlib")
         refuse_occupied(plot)
     check(contexts, batches, phases, rounds)
     options = {"longest": max(contexts), "dtype": dtype, "device": device}

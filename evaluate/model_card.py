@@ -26,7 +26,7 @@ from dijiang.modeling.linear_layer import linear_layers
 from dijiang.modeling.linear_state import LinearState
 
 from .subjects import file_hashes
-from .tables import markdown_table, mib
+from .tables import NOTHING, markdown_table, mib, number, percent, with_interval
 
 FILE_NAME = "README.md"
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
@@ -35,7 +35,6 @@ HUB_METRICS = {"acc": "accuracy"}  # where the hub has another name
 SHARED_SETTINGS = ("key_scale", "scale_features", "normalize", "output_norm", "output_gate", "decay")
 ARROWS = {"lower": "↓", "higher": "↑"}
 SHARES = {"recovered": "recovered", "over_training_free": "of the training-free loss"}
-NOTHING = "–"
 # a path that is absolute or starts from the home, working or parent folder; its last part
 LOCAL_PATH = re.compile(
     r"(?<![^\s'\"`(\[=,;:|])(?:file:/*|[A-Za-z]:|~\w*|\.{1,2})?[\\/](?=\w)(?:[^\s'\"`|,;:()\[\]\\/]+[\\/]+)*([^\s'\"`|,;:()\[\]\\/]+)"
@@ -64,6 +63,8 @@ def model_card(checkpoint: str | Path, evaluation: dict | None = None, latency: 
     tokens = sum(stage.get("tokens", 0) for stage in provenance["stages"])
     if evaluation and evaluation["student"]["weights"] != file_hashes(opened):
         raise ValueError(f"the evaluation is of other weights than those in {checkpoint}; evaluate this checkpoint")
+    if latency and latency["models"].get("files") != file_hashes(opened):
+        raise ValueError(f"the latency is of another model than that in {checkpoint}; measure this checkpoint")
 
     source = plain(provenance["source"])
     on_hub = bool(provenance.get("commit"))  # the hub alone gives one
@@ -228,20 +229,6 @@ def whole(value: float | None) -> str:
     return NOTHING if value is None else f"{value:,.0f}"
 
 
-def number(value: float | None) -> str:
-    if value is None:
-        return NOTHING
-    return f"{value:,.2f}" if abs(value) >= 10 else f"{value:.3f}"
-
-
-def with_interval(score: dict | None, shown=number) -> str:
-    """A score and its interval, as far as they are known."""
-    if score is None or score.get("value") is None:
-        return NOTHING
-    ends = [score.get("low"), score.get("high")]
-    return shown(score["value"]) + ("" if None in ends else " [{}, {}]".format(*map(shown, ends)))
-
-
 def score(task: dict, subject: str) -> float | None:
     return (task["values"].get(subject) or {}).get("value")  # there is none of a score that is not finite
 
@@ -269,7 +256,7 @@ def evaluation_facts(evaluation: dict | None, source: str) -> dict:
             f"{task['units']:,}",
             number(task["chance"]),
             *(with_interval(task["values"].get(key)) for key in subjects),
-            *(with_interval(task.get(key), "{:.0%}".format) for key in SHARES),
+            *(with_interval(task.get(key), percent) for key in SHARES),
         ]
         for task in tasks
     ]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from dijiang.convert.folders import new_folder
 
-from .drawing import refuse_missing_matplotlib
+from .drawing import refuse_missing_packages
 from .latency_figures import draw_latency
 from .map_figures import draw_maps
 from .quality_figures import draw_quality
-from .tables import interval, number, share
+from .tables import mib, number, percent, with_interval
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.jinja"
 KINDS: dict[str, Callable[[dict, Path], list[Path]]] = {"evaluation": draw_quality, "latency": draw_latency}
@@ -19,7 +19,8 @@ CAPTIONS = {
     "perplexity": "Perplexity with 95 % bootstrap intervals over windows of text.",
     "perplexity_by_position": "Perplexity by position: what more context is worth to each model.",
     "recall": "Finding a sentence, and pairs of words, again by length; bands are 95 % bootstrap intervals.",
-    "recovered": "Share of the teacher's score above the chance level, with 95 % bootstrap intervals.",
+    "recovered": "Share of the teacher's lead over the floor that the student has, with 95 % bootstrap intervals. The floor "
+    "is chance or, for perplexity and agreement, the student without attention.",
     "training": "Training loss and held-out perplexity against the tokens trained on.",
     "attention_maps": "Attention averaged over heads. The student's is that of its own queries and keys; Performer's features "
     "are given the teacher's. Distance: total variation of a row from the teacher's, 0 to 1.",
@@ -28,7 +29,8 @@ CAPTIONS = {
     "window and sinks, by layer.",
     "map_distance": "Distance to the teacher's attention by layer; Performer and window + sinks on the teacher's own queries "
     "and keys.",
-    "latency": "Time per token when decoding, and to the first token, against context.",
+    "latency": "Time of a decoding step of the whole batch, and to the first token, against context. Dotted: the least that "
+    "the machine allows.",
     "memory": "Bytes of cache or state and peak memory against context.",
 }
 
@@ -67,7 +69,7 @@ def make_report(paths: Iterable[Path], output: str | Path) -> Path:
     Raises:
         ValueError: as `read_results`, or if the folder is not free.
     """
-    refuse_missing_matplotlib()
+    refuse_missing_packages()
     results = read_results(paths)
     with new_folder(output) as folder:
         write_report(results, folder)
@@ -92,11 +94,11 @@ def write_report(results: dict[str, dict], folder: Path) -> Path:
     if maps := results.get("evaluation", {}).get("maps"):
         figures += draw_maps(maps, pictures)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {"number": number, "interval": interval, "share": share}
+    environment.filters |= {"number": number, "with_interval": with_interval, "mib": mib}
     page = folder / "report.html"
     shown = [{"name": path.stem, "caption": CAPTIONS[path.stem], "data": encoded(path)} for path in figures]
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        evaluation=results.get("evaluation"), latency=results.get("latency"), figures=shown
+        evaluation=results.get("evaluation"), latency=results.get("latency"), figures=shown, percent=percent
     )
     page.write_text(text, encoding="utf-8")
     return page

@@ -119,7 +119,7 @@ def draw_recovered(tasks: list[dict], path: Path) -> Path:
         axes.axvline(0, color=CONTROL_COLOUR, lw=1)
         axes.set_yticks(range(len(mine)), [f"{task['kind']}: {task['name']}" for task in mine], fontsize=8)
         axes.invert_yaxis()
-        plain(axes, x="recovered share (0: the chance level, 1: the teacher)", y="", legend=False)
+        plain(axes, x="recovered share (0: the floor, 1: the teacher)", y="", legend=False)
     return path
 
 

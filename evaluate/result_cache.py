@@ -6,7 +6,7 @@ import os
 import secrets
 from pathlib import Path
 
-from dijiang import modeling
+from dijiang import convert, modeling
 
 # whose code scores depend on, besides the model's own; the others draw and tell
 MEASURING = frozenset(
@@ -26,8 +26,8 @@ def hash_of(*parts: bytes) -> str:
 
 
 def code_hash() -> str:
-    """Of the code that measures and of the model's."""
-    rooms = [(Path(__file__).parent, MEASURING), (Path(modeling.__file__).parent, set())]
+    """Of the code that measures, of the model's, and of that which turns a source into a model."""
+    rooms = [(Path(__file__).parent, MEASURING), *((Path(room.__file__).parent, set()) for room in (modeling, convert))]
     files = [path for folder, names in rooms for path in sorted(folder.glob("*.py")) if not names or path.stem in names]
     return hash_of(*(path.read_bytes() for path in files))
 

@@ -42,15 +42,17 @@ def interval(values: np.ndarray) -> dict[str, float | None] | None:
     return {"value": value, "low": float(low), "high": float(high)}
 
 
-def recovered_share(means: dict[str, np.ndarray], floor: float | np.ndarray) -> np.ndarray | None:
+def recovered_share(means: dict[str, np.ndarray], floor: float | np.ndarray, better: str) -> np.ndarray | None:
     """
     (student - floor) / (teacher - floor), where the floor is what is had for nothing: the chance level, or another subject's
-    score. None where the teacher itself does not differ from the floor with confidence: any share would be noise.
+    score. None unless the teacher is better than the floor with confidence: any share would be noise.
+
+    Args:
+        means: of `teacher` and `student`, as `resampled_means` gives them.
+        better: "higher" or "lower".
     """
     gap = means["teacher"] - floor
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = (means["student"] - floor) / gap
-    known = interval(gap)
-    if known is None or known["value"] == 0 or (known["low"] is not None and known["low"] <= 0 <= known["high"]):
+    lead = interval(gap if better == "higher" else -gap)
+    if lead is None or lead["low"] is None or lead["low"] <= 0:
         return None
-    return share
+    return (means["student"] - floor) / gap

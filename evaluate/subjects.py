@@ -74,7 +74,7 @@ class Comparison:
         self.provenance = read_provenance(self.student.folder)
         self.tokenizer = load_tokenizer(self.student)
         refuse_other_tokenizer(self.tokenizer, load_tokenizer(self.teacher), self.student.name, self.teacher.name)
-        teacher = {"weights": file_hashes(self.teacher)}
+        teacher = {"weights": file_hashes(self.teacher), "config": self.teacher.config.to_diff_dict()}
         self.identity = {
             "teacher": teacher,
             "window_sinks": teacher | self.baseline(),

@@ -1,16 +1,18 @@
 """Results as tables: cells, Markdown and the console."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+NOTHING = "–"
 SHORT = {
     "teacher": "teacher",
-    "window_sinks": "training-free window",
+    "window_sinks": "training-free",
     "student": "DiJiang",
-    "window_only": "its window alone",
-    "linear_only": "its linear branch alone",
+    "window_only": "window alone",
+    "linear_only": "linear alone",
     "no_attention": "no attention",
 }
 
@@ -19,30 +21,25 @@ def mib(n_bytes: float) -> str:
     return f"{n_bytes / 2**20:,.1f} MiB"
 
 
-def number(value: float) -> str:
-    """Four significant digits or so, thousands with commas."""
-    if value == 0 or 0.01 <= abs(value) < 100:
-        return f"{value:.3f}"
-    return f"{value:,.1f}" if abs(value) < 10000 else f"{value:,.0f}"
-
-
-def interval(value: dict | None) -> str:
-    """A value and its interval."""
+def number(value: float | None) -> str:
+    """Three digits after the point, fewer of large values, two significant ones of small ones; a dash for None."""
     if value is None:
-        return "not finite"
-    if "left_out" in value:
-        return "-"
-    if value["low"] is None:
-        return number(value["value"])
-    return f"{number(value['value'])} [{number(value['low'])}, {number(value['high'])}]"
+        return NOTHING
+    if 0 < abs(value) < 0.01:
+        return f"{value:.2g}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.2f}" if abs(value) < 10000 else f"{value:,.0f}"
 
 
-def share(value: dict | None) -> str:
-    """A share and its interval in percent; a dash where there is none."""
-    if value is None:
-        return "-"
-    ends = "" if value["low"] is None else f" [{value['low']:.0%}, {value['high']:.0%}]"
-    return f"{value['value']:.1%}{ends}"
+def percent(share: float) -> str:
+    return f"{share:.0%}"
+
+
+def with_interval(score: dict | None, shown: Callable[[float], str] = number) -> str:
+    """A score and its interval, as far as they are known; a dash for one that was left out or is not finite."""
+    if score is None or score.get("value") is None:
+        return NOTHING
+    ends = [score.get("low"), score.get("high")]
+    return shown(score["value"]) + ("" if None in ends else " [{}, {}]".format(*map(shown, ends)))
 
 
 def score_table(evaluation: dict) -> tuple[list[str], list[list[str]]]:
@@ -51,10 +48,10 @@ def score_table(evaluation: dict) -> tuple[list[str], list[list[str]]]:
     rows = []
     for task in evaluation["tasks"]:
         values = [task["values"][key] for key in evaluation["subjects"]]
-        shown = [number(x["value"]) if "value" in (x or {}) else "-" for x in values]
+        shown = [number((x or {}).get("value")) for x in values]
         shares = (task[key] for key in ("recovered", "over_training_free"))
-        shown += ["-" if share is None else f"{share['value']:.0%}" for share in shares]
-        rows.append([f"{task['metric']}: {task['name']}", *shown])
+        shown += [NOTHING if share is None else percent(share["value"]) for share in shares]
+        rows.append([f"{task['kind'].replace('_', '-')}: {task['name']}", *shown])
     return header, rows
 
 
@@ -85,9 +82,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def print_table(console: Console, header: list[str], rows: list[list[str]]) -> None:
-    table = Table(*header)
+    table = Table(*map(escape, header))
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)

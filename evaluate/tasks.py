@@ -42,6 +42,10 @@ class Task:
     cost: int
     run: Callable[..., dict] = field(repr=False)
 
+    @property
+    def key(self) -> str:
+        return f"{self.kind}: {self.name}"
+
 
 def tokenised(tokenizer, path: Path, limit: int | None) -> torch.Tensor:
     """The first `limit` tokens of a text file (None: all), (T,) int64."""
@@ -56,7 +60,8 @@ def hash_tokens(tokens: torch.Tensor) -> str:
 
 def perplexity_task(name: str, tokens: torch.Tensor, *, length: int, stride: int | None) -> Task:
     """Perplexity of a text (T,) in windows of `length` that begin every `stride` tokens, by default side by side."""
-    stride = stride or length
+    length = min(length, len(tokens))
+    stride = min(stride or length, length)
     how = f"{length:,} tokens" if stride == length else f"{length:,} tokens, stride {stride:,}"
     return Task(
         kind="perplexity",

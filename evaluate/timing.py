@@ -27,7 +27,8 @@ def alternate(
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict]:
     """
-    Time every call once per round, in turn (A B C A B C ...), so that a slow minute of the machine hits all of them.
+    Time every call once per round, in alternating order (A B C C B A A B C ...), so that neither a slow minute of the machine
+    nor the traces of the call before favour one of them.
 
     Args:
         rounds: at least so many; more follow until `seconds` have passed.
@@ -46,7 +47,7 @@ def alternate(
             started = clock() if turn == 0 else started
             if turn >= rounds and clock() - started >= seconds:
                 break
-            for name, call in calls.items():
+            for name, call in calls.items() if turn % 2 == 0 else reversed(calls.items()):
                 wait()
                 begin = clock()
                 result = call()
@@ -80,8 +81,12 @@ def ratios(timings: dict[str, dict], peer: str) -> dict[str, float]:
 
 
 def floor_seconds(flops: float, moved_bytes: float, limits: dict, dtype: str) -> float:
-    """The longer of doing `flops` at the measured rate of large products and moving `moved_bytes` at that of a large copy."""
-    return max(flops / (limits["product_gflops"][dtype] * 1e9), moved_bytes / limits["copy_bytes_per_s"])
+    """
+    The longer of doing `flops` at the measured rate of large products and moving `moved_bytes` at that of a large copy or,
+    where that was measured and is higher, of reading.
+    """
+    rate = max(limits["copy_bytes_per_s"], limits.get("read_bytes_per_s", 0.0))
+    return max(flops / (limits["product_gflops"][dtype] * 1e9), moved_bytes / rate)
 
 
 def best_seconds(call: Callable, rounds: int = 5, wait: Callable[[], None] = lambda: None) -> float:
@@ -89,7 +94,10 @@ def best_seconds(call: Callable, rounds: int = 5, wait: Callable[[], None] = lam
 
 
 def machine_limits(dtypes: list[str], quick: bool = False, device: torch.device | str = "cpu") -> dict:
-    """Rates of large matrix products by dtype (GFLOP/s) and of a copy too large for any cache (bytes read + written)."""
+    """
+    Rates of large matrix products by dtype (GFLOP/s), and of a copy (bytes read + written) and a sum (bytes read) of a tensor
+    too large for most caches.
+    """
     rates, wait = {}, waiting_for(device)
     for dtype in dtypes:
         rates[dtype] = 0.0
@@ -100,8 +108,12 @@ def machine_limits(dtypes: list[str], quick: bool = False, device: torch.device 
             rates[dtype] = max(rates[dtype], 2 * size**3 / seconds / 1e9)
     source = torch.ones((1 << 20 if quick else 1 << 30) // 4, device=device)
     target = torch.empty_like(source)
-    seconds = best_seconds(lambda: target.copy_(source), wait=wait)
-    return {"product_gflops": rates, "copy_bytes_per_s": 2 * source.nbytes / seconds}
+    copying, reading = (best_seconds(call, wait=wait) for call in (lambda: target.copy_(source), source.sum))
+    return {
+        "product_gflops": rates,
+        "copy_bytes_per_s": 2 * source.nbytes / copying,
+        "read_bytes_per_s": source.nbytes / reading,
+    }
 
 
 def machine() -> dict:
@@ -124,8 +136,16 @@ def machine() -> dict:
 
 def command(*program: str) -> str:
     """The command line of this process, `program` in place of its first word; of absolute paths the last name alone."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    words = []
+    for word in sys.argv[1:]:
+        option, equals, value = word.rpartition("=")
+        words.append(f"{option}{equals}{Path(value).name if Path(value).is_absolute() else value}")
     return shlex.join([*program, *words])
+
+
+def own_command() -> str | None:
+    """The `dijiang ...` that this process is, None where another program called us."""
+    return command("dijiang") if Path(sys.argv[0]).name in ("dijiang", "dijiang.exe", "__main__.py") else None
 
 
 def available_bytes(device: torch.device | str = "cpu") -> int:

@@ -27,9 +27,13 @@ def results(report) -> dict:
 
 def test_tables_are_those_of_the_results(report, results):
     assert report.fill(PAGE, results) == PAGE
-    assert PAGE.count("\n| --- |") == 4
+    assert PAGE.count("\n| --- |") == 7
+    evaluation = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert report.fill_evaluation(evaluation, results) == evaluation
     for table in (report.claim_table(results), report.map_table(results), report.speed_table(), report.control_table(results)):
         assert table in PAGE
+    for made in (report.latency_table, report.flat_table, report.distance_table):
+        assert made(results) in PAGE
 
 
 def test_a_changed_result_changes_the_page(report, results):

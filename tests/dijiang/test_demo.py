@@ -177,6 +177,12 @@ def test_an_output_that_is_taken_is_refused_before_any_work(tmp_path, refused, m
     refused(tmp_path, lambda: run_demo(tmp_path / "theirs", contexts=[8]), r"theirs is a file; choose a new folder$")
 
 
+def test_contexts_beyond_the_model_are_refused_before_any_work(long_teacher, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(dijiang.demo, "convert_model", lambda *args, **kwargs: pytest.fail("began to work"))
+    message = r"^decoding after a context of 257 tokens exceeds the 256 that these models were made for"
+    refused(tmp_path, lambda: run_demo(tmp_path / "out", source=long_teacher, contexts=[64, 257]), message)
+
+
 @pytest.mark.parametrize("spec", ["absent", "empty"])
 def test_the_packaged_model_may_be_missing(tmp_path, refused, monkeypatch, spec):
     (tmp_path / "__init__.py").touch()

@@ -34,6 +34,8 @@ def test_evaluate_passes_its_words_on(command, monkeypatch, tmp_path):
     assert calls.pop() == ("student", "teacher", Path("out"), expected, tmp_path)
     assert command(*words, "--quick")[0] == 0
     assert calls.pop()[3] == expected.quick()
+    assert command("evaluate", "student", "--against", "teacher", "--text-tokens", 0)[0] == 0
+    assert calls.pop()[3].text_tokens is None
 
 
 def test_evaluate_needs_a_teacher(command):
@@ -78,6 +80,7 @@ def test_card(command, fails, pair, tmp_path):
     (folder / "README.md").write_text("# theirs", encoding="utf-8")
     fails("README.md was not written by dijiang; move it away, or ask for it to be replaced", "card", folder)
     assert command("card", folder, "--replace")[0] == 0
+    fails("the hub did not check the card", "card", folder, "--validate")
     fails("nowhere holds no provenance.json", "card", tmp_path / "nowhere")
 
 

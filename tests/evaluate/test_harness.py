@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("lm_eval")
 
@@ -283,6 +284,35 @@ def test_settings_tell_what_scores_depend_on(tokenizer, data):
     assert loaded(tokenizer, "choices", limit=3)[0].settings["hash"] != first.settings["hash"]
 
 
+def test_settings_tell_how_answers_are_scored(tokenizer, data, tmp_path):
+    def hash_with(**changed) -> str:
+        content = yaml.safe_load((FILES / "continued.yaml").read_text(encoding="utf-8")) | changed
+        path = tmp_path / "changed" / "continued.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        found, manager = resolve_tasks([str(path)])
+        return load_tasks(found, manager, tokenizer, context=CONTEXT)[0].settings["hash"]
+
+    exact = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+    hashes = [
+        hash_with(metric_list=[exact]),
+        hash_with(metric_list=[exact]),
+        hash_with(metric_list=[exact | {"ignore_case": True}]),
+    ]
+    hashes.append(hash_with(metric_list=[exact], filter_list=[{"name": "first", "filter": [{"function": "take_first"}]}]))
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+
+
+def test_a_template_that_cannot_be_filled_in_is_refused(tokenizer, data, refused, tmp_path):
+    content = yaml.safe_load((FILES / "choices.yaml").read_text(encoding="utf-8"))
+    path = tmp_path / "broken" / "choices.yaml"
+    path.parent.mkdir()
+    path.write_text(yaml.safe_dump(content | {"doc_to_choice": "{{nowhere.nothing}}"}), encoding="utf-8")
+    found, manager = resolve_tasks([str(path)])
+    message = r"^the prompts of the task choices cannot be made \(.*\); mend its file$"
+    refused(tmp_path, lambda: load_tasks(found, manager, tokenizer, context=CONTEXT), message)
+
+
 # --- names ---
 
 
@@ -367,7 +397,7 @@ def test_a_generation_longer_than_the_context_is_refused(tokenizer):
 def test_without_lm_eval_or_its_library(refused, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(harness, "find_spec", lambda name: None)
-        message = r"^lm-eval runs these tasks, and it is missing; run: pip install 'dijiang\[eval\]'$"
+        message = r"^these tasks run by lm_eval and accelerate, missing here; run: pip install 'dijiang\[eval\]'$"
         refused(tmp_path, lambda: resolve_tasks(["piqa"]), message)
     monkeypatch.delitem(sys.modules, "evaluate", raising=False)
     monkeypatch.syspath_prepend(str(Path(harness.__file__).parents[1]))  # as `python -m dijiang` in the repository does

@@ -299,7 +299,7 @@ def test_a_shape_is_transformers_model_and_the_kernels(shape):
 def test_known_shapes():
     pythias = [f"pythia-{size}" for size in ("70m", "160m", "410m", "1b", "1.4b", "2.8b")]
     assert set(shapes.SHORT_NAMES) - set(TINY) == {*pythias, "smollm2-135m", "tinyllama-1.1b", "llama2-7b"}
-    assert set(latency.PAPER_RATIOS) < set(pythias)
+    assert set(latency.PAPER_SPEEDS) < set(pythias)
     assert shapes.shape_config("tinyllama-1.1b").num_key_value_heads == 4
 
 
@@ -390,7 +390,7 @@ def test_the_result_is_whole(both, pair):
 def test_the_papers_ratio_stands_beside_ours(monkeypatch):
     """Of decoding at the paper's context, for a shape that it has."""
     monkeypatch.setattr(latency, "PAPER_CONTEXT", 24)
-    monkeypatch.setattr(latency, "PAPER_RATIOS", {"llama": 1.25})
+    monkeypatch.setattr(latency, "PAPER_SPEEDS", {"llama": (4, 5)})
     result = quick(shape_pair("llama", longest=24, **CPU))
     shown = {(row["phase"], row["context"]): row.get("paper_ratio") for row in result["rows"]}
     assert shown == {("prefill", 9): None, ("prefill", 24): None, ("decode", 9): None, ("decode", 24): 1.25}

@@ -28,6 +28,7 @@ SUBJECTS = {
     "window_only": "window alone",
     "linear_only": "linear branch alone",
 }
+FILES = {"model.safetensors": "of these weights"}
 NASTY = """a|b "c" 'd' `e` ``f`` {{ g }} <b>*h*_i_</b> #: - [j](k) & $l$ \\| \n---\nm"""
 NASTY_SHOWN = " ".join(NASTY.split())
 
@@ -75,12 +76,19 @@ def task(kind: str, name: str, values: dict, **facts) -> dict:
 
 def evaluation(*tasks: dict, tokens: int = 58023, **facts) -> dict:
     made = {"kind": "evaluation", "command": "dijiang evaluate student --against teacher", "time": "2026-01-02T03:04:05+00:00"}
-    made |= {"dtype": "float32", "device": "cpu", "student": {"name": "student", "tokens": tokens, "stages": []}}
+    made |= {"dtype": "float32", "device": "cpu", "student": {"name": "student", "tokens": tokens, "weights": FILES}}
     return made | {"teacher": {"name": "teacher"}, "subjects": SUBJECTS, "tasks": list(tasks)} | facts
 
 
 def latency(*rows: dict) -> dict:
-    return {"kind": "latency", "device": "cpu", "dtype": "bfloat16", "rows": list(rows)}
+    return {"kind": "latency", "device": "cpu", "dtype": "bfloat16", "models": {"files": FILES}, "rows": list(rows)}
+
+
+@pytest.fixture(autouse=True)
+def same_weights(request, monkeypatch):
+    """Results made up here are of the checkpoint's weights, unless the test is about that."""
+    if "refusals" not in request.node.name:
+        monkeypatch.setattr(module, "file_hashes", lambda source: FILES)
 
 
 def shown(tokens) -> str:
@@ -457,8 +465,14 @@ def test_a_failed_write_leaves_the_old_card(checkpoint, refused, monkeypatch):
 
 def test_refusals(pair, checkpoint, refused):
     refused(pair.teacher, lambda: model_card(pair.teacher), "holds no provenance.json, so it is not a DiJiang checkpoint")
-    other = evaluation(tokens=58022)
-    refused(checkpoint, lambda: write_model_card(checkpoint, other), "of a student of 58,022 tokens, this one has 58,023")
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in checkpoint.glob("*.safetensors")}
+    right = {"name": "student", "tokens": 58023, "weights": found}
+    model_card(checkpoint, evaluation(student=right), latency() | {"models": {"files": found}})
+    refused(checkpoint, lambda: write_model_card(checkpoint, evaluation()), "evaluation is of other weights than those in")
+    message = "latency is of another model than that in .*; measure this checkpoint"
+    refused(checkpoint, lambda: write_model_card(checkpoint, latency=latency()), message)
+    shape = latency() | {"models": {"weights": "random"}}
+    refused(checkpoint, lambda: write_model_card(checkpoint, latency=shape), message)
     refused(checkpoint, lambda: write_model_card(checkpoint, latency()), "the evaluation given is of kind 'latency'")
     refused(checkpoint, lambda: write_model_card(checkpoint, latency={"rows": []}), "the latency given is of kind None")
     shutil.copyfile(pair.teacher / "config.json", checkpoint / "config.json")

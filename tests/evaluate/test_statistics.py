@@ -56,14 +56,24 @@ def test_recovered_share_by_hand():
     rng = np.random.default_rng(0)
     teacher, student = (rng.permutation(np.r_[np.ones(n), np.zeros(100 - n)]) for n in (65, 55))
     means = resampled_means({"teacher": scores(teacher), "student": scores(student)})
-    found = interval(recovered_share(means, 0.25))
+    found = interval(recovered_share(means, 0.25, "higher"))
     assert found["value"] == pytest.approx(0.75) and found["low"] < 0.75 < found["high"]
-    nats = {"teacher": np.array([3.5]), "student": np.array([4.0])}
-    assert recovered_share(nats, np.array([6.0]))[0] == pytest.approx(0.8)
+    losses = {"teacher": scores(np.full(9, 3.5)), "student": scores(np.full(9, 4.0)), "floor": scores(np.full(9, 6.0))}
+    nats = resampled_means(losses)
+    assert interval(recovered_share(nats, nats["floor"], "lower")) == pytest.approx({"value": 0.8, "low": 0.8, "high": 0.8})
 
 
-@pytest.mark.parametrize("right", [25, 27, 20])
-def test_no_share_of_a_teacher_at_chance(right):
+@pytest.mark.parametrize("right", [27, 25, 20, 5, 0])
+def test_no_share_of_a_teacher_at_chance_or_below(right):
     teacher = np.r_[np.ones(right), np.zeros(100 - right)]
     means = resampled_means({"teacher": scores(teacher), "student": scores(np.ones(100))})
-    assert recovered_share(means, 0.25) is None
+    assert recovered_share(means, 0.25, "higher") is None
+    losses = resampled_means({"teacher": scores(teacher + 3), "student": scores(teacher)})
+    assert recovered_share(losses, 3 + right / 200, "lower") is None  # the teacher loses more than the floor
+
+
+def test_no_share_of_few_units():
+    few = resampled_means({"teacher": scores(np.ones(4)), "student": scores(np.ones(4))})
+    assert recovered_share(few, 0.25, "higher") is None
+    enough = resampled_means({"teacher": scores(np.ones(5)), "student": scores(np.ones(5))})
+    assert interval(recovered_share(enough, 0.25, "higher"))["value"] == 1.0

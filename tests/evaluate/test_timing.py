@@ -32,7 +32,7 @@ def test_calls_take_turns_and_warm_up_does_not_count():
     clock = Clock()
     calls = {"a": clock.passes("a", 100.0, 1.0, 5.0, 3.0), "b": clock.passes("b", 2.0)}
     found = timing.alternate(calls, rounds=3, after={"b": clock.passes("after b", 50.0)}, clock=clock)
-    assert clock.order == ["a", "b", "after b"] * 4
+    assert clock.order == ["b", "after b", "a", "a", "b", "after b"] * 2  # every second round from the end
     assert found["a"] == {"median_s": 3.0, "min_s": 1.0, "q1_s": 2.0, "q3_s": 4.0, "rounds": 3}
     assert found["b"]["median_s"] == 2.0
 
@@ -52,6 +52,8 @@ def test_floor_is_the_slower_of_computing_and_moving():
     limits = {"product_gflops": {"float32": 2.0}, "copy_bytes_per_s": 100.0}
     assert timing.floor_seconds(4e9, 100, limits, "float32") == 2.0
     assert timing.floor_seconds(4e9, 500, limits, "float32") == 5.0
+    assert timing.floor_seconds(4e9, 500, limits | {"read_bytes_per_s": 125.0}, "float32") == 4.0
+    assert timing.floor_seconds(4e9, 500, limits | {"read_bytes_per_s": 50.0}, "float32") == 5.0
 
 
 def test_peak_memory_sees_what_was_freed_again():
@@ -93,6 +95,7 @@ def test_limits_are_rates_of_products_and_copies(monkeypatch):
     assert timing.machine_limits(["float32", "bfloat16"], quick=True) == {
         "product_gflops": {dtype: 2 * 128**3 / 0.5 / 1e9 for dtype in ("float32", "bfloat16")},
         "copy_bytes_per_s": 2 * (1 << 20) / 0.5,
+        "read_bytes_per_s": (1 << 20) / 0.5,
     }
 
 
@@ -100,11 +103,6 @@ def test_peak_memory_of_a_block_that_takes_nothing():
     with timing.PeakMemory() as peak:
         pass
     assert 0 <= peak.bytes < 1 << 22
-
-
-def test_the_command_names_no_folders_of_the_machine(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["/usr/bin/x", "benchmark", str(tmp_path / "my model"), "--output", "out/a.json"])
-    assert timing.command("dijiang") == "dijiang benchmark 'my model' --output out/a.json"
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -116,3 +114,11 @@ def test_the_machine_is_named(threads):
     finally:
         torch.set_num_threads(before)
     assert found["threads"] == threads and found["memory_bytes"] > timing.available_bytes() > 0
+
+
+def test_commands_tell_no_folders(monkeypatch):
+    words = ["/opt/bin/dijiang", "evaluate", "/home/me/model", "--text=/home/me/a b.txt", "--set", "data.train=/x/y", "a=b"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert timing.own_command() == "dijiang evaluate model '--text=a b.txt' --set data.train=y a=b"
+    monkeypatch.setattr(sys, "argv", ["/home/me/script.py", "x"])
+    assert timing.own_command() is None
