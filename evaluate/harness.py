@@ -142,12 +142,16 @@ def load_tasks(
     Raises:
         ValueError: if data cannot be had, or a task cannot be run or has no metric that is a mean over documents.
     """
+    from jinja2 import TemplateError
+
     found: dict[str, HarnessTask] = {}
     for name in names:
         set_seed(seed)  # some tasks draw their documents
         with quiet():
             try:
                 loaded = manager.load([name])
+            except TemplateError as error:
+                raise ValueError(unusable(name, error)) from None
             except Exception as error:
                 raise ValueError(unreachable(name, error)) from None
             items = [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
@@ -158,8 +162,7 @@ def load_tasks(
                 except ValueError:
                     raise
                 except Exception as error:  # of templates and functions that a task file brings
-                    what = f"{type(error).__name__}: {one_line(error)}"
-                    raise ValueError(f"the prompts of the task {name} cannot be made ({what}); mend its file") from None
+                    raise ValueError(unusable(name, error)) from None
                 found.setdefault(task.name, task)
     return list(found.values())
 
@@ -171,6 +174,11 @@ def with_mean(item) -> list:
     if isinstance(item, Group) and not item.has_aggregation:
         return [row for part in item for row in with_mean(part)]
     return [item]
+
+
+def unusable(name: str, error: Exception) -> str:
+    """What to say of a task whose templates or functions fail."""
+    return f"the prompts of the task {name} cannot be made ({type(error).__name__}: {one_line(error)}); mend its file"
 
 
 def unreachable(name: str, error: Exception) -> str:

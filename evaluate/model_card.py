@@ -277,7 +277,7 @@ def evaluation_facts(evaluation: dict | None, source: str) -> dict:
             for key, title in subjects.items()
             if "left_out" in (task["values"].get(key) or {})
         ],
-        "command": shareable(evaluation["command"], source),
+        "command": evaluation["command"] and shareable(evaluation["command"], source),
         "recall": max(recalls, key=lambda task: score(task, "teacher") - score(task, "student"), default=None),
         "parts": perplexities[0] if perplexities else None,
     }

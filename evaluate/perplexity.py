@@ -47,8 +47,7 @@ def windows(tokens: torch.Tensor, length: int, stride: int) -> list[tuple[torch.
     Raises:
         ValueError: on a stride outside 1 .. length, or fewer than two tokens.
     """
-    if not 1 <= stride <= length or length < 2:
-        raise ValueError(f"stride={stride} must be from 1 to the length, {length}, which must be at least 2")
+    refuse_stride(length, stride)
     if len(tokens) < 2:
         raise ValueError(f"the text has {len(tokens)} token, and one is predicted from the one before; give more text")
     found, scored = [], 0
@@ -61,6 +60,12 @@ def windows(tokens: torch.Tensor, length: int, stride: int) -> list[tuple[torch.
         if end == len(tokens):
             break
     return found
+
+
+def refuse_stride(length: int, stride: int) -> None:
+    """Raise ValueError unless windows of this length can begin every `stride` tokens."""
+    if not 1 <= stride <= length or length < 2:
+        raise ValueError(f"stride={stride} must be from 1 to the length, {length}, which must be at least 2")
 
 
 def position_edges(length: int) -> list[int]:

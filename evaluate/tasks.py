@@ -11,7 +11,7 @@ from dijiang.convert.text_files import read_text
 
 from .agreement import agreement_scores, prompts
 from .harness import HarnessTask, harness_scores, load_tasks, resolve_tasks
-from .perplexity import perplexity_scores, windows
+from .perplexity import perplexity_scores, refuse_stride, windows
 from .recall import associative_samples, needle_samples, recall_scores
 from .recall import chance as recall_chance
 from .result_cache import hash_of
@@ -60,8 +60,10 @@ def hash_tokens(tokens: torch.Tensor) -> str:
 
 def perplexity_task(name: str, tokens: torch.Tensor, *, length: int, stride: int | None) -> Task:
     """Perplexity of a text (T,) in windows of `length` that begin every `stride` tokens, by default side by side."""
+    stride = stride or length
+    refuse_stride(length, stride)
     length = min(length, len(tokens))
-    stride = min(stride or length, length)
+    stride = min(stride, length)
     how = f"{length:,} tokens" if stride == length else f"{length:,} tokens, stride {stride:,}"
     return Task(
         kind="perplexity",

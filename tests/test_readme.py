@@ -90,6 +90,11 @@ def test_tables_are_those_of_the_recorded_demo_run():
         assert f"{stages[stage]['tokens']:,} tokens in {stages[stage]['seconds']:.0f} s" in words
     (perplexity,) = (task for task in evaluation["tasks"] if task["kind"] == "perplexity")
     assert f"wins back {perplexity['over_training_free']['value']:.0%} of what" in words
+    assert f"without its linear branches the student has {perplexity['values']['window_only']['value']:.2f}." in words
+    longest = [task["values"] for task in evaluation["tasks"] if task["kind"] == "recall" and "1,024" in task["name"]]
+    assert len(longest) == 2 and "Recall is not won back" in words
+    for values in longest:
+        assert values["student"]["value"] < values["window_sinks"]["value"] + 0.1 < values["teacher"]["value"]
 
 
 def test_memory_line_is_that_of_the_recorded_benchmark():

@@ -2,7 +2,6 @@
 
 import json
 import math
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -373,28 +372,14 @@ def test_models_of_other_shapes_are_refused(pair, make_source, tokens, refused, 
 # --- figures ---
 
 
-@pytest.fixture
-def drawings(monkeypatch):
-    """drawings: by file name, the axes of what is drawn."""
-    kept, draw = {}, map_figures.drawn
-
-    @contextmanager
-    def keep(path, *args, **options):
-        with draw(path, *args, **options) as drawing:
-            kept[path.stem] = np.atleast_1d(drawing[1])
-            yield drawing
-
-    monkeypatch.setattr(map_figures, "drawn", keep)
-    return kept
-
-
-def test_figures_show_the_result(pair, make_source, tokens, tmp_path, drawings):
+def test_figures_show_the_result(pair, make_source, tokens, tmp_path, drawings_of):
     folder, _ = make_source(num_attention_heads=16, num_hidden_layers=3)
     settings = {"layer_types": ["linear_attention"] * 3, "attention_window": 4, "attention_sinks": 2, "branch_scale_init": 0.5}
     teacher, student = load_source(folder)[0], load_source(folder, **settings)[0]
     result = measure_maps(teacher, student, tokens(25), keep_layers=2, keep_tokens=19)
     assert list(result["maps"]) == ["0", "2"]
     (tmp_path / "figures").mkdir()
+    drawings = drawings_of(map_figures)
     paths = map_figures.draw_maps(result, tmp_path / "figures")
     assert [path.stem for path in paths] == ["attention_maps", "attention_heads", "effective_context", "map_distance"]
     assert sorted(paths) == sorted((tmp_path / "figures").iterdir())
@@ -432,7 +417,7 @@ def test_figures_show_the_result(pair, make_source, tokens, tmp_path, drawings):
         np.testing.assert_allclose(lines[label], [np.median(layer["distance"][side]) for layer in result["layers"]])
 
 
-def test_figures_of_a_student_without_window(pair, tokens, tmp_path, drawings):
+def test_figures_of_a_student_without_window(pair, tokens, tmp_path, drawings_of):
     settings = {"layer_types": ["linear_attention", "full_attention"], "attention_window": 0, "attention_sinks": 0}
     student = load_source(pair.teacher, feature_map="relu", **settings)[0]
     result = measure_maps(load_source(pair.teacher)[0], student, tokens(25))
@@ -440,6 +425,7 @@ def test_figures_of_a_student_without_window(pair, tokens, tmp_path, drawings):
     assert [layer["layer_type"] for layer in result["layers"]] == ["linear_attention", "full_attention"]
     assert all("window_only" not in layer["distance"] for layer in result["layers"])
     assert all(layer["beyond_window"]["teacher"] == pytest.approx([1.0] * 4, abs=1e-4) for layer in result["layers"])
+    drawings = drawings_of(map_figures)
     map_figures.draw_maps(result, tmp_path)
     assert {line.get_label() for line in drawings["map_distance"][0].get_lines()} == {"DiJiang", "Performer"}
     assert len(drawings["effective_context"]) == 1

@@ -212,7 +212,7 @@ def test_other_weights_and_settings_are_measured_anew(pair, evaluated, tmp_path,
     content["rope_parameters"]["rope_theta"] *= 2
     (slower / "config.json").write_text(json.dumps(content), encoding="utf-8")
     # the student's perplexity and its controls' alone; agreement is with another teacher
-    assert evaluated("slower", teacher=slower)["results_reused"] == 4
+    assert evaluated("rotary", teacher=slower)["results_reused"] == 4
     monkeypatch.setattr(evaluation, "code_hash", lambda: "of other code")
     assert evaluated("code")["results_reused"] == 0
 
