@@ -111,3 +111,31 @@ def test_order_of_maps_is_as_the_page_says(results):
     assert far["wdcf m=d"] < min(far["prf"], far["cosformer"])  # ahead, as in the paper
     assert all(far[name] < far["wdcf m=d"] for name in ("pff", "relu", "hedgehog", "ldcf"))  # whose directions train
     assert max(near.values()) - min(near.values()) < 0.01
+
+
+def test_what_the_page_says_of_speed(report, results):
+    """Each sentence about decoding at 2,048 tokens and beyond, against the rows of all three shapes."""
+    rows = {
+        (shape, row["batch"], row["context"]): row
+        for shape in report.SHAPES
+        for row in results[f"latency-{shape}"]["rows"]
+        if "left_out" not in row
+    }
+    paper = {shape: report.PAPER_SPEEDS[shape][1] / report.PAPER_SPEEDS[shape][0] for shape in report.SHAPES}
+    for shape in report.SHAPES:
+        one, eight, many = (rows[shape, batch, 2048] for batch in (1, 8, 32))
+        assert one["ratio"]["softmax"] < paper[shape]
+        assert one["floor_ratio"]["softmax"] < 1.9 and one["floor_ratio"]["softmax static"] < 1.3
+        assert min(x["ratio"]["softmax"] for x in (eight, many)) > paper[shape]
+        assert (eight["ratio"]["softmax static"] > paper[shape]) == (shape == "pythia-70m")
+        assert (many["ratio"]["softmax static"] > paper[shape]) == (shape == "pythia-70m")
+        assert round(eight["floor_ratio"]["softmax static"] - 2.4, 1) in (0.0, 0.1)
+        assert round(many["floor_ratio"]["softmax static"] - 4.1, 1) in (0.0, 0.1)
+        for row in (eight, many):
+            assert 2.75 < row["of_floor"]["dijiang"] < 5.1 and 1.6 < row["of_floor"]["softmax static"] < 2.45
+    far = [row["ratio"] for (_, _, context), row in rows.items() if context in (8192, 16384)]
+    assert [round(f(r["softmax static"] for r in far), 1) for f in (min, max)] == [1.4, 9.5]
+    assert [round(f(r["softmax"] for r in far), 1) for f in (min, max)] == [1.9, 62.0]
+    flat = [rows[shape, 1, 32768]["timings"]["dijiang"]["median_s"] / rows[shape, 1, 1024]["timings"]["dijiang"]["median_s"]
+            for shape in report.SHAPES]  # fmt: skip
+    assert max(flat) < 1.1 and "within 10 %" in PAGE
