@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help demo test lint docs
 
 help:
-	@echo "make demo   convert, align, compare and run a small model; results in demo-output/"
+	@echo "make demo   convert, align, distil and evaluate a small model; results in demo-output/"
 	@echo "make test   run the tests (more options: make test ARGS='-k wdcf -x')"
 	@echo "make lint   check style and formatting"
 	@echo "make docs   build the documentation's site into site/"

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from measure import console, machine, versions, write_json
 
+from dijiang.bundled import packaged_model
 from dijiang.convert import fastest_dtype, load_source
-from dijiang.demo import packaged_model
 from dijiang.evaluate import linear_only, perplexity
 from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
 from dijiang.modeling.linear_layer import linear_layers

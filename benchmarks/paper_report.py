@@ -17,8 +17,8 @@ from dijiang.evaluate.kernel_report import pick
 from dijiang.evaluate.latency import PAPER_CONTEXT, PAPER_SPEEDS, PEERS
 
 DOCS = Path(__file__).parents[1] / "docs"
-EXAMPLE = "window/evaluation"  # the run `window` of recovery.json
-SHAPES = {"Pythia-70M": "pythia-70m", "Pythia-160M": "pythia-160m", "Pythia-410M": "pythia-410m"}
+EXAMPLE, LINEAR_EXAMPLE = "window/evaluation", "linear/evaluation"  # the runs `window` and `linear` of recovery.json
+SHAPES = ("pythia-70m", "pythia-160m", "pythia-410m")
 SOURCES = (
     "ablation",
     "attention",
@@ -26,7 +26,8 @@ SOURCES = (
     "model",
     "recovery",
     EXAMPLE,
-    *(f"latency-{shape}" for shape in SHAPES.values()),
+    LINEAR_EXAMPLE,
+    *(f"latency-{shape}" for shape in SHAPES),
 )
 LATENCY_CONTEXTS = (2048, 8192, 16384)
 
@@ -280,8 +281,11 @@ def fill(page: str, results: dict) -> str:
 
 
 def fill_evaluation(page: str, results: dict) -> str:
-    """docs/evaluation.md with its example."""
-    return between_marks(page, {"evaluation": tables.markdown_table(*tables.score_table(results[EXAMPLE]))})
+    """docs/evaluation.md with its examples."""
+    header, rows = tables.score_table(results[LINEAR_EXAMPLE])
+    shown = [row for row in rows if "128 tokens" in row[0] or "anarchism" in row[0]]
+    example = tables.markdown_table(*tables.score_table(results[EXAMPLE]))
+    return between_marks(page, {"evaluation": example, "evaluation-linear": tables.markdown_table(header, shown)})
 
 
 def main() -> None:

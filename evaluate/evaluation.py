@@ -96,7 +96,7 @@ def run_evaluation(
         scores, maps, reused = measure(tasks, map_rows, comparison, kept, progress=progress)
     except torch.OutOfMemoryError:  # of a GPU
         raise ValueError(
-            "the GPU's memory ran out; what was measured is kept, so go on with shorter lengths or --device cpu"
+            "the GPU's memory ran out; what was measured is kept, so go on with shorter lengths, or measure anew on the CPU"
         ) from None
     result = {
         "kind": "evaluation",

@@ -88,7 +88,7 @@ class EvaluationConfig:
     def quick(self) -> "EvaluationConfig":
         """The same on so little that it takes seconds, to see that it works."""
         small = {
-            "text_tokens": 1024,
+            "text_tokens": 1100,
             "recall_samples": 4,
             "prompts": 2,
             "prompt_length": 32,
@@ -97,7 +97,7 @@ class EvaluationConfig:
             "usual_length": 256,
             "usual_recall_lengths": self.usual_recall_lengths[:1],
         }
-        lengths, recall = (given and given[:1] for given in (self.lengths, self.recall_lengths))
+        lengths, recall = (given and tuple(min(x, 1024) for x in given[:1]) for given in (self.lengths, self.recall_lengths))
         shortest = min(self.lengths[0] if self.lengths else 256, 1024)
         stride = self.stride and min(self.stride, shortest)
         return replace(self, **small, lengths=lengths, recall_lengths=recall, stride=stride, limit=min(self.limit or 8, 8))

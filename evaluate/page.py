@@ -11,7 +11,7 @@ from .drawing import refuse_missing_packages
 from .latency_figures import draw_latency
 from .map_figures import draw_maps
 from .quality_figures import draw_quality
-from .tables import mib, number, percent, with_interval
+from .tables import SHORT, mib, number, percent, with_interval
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.jinja"
 KINDS: dict[str, Callable[[dict, Path], list[Path]]] = {"evaluation": draw_quality, "latency": draw_latency}
@@ -40,7 +40,7 @@ def read_results(paths: Iterable[Path]) -> dict[str, dict]:
     The results in JSON files, or in folders that hold `evaluation.json` and `latency.json`, by kind.
 
     Raises:
-        ValueError: if a path has none, holds something else, or two are of one kind.
+        ValueError: if a path has none, holds something else, two are of one kind, or of different checkpoints.
     """
     results: dict[str, dict] = {}
     for path in paths:
@@ -59,6 +59,9 @@ def read_results(paths: Iterable[Path]) -> dict[str, dict]:
             if kind in results:
                 raise ValueError(f"{file} is the second result of kind {kind}; a report shows one of each")
             results[kind] = result
+    files = results.get("latency", {}).get("models", {}).get("files")
+    if "evaluation" in results and files and files != results["evaluation"]["student"]["weights"]:
+        raise ValueError("the evaluation and the latency are of different checkpoints; give those of one")
     return results
 
 
@@ -98,7 +101,7 @@ def write_report(results: dict[str, dict], folder: Path) -> Path:
     page = folder / "report.html"
     shown = [{"name": path.stem, "caption": CAPTIONS[path.stem], "data": encoded(path)} for path in figures]
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        evaluation=results.get("evaluation"), latency=results.get("latency"), figures=shown, percent=percent
+        evaluation=results.get("evaluation"), latency=results.get("latency"), figures=shown, percent=percent, short=SHORT
     )
     page.write_text(text, encoding="utf-8")
     return page

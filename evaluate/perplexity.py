@@ -41,8 +41,8 @@ def perplexity(model, blocks: torch.Tensor) -> float:
 def windows(tokens: torch.Tensor, length: int, stride: int) -> list[tuple[torch.Tensor, int]]:
     """
     Cut a text into windows of at most `length` tokens that begin every `stride` tokens, each with the index of the first
-    token to be scored: none is scored twice, so with stride < length (sliding) each but the first has at least
-    length - stride tokens before it, and with stride = length (blocks) the first token of each is never scored.
+    token to be scored: none is scored twice, so with stride < length (sliding) each after the first has at least
+    length - stride tokens before what it scores, and with stride = length (blocks) the first token of each is never scored.
 
     Raises:
         ValueError: on a stride outside 1 .. length, or fewer than two tokens.

@@ -52,7 +52,9 @@ def recovered_share(means: dict[str, np.ndarray], floor: float | np.ndarray, bet
         better: "higher" or "lower".
     """
     gap = means["teacher"] - floor
-    lead = interval(gap if better == "higher" else -gap)
-    if lead is None or lead["low"] is None or lead["low"] <= 0:
+    lead = gap if better == "higher" else -gap
+    known = interval(lead)
+    if known is None or known["low"] is None or known["low"] <= 0:
         return None
-    return (means["student"] - floor) / gap
+    kept = lead > 0  # the rare resamples in which the teacher does not lead have no share
+    return ((means["student"] - floor)[kept]) / gap[kept]

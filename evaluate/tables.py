@@ -1,5 +1,6 @@
 """Results as tables: cells, Markdown and the console."""
 
+import sys
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
@@ -81,10 +82,16 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def wide_console() -> Console:
+    """As wide as the terminal; wide enough for the tables where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
 def print_table(console: Console, header: list[str], rows: list[list[str]]) -> None:
     table = Table(*map(escape, header))
     for column in table.columns[1:]:
         column.justify = "right"
+    table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)

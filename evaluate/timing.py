@@ -43,7 +43,7 @@ def alternate(
     gc.collect()
     gc.disable()
     try:
-        for turn in range(-warmup, MOST_ROUNDS):
+        for turn in range(-warmup, max(rounds, MOST_ROUNDS)):
             started = clock() if turn == 0 else started
             if turn >= rounds and clock() - started >= seconds:
                 break

@@ -139,3 +139,28 @@ def test_what_the_page_says_of_speed(report, results):
     flat = [rows[shape, 1, 32768]["timings"]["dijiang"]["median_s"] / rows[shape, 1, 1024]["timings"]["dijiang"]["median_s"]
             for shape in report.SHAPES]  # fmt: skip
     assert max(flat) < 1.1 and "within 10 %" in PAGE
+
+
+def test_what_the_evaluation_page_says_of_its_examples(results):
+    window, linear = (
+        {
+            task["name"]: {key: x["value"] for key, x in task["values"].items()}
+            for task in results[f"{name}/evaluation"]["tasks"]
+        }
+        for name in ("window", "linear")
+    )
+    for task in results["window/evaluation"]["tasks"]:
+        values = window[task["name"]]
+        if task["kind"] == "perplexity":
+            assert 0.04 < values["window_only"] / values["student"] - 1 < 0.12
+            assert (task["recovered"] is None) == ("4,096" in task["name"])
+            assert "4,096" in task["name"] or task["over_training_free"]["value"] > 0.745
+        elif task["kind"] == "recall" and "128 tokens" not in task["name"]:
+            assert abs(values["student"] - values["window_sinks"]) < 0.02
+        elif task["kind"] == "agreement":
+            assert abs(values["student"] - values["window_sinks"]) < 0.01
+    for task in results["linear/evaluation"]["tasks"]:
+        values = linear[task["name"]]
+        ratio = values["student"] / values["window_sinks"]
+        assert ratio > 0.998 if task["better"] == "lower" else ratio < 1
+        assert task["kind"] != "recall" or values["student"] == 0

@@ -153,7 +153,6 @@ def test_the_checkpoint_is_a_standard_one(done, long_teacher, tokens):
 def test_what_is_printed_has_the_tables_and_takes_no_text_for_markup(
     long_teacher, short_texts, recipe, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setenv("COLUMNS", "250")
     monkeypatch.setattr(dijiang.demo, "reload_difference", lambda *args: 0.0)
     (tmp_path / "[red]").symlink_to(long_teacher)
     result = run_demo(tmp_path / "out", source=tmp_path / "[red]", recipe=recipe, contexts=[9])

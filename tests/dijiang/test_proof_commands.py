@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from dijiang.demo import HELD_OUT_TEXT
+from dijiang.bundled import HELD_OUT_TEXT
 from dijiang.evaluate import EvaluationConfig
 
 EVALUATION = {"kind": "evaluation", "tasks": [], "subjects": {}}
@@ -110,3 +110,11 @@ def test_latency_outputs_must_be_free(fails, tmp_path):
     words = ("benchmark", "latency", "--shape", "pythia-70m")
     fails("taken.json exists already; choose a new file or remove it", *words, "--output", tmp_path / "taken.json")
     fails("output folder .* is not empty", *words, "--plot", tmp_path)
+
+
+def test_report_refuses_results_of_two_checkpoints(fails, tmp_path):
+    evaluation = EVALUATION | {"student": {"weights": {"model.safetensors": "a"}}}
+    latency = {"kind": "latency", "models": {"files": {"model.safetensors": "b"}}}
+    for result in (evaluation, latency):
+        (tmp_path / f"{result['kind']}.json").write_text(json.dumps(result), encoding="utf-8")
+    fails("the evaluation and the latency are of different checkpoints", "report", tmp_path, "--output", tmp_path / "out")

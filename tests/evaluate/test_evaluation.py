@@ -217,6 +217,7 @@ def test_other_weights_and_settings_are_measured_anew(pair, evaluated, tmp_path,
     assert evaluated("code")["results_reused"] == 0
 
 
+@pytest.mark.drawn
 def test_a_student_without_a_window_leaves_controls_out(pair, evaluated, tmp_path):
     settings = {"attention_window": 0, "attention_sinks": 0}
     checkpoint = convert_model(pair.teacher, tmp_path / "linear", progress=False, **settings)
@@ -225,6 +226,9 @@ def test_a_student_without_a_window_leaves_controls_out(pair, evaluated, tmp_pat
     assert values["window_only"] == values["linear_only"] == {"left_out": "the student has no window"}
     assert {"window_only", "linear_only"}.isdisjoint(row(result, "perplexity")["detail"])
     assert values["window_sinks"]["value"] == pytest.approx(values["teacher"]["value"], rel=1e-5)  # 64 tokens see it all
+    make_report([tmp_path / "out"], tmp_path / "page")
+    page = (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
+    assert page.count("left out, since the student has no window") == 2
 
 
 @pytest.mark.parametrize(

@@ -77,3 +77,11 @@ def test_no_share_of_few_units():
     assert recovered_share(few, 0.25, "higher") is None
     enough = resampled_means({"teacher": scores(np.ones(5)), "student": scores(np.ones(5))})
     assert interval(recovered_share(enough, 0.25, "higher"))["value"] == 1.0
+
+
+def test_rare_resamples_without_a_lead_do_not_undo_the_interval():
+    """The teacher is right on 5 of 12 samples: in one resample of 600 it is right on none, which is the floor."""
+    right = np.r_[np.ones(5), np.zeros(7)]
+    means = resampled_means({"teacher": scores(right), "student": scores(right)})
+    assert (means["teacher"] <= 0).any()
+    assert interval(recovered_share(means, 0.0, "higher")) == {"value": 1.0, "low": 1.0, "high": 1.0}
