@@ -7,7 +7,9 @@ example of an evaluation.
 
 import json
 import math
+import shutil
 import statistics
+import tempfile
 from pathlib import Path
 
 from recovery_report import RESULTS, between_marks, mean, table
@@ -15,10 +17,12 @@ from recovery_report import RESULTS, between_marks, mean, table
 from dijiang.evaluate import tables
 from dijiang.evaluate.kernel_report import pick
 from dijiang.evaluate.latency import PAPER_CONTEXT, PAPER_SPEEDS, PEERS
+from dijiang.evaluate.latency_figures import draw_latency
 
 DOCS = Path(__file__).parents[1] / "docs"
 EXAMPLE, LINEAR_EXAMPLE = "window/evaluation", "linear/evaluation"  # the runs `window` and `linear` of recovery.json
 SHAPES = ("pythia-70m", "pythia-160m", "pythia-410m")
+PREFILL, DRAWN = "latency-prefill-pythia-160m", "latency-pythia-410m"  # reading prompts; the decoding that is drawn
 SOURCES = (
     "ablation",
     "attention",
@@ -27,6 +31,7 @@ SOURCES = (
     "recovery",
     EXAMPLE,
     LINEAR_EXAMPLE,
+    PREFILL,
     *(f"latency-{shape}" for shape in SHAPES),
 )
 LATENCY_CONTEXTS = (2048, 8192, 16384)
@@ -236,6 +241,15 @@ def flat_table(results: dict) -> str:
     return table(["model", "", "1,024", "32,768", "ratio"], rows)
 
 
+def prefill_table(results: dict) -> str:
+    """Seconds to the first token of one prompt, and how many times faster DiJiang is."""
+    rows = []
+    for row in results[PREFILL]["rows"]:
+        times = [f"{row['timings'][name]['median_s']:.2f}" for name in ("dijiang", *PEERS)]
+        rows.append([f"{row['context']:,}", *times, " / ".join(f"{row['ratio'][peer]:.2f}" for peer in PEERS)])
+    return table(["tokens", "DiJiang", *PEERS, "times faster"], rows)
+
+
 def distance_table(results: dict) -> str:
     """Mean distance of attention from the teacher's, over heads and layers: all of them, and both ends of the depth."""
     layers = results[EXAMPLE]["maps"]["layers"]
@@ -274,6 +288,7 @@ def fill(page: str, results: dict) -> str:
         "speeds": speed_table(),
         "latency": latency_table(results),
         "flatness": flat_table(results),
+        "prefill": prefill_table(results),
         "attention-maps": distance_table(results),
         "controls": control_table(results),
     }
@@ -293,6 +308,9 @@ def main() -> None:
     for name, filled in (("paper", fill), ("evaluation", fill_evaluation)):
         path = DOCS / f"{name}.md"
         path.write_text(filled(path.read_text(encoding="utf-8"), results), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        for picture in draw_latency(results[DRAWN], Path(folder)):
+            shutil.copyfile(picture, DOCS / picture.name)
 
 
 if __name__ == "__main__":

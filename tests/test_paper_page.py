@@ -27,12 +27,12 @@ def results(report) -> dict:
 
 def test_tables_are_those_of_the_results(report, results):
     assert report.fill(PAGE, results) == PAGE
-    assert PAGE.count("\n| --- |") == 7
+    assert PAGE.count("\n| --- |") == 8
     evaluation = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     assert report.fill_evaluation(evaluation, results) == evaluation
     for table in (report.claim_table(results), report.map_table(results), report.speed_table(), report.control_table(results)):
         assert table in PAGE
-    for made in (report.latency_table, report.flat_table, report.distance_table):
+    for made in (report.latency_table, report.flat_table, report.prefill_table, report.distance_table):
         assert made(results) in PAGE
 
 
@@ -139,6 +139,8 @@ def test_what_the_page_says_of_speed(report, results):
     flat = [rows[shape, 1, 32768]["timings"]["dijiang"]["median_s"] / rows[shape, 1, 1024]["timings"]["dijiang"]["median_s"]
             for shape in report.SHAPES]  # fmt: skip
     assert max(flat) < 1.1 and "within 10 %" in PAGE
+    reading = {row["context"]: row["ratio"]["softmax"] for row in results[report.PREFILL]["rows"]}
+    assert reading[512] < reading[2048] < 1 < reading[8192]
 
 
 def test_what_the_evaluation_page_says_of_its_examples(results):
