@@ -22,7 +22,8 @@ from dijiang.evaluate.latency_figures import draw_latency
 DOCS = Path(__file__).parents[1] / "docs"
 EXAMPLE, LINEAR_EXAMPLE = "window/evaluation", "linear/evaluation"  # the runs `window` and `linear` of recovery.json
 SHAPES = ("pythia-70m", "pythia-160m", "pythia-410m")
-PREFILL, DRAWN = "latency-prefill-pythia-160m", "latency-pythia-410m"  # reading prompts; the decoding that is drawn
+# reading prompts, with the recommended layers and without their window; the decoding that is drawn
+PREFILL, BARE, DRAWN = "latency-prefill-pythia-160m", "latency-prefill-no-window-pythia-160m", "latency-pythia-410m"
 SOURCES = (
     "ablation",
     "attention",
@@ -32,6 +33,7 @@ SOURCES = (
     EXAMPLE,
     LINEAR_EXAMPLE,
     PREFILL,
+    BARE,
     *(f"latency-{shape}" for shape in SHAPES),
 )
 LATENCY_CONTEXTS = (2048, 8192, 16384)
@@ -244,10 +246,11 @@ def flat_table(results: dict) -> str:
 def prefill_table(results: dict) -> str:
     """Seconds to the first token of one prompt, and how many times faster DiJiang is."""
     rows = []
-    for row in results[PREFILL]["rows"]:
-        times = [f"{row['timings'][name]['median_s']:.2f}" for name in ("dijiang", *PEERS)]
-        rows.append([f"{row['context']:,}", *times, " / ".join(f"{row['ratio'][peer]:.2f}" for peer in PEERS)])
-    return table(["tokens", "DiJiang", *PEERS, "times faster"], rows)
+    for title, name in (("with window and sinks", PREFILL), ("without", BARE)):
+        for row in results[name]["rows"]:
+            times = [f"{row['timings'][side]['median_s']:.2f}" for side in ("dijiang", *PEERS)]
+            rows.append([title, f"{row['context']:,}", *times, " / ".join(f"{row['ratio'][peer]:.2f}" for peer in PEERS)])
+    return table(["", "tokens", "DiJiang", *PEERS, "times faster"], rows)
 
 
 def distance_table(results: dict) -> str:

@@ -141,6 +141,8 @@ def test_what_the_page_says_of_speed(report, results):
     assert max(flat) < 1.1 and "within 10 %" in PAGE
     reading = {row["context"]: row["ratio"]["softmax"] for row in results[report.PREFILL]["rows"]}
     assert reading[512] < reading[2048] < 1 < reading[8192]
+    bare = {row["context"]: row["ratio"]["softmax"] for row in results[report.BARE]["rows"]}
+    assert 1 < bare[2048] < bare[8192]
 
 
 def test_what_the_evaluation_page_says_of_its_examples(results):
