@@ -46,7 +46,7 @@ def evaluate(
     cache: Annotated[
         Path | None, typer.Option(help="Where results are kept as they come.  [default: ~/.cache/dijiang/evaluations]")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="So little of everything that it takes seconds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A little of everything, to see that it works.")] = False,
 ) -> None:
     """
     Measure a checkpoint beside its teacher and the controls that show what its linear layers contribute.

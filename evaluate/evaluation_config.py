@@ -86,7 +86,7 @@ class EvaluationConfig:
         )
 
     def quick(self) -> "EvaluationConfig":
-        """The same on so little that it takes seconds, to see that it works."""
+        """The same on a little of everything, to see that it works."""
         small = {
             "text_tokens": 1100,
             "recall_samples": 4,
