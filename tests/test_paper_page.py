@@ -156,7 +156,7 @@ def test_what_the_evaluation_page_says_of_its_examples(results):
     for task in results["window/evaluation"]["tasks"]:
         values = window[task["name"]]
         if task["kind"] == "perplexity":
-            assert 0.04 < values["window_only"] / values["student"] - 1 < 0.12
+            assert 0.055 < values["window_only"] / values["student"] - 1 < 0.116
             assert (task["recovered"] is None) == ("4,096" in task["name"])
             assert "4,096" in task["name"] or task["over_training_free"]["value"] > 0.745
         elif task["kind"] == "recall" and "128 tokens" not in task["name"]:
