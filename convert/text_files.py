@@ -20,3 +20,9 @@ def read_text(path: str | Path) -> str:
     if not text.strip():
         raise ValueError(f"{path} is empty; give a file with text")
     return text
+
+
+def read_tokens(tokenizer, path: str | Path, limit: int | None = None) -> list[int]:
+    """The first `limit` token ids of one UTF-8 file (None: all), special tokens left out. Raises what `read_text` does."""
+    # the library would warn of texts longer than the model's context
+    return tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"][:limit]

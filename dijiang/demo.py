@@ -18,11 +18,12 @@ from dijiang.bundled import HELD_OUT_TEXT, TRAIN_TEXT, packaged_model
 from dijiang.convert import convert_model, load_source
 from dijiang.convert.folders import refuse_occupied
 from dijiang.convert.source import open_source
+from dijiang.convert.text_files import read_tokens
 from dijiang.evaluate import EvaluationConfig, logits_without_package, run_evaluation, run_latency, tables
 from dijiang.evaluate.drawing import refuse_missing_packages
+from dijiang.evaluate.evaluation_config import refuse_long
 from dijiang.evaluate.model_card import write_model_card
 from dijiang.evaluate.page import write_results
-from dijiang.evaluate.tasks import refuse_long
 from dijiang.train import Recipe, load_recipe, run_stage
 from dijiang.train.recipe import bundled_recipes
 
@@ -145,7 +146,6 @@ def removed_afterwards(folder: Path) -> Iterator[Path]:
 def reload_difference(checkpoint: Path) -> float:
     """Largest difference between this process's float32 logits and those of a fresh process without `dijiang`."""
     model, tokenizer = load_source(checkpoint, dtype=torch.float32)
-    tokens = tokenizer(HELD_OUT_TEXT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
-    input_ids = torch.tensor([tokens[:RELOAD_TOKENS]])
+    input_ids = torch.tensor([read_tokens(tokenizer, HELD_OUT_TEXT, RELOAD_TOKENS)])
     expected = model(input_ids=input_ids, use_cache=False).logits
     return (logits_without_package(checkpoint, input_ids) - expected).abs().max().item()

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from dijiang.convert.folders import new_folder, refuse_occupied
 from dijiang.convert.provenance import versions
+from dijiang.convert.text_files import read_tokens
 
 from .attention_maps import measure_maps
 from .drawing import refuse_missing_packages
@@ -33,7 +34,6 @@ from .tasks import (
     harness_tasks,
     perplexity_task,
     recall_task,
-    tokenised,
 )
 from .timing import own_command
 
@@ -121,7 +121,7 @@ def build_tasks(config: EvaluationConfig, comparison: Comparison) -> tuple[list[
     out. No model is in memory yet.
     """
     tokenizer, tasks = comparison.tokenizer, []
-    texts = {Path(path).name: tokenised(tokenizer, Path(path), config.text_tokens) for path in config.texts}
+    texts = {Path(path).name: torch.tensor(read_tokens(tokenizer, path, config.text_tokens)) for path in config.texts}
     if len(texts) < len(config.texts):
         raise ValueError("two texts have the same file name, which is what results are told apart by; rename one")
     for name, tokens in texts.items():
@@ -142,7 +142,8 @@ def build_tasks(config: EvaluationConfig, comparison: Comparison) -> tuple[list[
     rows = first[: config.map_tokens][None] if config.map_tokens and comparison.same_heads else None
     if not comparison.same_heads:
         left_out["attention maps"] = "teacher and student differ in layers or heads"
-    return tasks, rows, left_out
+    # lengths beyond a text's own are one and the same task
+    return list({task.key: task for task in tasks}.values()), rows, left_out
 
 
 def measure(

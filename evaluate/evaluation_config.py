@@ -1,9 +1,8 @@
 """What an evaluation measures, and on how much."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from .tasks import refuse_long
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,3 +100,13 @@ class EvaluationConfig:
         shortest = min(self.lengths[0] if self.lengths else 256, 1024)
         stride = self.stride and min(self.stride, shortest)
         return replace(self, **small, lengths=lengths, recall_lengths=recall, stride=stride, limit=min(self.limit or 8, 8))
+
+
+def refuse_long(lengths: Sequence[int], context: int, what: str) -> None:
+    """Raise ValueError where a length exceeds what both models were made for."""
+    for length in lengths:
+        if length > context:
+            raise ValueError(
+                f"{what} of {length:,} tokens exceeds the {context:,} that these models were made for "
+                "(max_position_embeddings); choose a shorter one"
+            )

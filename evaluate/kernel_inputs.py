@@ -12,6 +12,7 @@ import torch
 from scipy.special import hyp1f1, logsumexp
 
 from dijiang.convert import load_source
+from dijiang.convert.text_files import read_tokens
 
 
 @dataclass
@@ -125,7 +126,7 @@ def real_inputs(source: str | Path, text: Path, *, tokens: int, query_every: int
     part that cancels in attention.
     """
     model, tokenizer = load_source(source, dtype=torch.float32)
-    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = read_tokens(tokenizer, text)
     if len(ids) < 2 * tokens:
         raise ValueError(f"{text.name} gives {len(ids)} tokens and the study needs {2 * tokens}; give more text")
     captured = capture(model, torch.tensor(ids[: 2 * tokens]).view(2, -1))

@@ -2,12 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
-
-from dijiang.convert.text_files import read_text
 
 from .agreement import agreement_scores, prompts
 from .harness import HarnessTask, harness_scores, load_tasks, resolve_tasks
@@ -45,13 +42,6 @@ class Task:
     @property
     def key(self) -> str:
         return f"{self.kind}: {self.name}"
-
-
-def tokenised(tokenizer, path: Path, limit: int | None) -> torch.Tensor:
-    """The first `limit` tokens of a text file (None: all), (T,) int64."""
-    # the library would warn of texts longer than the model's context
-    tokens = tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(tokens[:limit])
 
 
 def hash_tokens(tokens: torch.Tensor) -> str:
@@ -132,13 +122,3 @@ def harness_task(task: HarnessTask, tokenizer, batch_size: int) -> Task:
         cost=task.tokens,
         run=run,
     )
-
-
-def refuse_long(lengths: Sequence[int], context: int, what: str) -> None:
-    """Raise ValueError where a length exceeds what both models were made for."""
-    for length in lengths:
-        if length > context:
-            raise ValueError(
-                f"{what} of {length:,} tokens exceeds the {context:,} that these models were made for "
-                "(max_position_embeddings); choose a shorter one"
-            )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dijiang.convert.text_files import read_text
+from dijiang.convert.text_files import read_tokens
 
 
 def token_blocks(tokenizer, files: Sequence[str | Path], block_size: int) -> torch.Tensor:
@@ -27,8 +27,7 @@ def token_blocks(tokenizer, files: Sequence[str | Path], block_size: int) -> tor
         raise ValueError("no data files given; name at least one text file")
     tokens: list[int] = []
     for path in files:
-        # the library would warn about texts longer than the model's context, which is what blocks are for
-        tokens += tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
+        tokens += read_tokens(tokenizer, path)
         if tokenizer.eos_token_id is not None:
             tokens.append(tokenizer.eos_token_id)
     if len(tokens) < block_size:

@@ -342,3 +342,9 @@ def test_training_curves_are_read_from_beside_the_checkpoint(pair, evaluated, tm
     points = [{"loss": 2.5, "tokens": 4}, {"tokens": 7, "eval_perplexity": 12.0, "eval_teacher_perplexity": 9}]
     assert result["training"] == [{"stage": "distill", "points": points}]
     assert (tmp_path / "out" / "figures" / "training.png").is_file()
+
+
+def test_windows_longer_than_the_text_are_one_task(evaluated):
+    result = evaluated(text_tokens=30, lengths=(24, 40, 50), stride=None, map_tokens=0)
+    names = [task["name"] for task in result["tasks"] if task["kind"] == "perplexity"]
+    assert names == ["text.txt, 24 tokens", "text.txt, 30 tokens"]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from dijiang.convert.text_files import read_text
 from dijiang.train import token_blocks
-from dijiang.train.data import read_text
 
 TEXT = "the cat sat on the mat, naïve as a café\nand the rat sat\n"
 
