@@ -40,9 +40,9 @@ class Source:
         return self.config.model_type == "dijiang"
 
 
-def open_source(name: str | Path) -> Source:
+def open_source(name: str | Path, *, any_family: bool = False) -> Source:
     """
-    Find `name` and read its config.
+    Find `name` and read its config; `any_family` lets architectures pass that transformers knows and we cannot convert.
 
     Raises:
         ValueError: if there is no such source, or it is one that cannot be converted: an adapter, quantised, of an unknown
@@ -57,7 +57,7 @@ def open_source(name: str | Path) -> Source:
     else:
         folder = fetch(str(name))
         commit = folder.name
-    config = read_gguf_config(gguf) if gguf else read_config(folder)
+    config = read_gguf_config(gguf, any_family) if gguf else read_config(folder, any_family)
     return Source(name=str(name), folder=folder, gguf=gguf, config=config, commit=commit)
 
 
@@ -116,15 +116,16 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """The config in `folder`, or ValueError if it is not one we convert."""
+def read_config(folder: Path, any_family: bool) -> PretrainedConfig:
+    """The config in `folder`, or ValueError if it is not one we can use."""
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds an adapter (adapter_config.json); merge it into its base model and convert that")
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; give the folder of a transformers checkpoint")
     content = read_json(path)
-    check_architecture(content.get("model_type"), path)
+    if not any_family:
+        check_architecture(content.get("model_type"), path)
     if quantization := content.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else "an unknown method"
         raise ValueError(f"{folder} is quantised ({method}); convert the model it was made from")
@@ -134,13 +135,14 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise ValueError(f"{path} cannot be read: {one_line(error.__cause__ or error)}") from None
 
 
-def read_gguf_config(path: Path) -> PretrainedConfig:
+def read_gguf_config(path: Path, any_family: bool) -> PretrainedConfig:
     """The config inside a GGUF file, or ValueError."""
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
         raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
-    check_architecture(config.model_type, path)
+    if not any_family:
+        check_architecture(config.model_type, path)
     return config
 
 

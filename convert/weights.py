@@ -125,18 +125,23 @@ def open_weights(source: Source, *, progress: bool = False) -> list[WeightFile]:
     if source.gguf:
         return [DequantisedFile(source.gguf, deepcopy(source.config), progress)]
     for name in WEIGHTS:
-        index, single = source.folder / f"{name}.index.json", source.folder / name
-        if single.is_file():
-            paths = [single]
-        elif index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ValueError(f"{index} has no weight_map; download it again")
-            paths = [source.folder / file for file in sorted(set(weight_map.values()))]
-        else:
-            continue
-        for path in paths:
-            if not path.is_file():
-                raise ValueError(f"{source.folder} lacks {path.name}, which {index.name} names; download it again")
-        return [SafetensorsFile(path) if name.endswith(".safetensors") else PickleFile(path) for path in paths]
+        if paths := weight_paths(source.folder, name):
+            return [SafetensorsFile(path) if name.endswith(".safetensors") else PickleFile(path) for path in paths]
     raise ValueError(f"{source.folder} holds no weights (none of {', '.join(WEIGHTS)}, nor their indexes)")
+
+
+def weight_paths(folder: Path, name: str) -> list[Path]:
+    """The file `name` in a folder or, where there is none, the shards that its index names; none if that is missing too."""
+    index, single = folder / f"{name}.index.json", folder / name
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return []
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map; download it again")
+    paths = [folder / file for file in sorted(set(weight_map.values()))]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{folder} lacks {path.name}, which {index.name} names; download it again")
+    return paths

@@ -12,11 +12,11 @@ SHARD_BYTES = 4 << 30
 class ShardWriter:
     """
     Collects tensors and writes them into `folder`: as `model.safetensors` if one shard suffices, else as
-    `model-00001-of-0000N.safetensors` and so on, with `model.safetensors.index.json`.
+    `model-00001-of-0000N.safetensors` and so on, with `model.safetensors.index.json`; `stem` in place of model.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, stem: str = "model"):
+        self.folder, self.stem = folder, stem
         self.pending: dict[str, torch.Tensor] = {}
         self.pending_bytes = self.total_bytes = 0
         self.shards: list[list[str]] = []
@@ -44,12 +44,13 @@ class ShardWriter:
         self.cut()
         total = len(self.shards)
         if total == 1:
-            paths = [self.folder / "model.safetensors"]
+            paths = [self.folder / f"{self.stem}.safetensors"]
         else:
-            paths = [self.folder / f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+            paths = [self.folder / f"{self.stem}-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
             weight_map = {name: path.name for path, names in zip(paths, self.shards, strict=True) for name in names}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            path = self.folder / f"{self.stem}.safetensors.index.json"
+            path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for number, path in enumerate(paths, start=1):
             self.draft(number).rename(path)
         return paths

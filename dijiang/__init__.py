@@ -29,6 +29,8 @@ _ROOM_OF = {
     "EvaluationConfig": "evaluate",
     "evaluate_model": "evaluate",
     "perplexity": "evaluate",
+    "PruneConfig": "compress",
+    "prune": "compress",
 }
 
 __all__ = ["__version__", *_ROOM_OF]

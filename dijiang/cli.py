@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from safetensors import SafetensorError
 
-from dijiang import proof_commands
+from dijiang import compress_commands, proof_commands
 
 INTERRUPTED = 130  # the exit code that typer turns KeyboardInterrupt into
 
@@ -20,7 +20,7 @@ class Told(SystemExit):
 
 
 app = typer.Typer(
-    help="Convert a pretrained transformer into a DiJiang linear-attention model, recover its quality and compare the two.",
+    help="Convert a pretrained transformer into a DiJiang linear-attention model, recover its quality, prove it; prune it.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -184,7 +184,10 @@ def demo(
     run_demo(output, source=source, recipe=recipe, contexts=contexts)
 
 
-for command in (proof_commands.evaluate, proof_commands.report, proof_commands.card):
+for command in (
+    *(proof_commands.evaluate, proof_commands.report, proof_commands.card),
+    *(compress_commands.prune, compress_commands.unpack),
+):
     app.command()(command)
 for command in (proof_commands.latency, proof_commands.kernels):
     benchmark.command()(command)

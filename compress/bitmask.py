@@ -1,0 +1,278 @@
+"""
+Sparse checkpoints as smaller files: of each sparse matrix the values that are not zero, and one bit per weight that says where
+they belong. The fields are those of compressed-tensors' former format `sparse-bitmask`.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dijiang.convert.converter import progress_bar
+from dijiang.convert.folders import new_folder
+from dijiang.convert.source import read_json
+from dijiang.convert.weights import FLOAT_TYPES, SafetensorsFile, weight_paths
+from dijiang.convert.writer import ShardWriter
+
+from .companions import companions
+from .counts import parse_pattern
+
+KEY = "dijiang_compression"  # in config.json; a name that no loader takes for a quantiser it knows
+FORMAT = "sparse-bitmask"
+PARTS = ("shape", "compressed", "bitmask", "row_offsets")
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def compress_tensor(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    The parts of a matrix (R, C), on the CPU. All that is not +0 bit by bit counts as a value: -0 and NaN survive.
+
+    Returns:
+        shape: (2,) int64.
+        compressed: (values,), row by row, in the weight's dtype.
+        bitmask: (R, ceil(C / 8)) uint8; column c of a row is bit c % 8, the lowest first, of byte c // 8.
+        row_offsets: (R,) int64, where each row begins in `compressed`.
+
+    Raises:
+        ValueError: if it is no matrix, or its dtype has more than 8 bytes.
+    """
+    if weight.dim() != 2 or weight.itemsize not in INTEGERS:
+        found = f"{weight.dtype} {list(weight.shape)}"
+        raise ValueError(f"{found} cannot have a bitmask; give a matrix of at most 8 bytes an element")
+    bits = weight.cpu().view(INTEGERS[weight.itemsize]).numpy()
+    mask = bits != 0
+    return {
+        "shape": torch.tensor(weight.shape),
+        "compressed": torch.from_numpy(bits[mask]).view(weight.dtype),
+        "bitmask": torch.from_numpy(np.packbits(mask, axis=1, bitorder="little")),
+        "row_offsets": torch.from_numpy(row_offsets(mask)),
+    }
+
+
+def decompress_tensor(parts: dict[str, torch.Tensor], name: str = "the weight") -> torch.Tensor:
+    """
+    The matrix (R, C) of which `compress_tensor` made the parts, on the CPU; `name` is for messages.
+
+    Raises:
+        ValueError: if a part is missing or they do not agree with one another.
+    """
+    if missing := [part for part in PARTS if part not in parts]:
+        raise broken(name, f"{', '.join(missing)} missing")
+    shape, compressed, bitmask, offsets = (parts[part].cpu() for part in PARTS)
+    if shape.dtype != torch.int64 or shape.shape != (2,) or shape.min() < 0:
+        raise broken(name, f"shape is {shape.dtype} {shape.tolist()}, expected two int64 sizes")
+    R, C = shape.tolist()
+    sizes = {"bitmask": (bitmask, torch.uint8, [R, -(-C // 8)]), "row_offsets": (offsets, torch.int64, [R])}
+    for part, (tensor, dtype, size) in sizes.items():
+        if tensor.dtype != dtype or list(tensor.shape) != size:
+            raise broken(name, f"{part} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {size} for a matrix {[R, C]}")
+    if C % 8 and (bitmask[:, -1] >> C % 8).any():
+        raise broken(name, f"bitmask has bits beyond the {C} columns")
+    mask = np.unpackbits(bitmask.numpy(), axis=1, count=C, bitorder="little").view(bool)
+    values = np.count_nonzero(mask)
+    if compressed.shape != (values,) or compressed.itemsize not in INTEGERS:
+        raise broken(name, f"compressed is {compressed.dtype} {list(compressed.shape)}, but bitmask has {values} bits set")
+    if (offsets.numpy() != row_offsets(mask)).any():
+        raise broken(name, "row_offsets do not fit bitmask")
+    integers = compressed.view(INTEGERS[compressed.itemsize]).numpy()
+    bits = np.zeros((R, C), integers.dtype)
+    bits[mask] = integers
+    return torch.from_numpy(bits).view(compressed.dtype)
+
+
+def row_offsets(mask: np.ndarray) -> np.ndarray:
+    """How many are True in the rows above each row of (R, C): (R,) int64."""
+    counts = np.count_nonzero(mask, axis=1)
+    return (np.cumsum(counts) - counts).astype(np.int64)
+
+
+def write_bitmask(
+    model_folder: str | Path,
+    output: str | Path,
+    names: Iterable[str] | None = None,
+    structure: str = "unstructured",
+    progress: bool = True,
+) -> Path:
+    """
+    Write a checkpoint with its sparse matrices compressed. Files of the folder that hold no weights are copied, subfolders
+    are not. One shard is in memory at a time.
+
+    Args:
+        model_folder: a checkpoint of transformers in safetensors.
+        output: a folder that does not exist yet, or is empty. It appears only when it is complete.
+        names: of the float matrices to compress; by default each that gets smaller, which at C columns and b bits an element
+            takes more than (1 + 64 / C) / b of zeros.
+        structure: of the zeros, for the config: "unstructured", or "N:M" for N zeros in every M weights of a row.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ValueError: if the folder, a name or the output does not allow it, a matrix does not have the structure, or nothing
+            would be compressed; nothing is left on disk then.
+    """
+    pattern = None if structure == "unstructured" else parse_pattern(structure)
+    source = Path(model_folder).expanduser()
+    config, files = open_checkpoint(source)
+    headers = {name: header for file in files for name, header in file.headers.items()}
+    if taken := [name for name in headers if split(name)[1]]:
+        raise ValueError(f"{source} holds {taken[0]}, a name that a compressed weight's part would have; rename that tensor")
+    fit = {name for name, header in headers.items() if header.dim() == 2 and header.dtype in FLOAT_TYPES.values()}
+    wanted = fit if names is None else set(names)
+    if wrong := sorted(wanted - fit):
+        raise ValueError(f"{source} holds no float matrix {wrong[0]}; name 2-D tensors of {', '.join(FLOAT_TYPES)}")
+
+    weights = zeros = 0
+    with new_folder(output) as folder:
+        writer = ShardWriter(folder, FORMAT)  # under another name, or transformers would load it and fill in noise
+        with progress_bar("Compressing", sum(header.nbytes for header in headers.values()), progress) as advance:
+            for name, tensor in (pair for file in files for pair in file.tensors(file.headers)):
+                parts = compress_tensor(tensor) if name in wanted else {}
+                if parts and (names is not None or n_bytes(parts) < tensor.nbytes):
+                    if pattern and not has_pattern(tensor, *pattern):
+                        raise ValueError(f"{name} does not have {structure} zeros; name others, or no structure")
+                    for part, value in parts.items():
+                        writer.add(f"{name}.{part}", value)
+                    weights, zeros = weights + tensor.numel(), zeros + tensor.numel() - parts["compressed"].numel()
+                else:
+                    writer.add(name, tensor)
+                advance(headers[name].nbytes)
+            if not weights:
+                raise ValueError(f"{source} has no matrix with enough zeros to be smaller with a bitmask; prune it first")
+            writer.finish()
+        config[KEY] = {"format": FORMAT, "global_sparsity": zeros / weights, "sparsity_structure": structure}
+        write_companions(source, folder, config)
+    return Path(output)
+
+
+def read_bitmask(folder: str | Path, output: str | Path, progress: bool = True) -> Path:
+    """
+    Write the dense checkpoint of which `write_bitmask` made the one in `folder`: every tensor has its bits back.
+
+    Raises:
+        ValueError: if the folder is none of ours or damaged, or the output is occupied; nothing is left on disk then.
+    """
+    source = Path(folder).expanduser()
+    config, places = open_container(source)
+    with new_folder(output) as made:
+        writer = ShardWriter(made)
+        total = sum(path.stat().st_size for path in {file.path for file in places.values()})
+        with progress_bar("Reading", total, progress) as advance:
+            for name, file in places.items():
+                weight, part = split(name)
+                if part == "compressed":
+                    parts = read_parts(places, weight)
+                    writer.add(weight, decompress_tensor(parts, f"{weight} in {source}"))
+                    advance(n_bytes(parts))
+                elif not part:
+                    tensor = read_tensor(file, name)
+                    writer.add(name, tensor)
+                    advance(tensor.nbytes)
+            facts, stated = container_facts(source), config.pop(KEY).get("global_sparsity")
+            if stated != facts["zeros"] / max(facts["weights"], 1):
+                found = f"{facts['zeros']} of {facts['weights']} compressed weights in {source} are zero"
+                raise ValueError(f"{found}, but its config.json says a share of {stated}; files are missing or mixed up")
+            writer.finish()
+        write_companions(source, made, config)
+    return Path(output)
+
+
+def container_facts(folder: str | Path) -> dict:
+    """
+    What the compressed matrices of a container come to: `weights`, `zeros`, `bytes_dense`, `bytes_compressed` (all four parts)
+    and `bits_per_weight`, for a big matrix of C columns b * (1 - sparsity) + 1 + 64 / C at b bits an element. Tensors that are
+    stored as they are do not count.
+
+    Raises:
+        ValueError: if the folder is none of ours, or a weight lacks a part.
+    """
+    _, places = open_container(Path(folder).expanduser())
+    facts = dict.fromkeys(("weights", "zeros", "bytes_dense", "bytes_compressed"), 0)
+    for weight, part in map(split, places):
+        if part == "compressed":
+            parts = read_parts(places, weight)
+            values, weights = parts["compressed"], math.prod(parts["shape"].tolist())
+            facts["weights"] += weights
+            facts["zeros"] += weights - values.numel()
+            facts["bytes_dense"] += weights * values.itemsize
+            facts["bytes_compressed"] += n_bytes(parts)
+    return facts | {"bits_per_weight": 8 * facts["bytes_compressed"] / max(facts["weights"], 1)}
+
+
+def read_folder_config(folder: Path) -> dict:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; give the folder of a transformers checkpoint")
+    return read_json(folder / "config.json")
+
+
+def open_checkpoint(folder: Path) -> tuple[dict, list[SafetensorsFile]]:
+    """A dense folder's config.json and its weight files, or ValueError."""
+    config = read_folder_config(folder)
+    if KEY in config:
+        raise ValueError(f"{folder} is compressed already ({KEY} in its config.json); give the dense checkpoint")
+    paths = weight_paths(folder, "model.safetensors")
+    if not paths:
+        raise ValueError(f"{folder} holds no model.safetensors; save the model anew with transformers 5")
+    return config, [SafetensorsFile(path) for path in paths]
+
+
+def open_container(folder: Path) -> tuple[dict, dict[str, SafetensorsFile]]:
+    """A container's config.json and the file of each tensor, or ValueError if it is none of ours or lacks a part."""
+    config = read_folder_config(folder)
+    found = config.get(KEY)
+    if not isinstance(found, dict):
+        raise ValueError(f"{folder} is not compressed (no {KEY} in its config.json); give what a compression wrote")
+    if found.get("format") != FORMAT:
+        raise ValueError(f"{folder} is compressed as {found.get('format')!r}, only {FORMAT} can be read; update dijiang")
+    files = [SafetensorsFile(path) for path in weight_paths(folder, f"{FORMAT}.safetensors")]
+    if not files:
+        raise ValueError(f"{folder} holds no {FORMAT}.safetensors; copy the container again, with all of its files")
+    places = {name: file for file in files for name in file.headers}
+    for weight in sorted({weight for weight, part in map(split, places) if part}):
+        if missing := [part for part in PARTS if f"{weight}.{part}" not in places]:
+            raise broken(f"{weight} in {folder}", f"{', '.join(missing)} missing")
+        if weight in places:
+            raise broken(f"{weight} in {folder}", "it is stored dense as well")
+    return config, places
+
+
+def split(name: str) -> tuple[str, str]:
+    """A weight's name and the part of it that a tensor is by its name; the tensor's own name and "" if it is none."""
+    weight, dot, part = name.rpartition(".")
+    return (weight, part) if dot and part in PARTS else (name, "")
+
+
+def read_tensor(file: SafetensorsFile, name: str) -> torch.Tensor:
+    [(_, tensor)] = file.tensors([name])
+    return tensor
+
+
+def read_parts(places: dict[str, SafetensorsFile], weight: str) -> dict[str, torch.Tensor]:
+    return {part: read_tensor(places[f"{weight}.{part}"], f"{weight}.{part}") for part in PARTS}
+
+
+def n_bytes(parts: dict[str, torch.Tensor]) -> int:
+    return sum(part.nbytes for part in parts.values())
+
+
+def has_pattern(weight: torch.Tensor, zeros: int, group: int) -> bool:
+    """Whether every `group` neighbours of a row have so many zeros at least."""
+    if weight.shape[1] % group:
+        return False
+    return bool(((weight == 0).view(weight.numel() // group, group).sum(1) >= zeros).all())
+
+
+def write_companions(source: Path, folder: Path, config: dict) -> None:
+    """Copy what lies beside the weights, with `config` in place of the source's."""
+    for path in companions(source):
+        shutil.copyfile(path, folder / path.name)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def broken(name: str, problem: str) -> ValueError:
+    return ValueError(f"the bitmask parts of {name} are damaged ({problem}); compress the dense checkpoint again")

@@ -1,0 +1,140 @@
+"""What a pruning run is asked to do."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .allocation import BUDGETS, refuse_range
+from .counts import parse_pattern
+from .hessian import DAMPING
+from .saliency import SCORES
+from .sweep import BLOCK
+
+METHODS = ("mixed-sparsity",)
+GRANULARITIES = ("weight", "layer", "uniform")
+SENSITIVITIES = ("fisher", "hutchinson", "finite-difference", "owl", "local", "random", "reversed")
+NORMALISATIONS = ("total", "mean")
+SPARSITY = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneConfig:
+    """
+    Settings of a pruning run.
+
+    Attributes:
+        method: `mixed-sparsity`.
+        sparsity: share of the decoder layers' linear weights to remove, in (0, 1) (None: 0.5, or the pattern's).
+        score: which weights of a matrix go, see `column_weights`: `isc`, `obs` (SparseGPT's), `obd`, `isc-b`, `isc-c`,
+            `wanda`, `magnitude`.
+        granularity: what gets a sparsity of its own: `weight` (each matrix), `layer` (each decoder layer), `uniform`
+            (nothing). None: `weight`, or `uniform` with a pattern.
+        alpha: half the range of sparsities; budget: how ranks become sparsities, see `allocate`.
+        sensitivity: what ranks: `fisher`, `hutchinson`, `finite-difference` (of the same trace), `owl`, `local`; controls:
+            `random`, and `reversed`, fisher's ranks backwards.
+        sensitivity_samples: calibration sequences (or probes) for it, at most as many as there are.
+        normalisation: `total`: a matrix's whole trace; `mean`: per weight.
+        owl_m: how many times the layer's mean counts as an outlier, for `owl`.
+        pattern: "N:M", N zeros in every M weights of a row, for all matrices alike (None: unstructured).
+        bits: round what stays to so many, 2 to 8, on a grid per row (None: keep it).
+        block_size: columns among which weights are chosen together; damping: share of the Hessian's mean diagonal added to it.
+        true_sequential: gather inputs anew for each group of matrices in a layer, those before already pruned.
+        calibration: UTF-8 text files; samples: sequences; length: tokens of each (None: 2048, or the model's context).
+        held_out: text whose perplexity is measured before and after (None: not measured); held_out_tokens: of it, at most.
+        seed: of the calibration sequences, probes and random ranks.
+        device: `auto` is the GPU where there is one.
+        bitmask: also write the weights in the compressed container.
+
+    Raises:
+        ValueError: on settings that make no sense, or not together.
+    """
+
+    calibration: tuple[Path, ...] = ()
+    method: str = "mixed-sparsity"
+    sparsity: float | None = None
+    score: str = "isc"
+    granularity: str | None = None
+    alpha: float = 0.1
+    budget: str = "weighted"
+    sensitivity: str = "fisher"
+    sensitivity_samples: int = 32
+    normalisation: str = "total"
+    owl_m: float = 5.0
+    pattern: str | None = None
+    bits: int | None = None
+    block_size: int = BLOCK
+    damping: float = DAMPING
+    true_sequential: bool = False
+    samples: int = 128
+    length: int | None = None
+    held_out: Path | None = None
+    held_out_tokens: int = 16384
+    seed: int = 0
+    device: str = "auto"
+    bitmask: bool = False
+    zeros_of: tuple[int, int] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("method", METHODS),
+            ("score", SCORES),
+            ("granularity", (*GRANULARITIES, None)),
+            ("budget", BUDGETS),
+            ("sensitivity", SENSITIVITIES),
+            ("normalisation", NORMALISATIONS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose from {', '.join(filter(None, known))}")
+        for name in ("sensitivity_samples", "block_size", "samples", "held_out_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.length is not None and self.length < 2:
+            raise ValueError(f"length={self.length} must be at least 2")
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise ValueError(f"damping={self.damping} must be at least 0")
+        if not (math.isfinite(self.owl_m) and self.owl_m > 0):
+            raise ValueError(f"owl_m={self.owl_m} must be greater than 0")
+        if self.bits is not None and not 2 <= self.bits <= 8:
+            raise ValueError(f"bits={self.bits} must be from 2 to 8")
+        self.settle_pattern()
+        if not 0 < self.sparsity < 1:
+            raise ValueError(f"sparsity={self.sparsity} must lie between 0 and 1, both left out")
+        if self.granularity != "uniform":
+            refuse_range(self.sparsity, self.alpha)
+        if self.needs_text and not self.calibration:
+            raise ValueError("no calibration text given; name at least one text file")
+
+    def settle_pattern(self) -> None:
+        """Fill in what the pattern decides."""
+        if self.pattern is None:
+            settled = {"sparsity": self.sparsity, "granularity": self.granularity or "weight"}
+            settled["sparsity"] = SPARSITY if self.sparsity is None else self.sparsity
+        else:
+            zeros, group = parse_pattern(self.pattern)
+            if self.sparsity not in (None, zeros / group):
+                raise ValueError(
+                    f"pattern {self.pattern} removes {zeros / group:g} of the weights, sparsity={self.sparsity:g} was asked "
+                    "for too; leave one of them out"
+                )
+            if self.granularity not in (None, "uniform"):
+                raise ValueError(
+                    f"pattern {self.pattern} is the same for all matrices, so granularity {self.granularity} has no effect; "
+                    "leave one of them out"
+                )
+            settled = {"sparsity": zeros / group, "granularity": "uniform", "zeros_of": (zeros, group)}
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the score needs the layers' inputs."""
+        return self.score != "magnitude"
+
+    @property
+    def ranked(self) -> bool:
+        """Whether units get sparsities of their own."""
+        return self.granularity != "uniform"
+
+    @property
+    def needs_text(self) -> bool:
+        return self.calibrated or (self.ranked and self.sensitivity != "random")

@@ -1,0 +1,26 @@
+"""Rounding to few bits: a grid per output row, min to max, on which zero stays zero (arXiv 2210.17323's)."""
+
+import torch
+
+
+class RowGrid:
+    """
+    The grid of a dense matrix (R, C): 2^bits levels per row from its smallest to its largest value, 0 among them.
+
+    Raises:
+        ValueError: on bits outside 2 .. 8.
+    """
+
+    def __init__(self, weight: torch.Tensor, bits: int):
+        if not 2 <= bits <= 8:
+            raise ValueError(f"bits={bits} must be from 2 to 8")
+        self.top = 2**bits - 1
+        low, high = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
+        empty = low == high  # a row of zeros
+        low, high = low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
+        self.scale = (high - low) / self.top
+        self.zero = (-low / self.scale).round()
+
+    def round(self, column: torch.Tensor) -> torch.Tensor:
+        """The nearest level of each row for one column (R,)."""
+        return self.scale * ((column / self.scale).round().add(self.zero).clamp(0, self.top) - self.zero)

@@ -1,0 +1,73 @@
+"""Writes a checkpoint with its pruned matrices in place of the dense ones, and checks what is on disk then."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dijiang.convert.provenance import FILE_NAME, add_stage, read_provenance, write_provenance
+from dijiang.convert.source import Source
+from dijiang.convert.weights import DequantisedFile, SafetensorsFile
+from dijiang.convert.writer import ShardWriter
+
+from .companions import companions
+from .streamed_decoder import StreamedDecoder
+
+STALE = ("README.md", "evaluation.json", "latency.json")  # they speak of the dense model
+
+
+def write_sparse_checkpoint(
+    folder: Path,
+    source: Source,
+    tokenizer,
+    decoder: StreamedDecoder,
+    pruned: dict[str, SafetensorsFile],
+    facts: dict,
+    *,
+    advance: Callable[[int], None] = lambda n_bytes: None,
+) -> None:
+    """
+    Write the source's weights, shard by shard as they are, and all that lies beside them.
+
+    Args:
+        decoder: of the source; tells which tensor of the files is which of the model.
+        pruned: by name in the model, the file that holds the pruned weight.
+        facts: of this pruning, for the record of a DiJiang checkpoint.
+        advance: is told how many bytes were written.
+    """
+    if source.gguf:
+        tokenizer.save_pretrained(folder)
+        source.config.architectures = [type(decoder.model).__name__]
+        source.config.dtype = torch.float32
+        source.config.save_pretrained(folder)
+        decoder.files[0].generation_config.save_pretrained(folder)
+    else:
+        for path in companions(source.folder):
+            if path.name not in STALE:
+                shutil.copyfile(path, folder / path.name)
+        if (source.folder / FILE_NAME).is_file():
+            write_provenance(folder, add_stage(read_provenance(source.folder), "prune", **facts))
+    names = {(file, stored): name for name, (file, stored) in decoder.dense_places.items()}
+    writer = ShardWriter(folder)
+    for file in decoder.files:
+        # a tied tensor may lie in memory under both its names, of which one is enough
+        wanted = [name for name in file.headers if (file, name) in names or not isinstance(file, DequantisedFile)]
+        for stored, tensor in file.tensors(wanted):
+            name = names.get((file, stored))
+            if name in pruned:
+                [(_, tensor)] = pruned[name].tensors([name])
+            writer.add(stored, tensor)
+            advance(tensor.nbytes)
+        writer.cut()
+    writer.finish()
+
+
+def zeros_on_disk(folder: Path, names: set[str]) -> dict[str, int]:
+    """Exact zeros of each tensor of these names in a folder's safetensors files."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        file = SafetensorsFile(path)
+        for name, tensor in file.tensors([name for name in file.headers if name in names]):
+            found[name] = tensor.numel() - int(torch.count_nonzero(tensor))
+    return found

@@ -1,0 +1,237 @@
+"""A causal language model of which one decoder layer at a time is in memory; its weights stay on disk."""
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from dijiang.convert.families import one_line
+from dijiang.convert.weights import SafetensorsFile, WeightFile
+
+from .targets import find_layers, layer_targets
+
+COMPUTE = torch.float32  # Hessians, their inverses and the updates need it
+
+
+class Recorded(Exception):
+    """All layers' arguments are known; there is no need to go on."""
+
+
+class StreamedDecoder:
+    """
+    A model built without its decoder layers' weights. It computes in float32 whatever is stored.
+
+    Args:
+        config: of a causal language model.
+        files: its weights.
+        name: what the user calls it, for messages.
+        device: where layers are computed.
+
+    Attributes:
+        layers: the decoder layers, empty but within `layer`; prefix: the name of their list.
+        targets: names in the model of the linear layers that are pruned, layer by layer.
+        files: as given; dense_places: by the tensor's name in the model, its file and its name there.
+
+    Raises:
+        ValueError: if transformers cannot build it, its weights are not those of the config, or it is no plain decoder.
+    """
+
+    def __init__(self, config: PreTrainedConfig, files: list[WeightFile], name: str, device: torch.device | str = "cpu"):
+        self.name, self.device, self.files = name, torch.device(device), files
+        try:
+            with init_empty_weights(include_buffers=False):  # buffers such as rotary tables are computed, not stored
+                self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+        except Exception as error:
+            raise ValueError(f"transformers cannot build {name}: {one_line(error)}") from None
+        self.model.requires_grad_(False)
+        self.prefix, self.layers = find_layers(self.model)
+        kept = tuple(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())  # of DiJiang: its kernel's parameters
+        self.targets = [
+            [f"{self.prefix}.{i}.{part}" for part in layer_targets(layer, f"{self.prefix}.{i}", kept)]
+            for i, layer in enumerate(self.layers)
+        ]
+        self.places = self.find_tensors(files)
+        outside = [key for key in self.places if not key.startswith(f"{self.prefix}.")]
+        self.fill(outside)
+        self.settle_tying()
+        self.dense_places = dict(self.places)
+        for _, buffer_owner in self.model.named_modules():
+            for key, buffer in buffer_owner._buffers.items():
+                if buffer is not None:
+                    buffer_owner._buffers[key] = buffer.to(self.device)
+        self.contexts: dict[tuple[int, int], list[tuple[tuple, dict]]] = {}
+        self.gives_tuples = False  # as layers of some families do
+
+    def find_tensors(self, files: list[WeightFile]) -> dict[str, tuple[WeightFile, str]]:
+        """Where each tensor of the model lies: file and name there."""
+        stored = {name: (file, name) for file in files for name in file.headers}
+        wanted = dict(self.model.state_dict())
+        base = f"{self.model.base_model_prefix}."
+        tied = set(self.model.all_tied_weights_keys)
+        places, missing = {}, []
+        for key, tensor in wanted.items():
+            spellings = (key, key.removeprefix(base))  # some checkpoints hold the model without its head
+            place = next((stored[spelling] for spelling in spellings if spelling in stored), None)
+            if place is None:
+                if key not in tied and tensor.is_meta:
+                    missing.append(key)
+                continue
+            shape = tuple(place[0].headers[place[1]].shape)
+            if shape != tuple(tensor.shape):
+                raise ValueError(f"{self.name}: {key} has shape {shape}, its config says {tuple(tensor.shape)}")
+            if not place[0].headers[place[1]].dtype.is_floating_point:
+                raise ValueError(f"{self.name}: {key} is not a float tensor, so the model is quantised; prune the original")
+            places[key] = place
+        if missing:
+            raise ValueError(
+                f"{self.name} lacks {len(missing)} tensors of its architecture, such as {missing[0]}; load it with "
+                "transformers and save it anew, then prune that"
+            )
+        return places
+
+    def settle_tying(self) -> None:
+        """Share what the config ties, unless the files hold two different tensors: then these count, as in transformers."""
+        tied = self.model.all_tied_weights_keys
+        stored = {key: other for key, other in tied.items() if key in self.places and other in self.places}
+        if any(not torch.equal(self.model.get_parameter(key), self.model.get_parameter(x)) for key, x in stored.items()):
+            self.model.config.tie_word_embeddings = False
+            return
+        for key in stored:
+            del self.places[key]
+        self.model.tie_weights()
+
+    def read(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors by their names in the model, as stored."""
+        for name in names:
+            file, stored = self.places[name]
+            for _, tensor in file.tensors([stored]):
+                yield name, tensor
+
+    def fill(self, names: list[str]) -> None:
+        for name, tensor in self.read(names):
+            module, _, leaf = name.rpartition(".")
+            owner = self.model.get_submodule(module)
+            # a copy, for files may be mapped
+            value = tensor.to(self.device, COMPUTE if tensor.is_floating_point() else tensor.dtype, copy=True)
+            if leaf in owner._parameters:
+                owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            else:
+                owner._buffers[leaf] = value
+
+    def replace(self, path: Path) -> None:
+        """From now on, read the tensors in this safetensors file in place of the stored ones."""
+        file = SafetensorsFile(path)
+        self.places |= {name: (file, name) for name in file.headers}
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Of a tensor by its name in the model."""
+        file, stored = self.dense_places[name]
+        return file.headers[stored].dtype
+
+    @property
+    def n_parameters(self) -> int:
+        """Of the whole model, tied ones once."""
+        return sum(math.prod(file.headers[stored].shape) for file, stored in self.dense_places.values())
+
+    def names_of(self, index: int) -> list[str]:
+        """Names of the tensors of one layer."""
+        return [name for name in self.places if name.startswith(f"{self.prefix}.{index}.")]
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """One layer with its weights, until the block ends."""
+        self.fill(self.names_of(index))
+        try:
+            yield self.layers[index]
+        finally:
+            for module in self.layers[index].modules():
+                for leaf, parameter in module._parameters.items():
+                    if parameter is not None:
+                        empty = torch.empty_like(parameter, device="meta")
+                        module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """The whole model in memory, with attention that can be differentiated twice, until the block ends."""
+        attention = self.model.config._attn_implementation
+        self.model.set_attn_implementation("eager")
+        try:
+            with ExitStack() as stack:
+                for index in range(len(self.layers)):
+                    stack.enter_context(self.layer(index))
+                yield self.model
+        finally:
+            self.model.set_attn_implementation(attention)
+
+    @torch.no_grad()
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the first layer is given for tokens (B, T): (B, T, hidden)."""
+        hidden = self.trace(tokens)
+        if len({tuple(x.shape) for x in hidden}) > 1:  # the model took the first row for the first of a tuple
+            self.gives_tuples = True
+            hidden = self.trace(tokens)
+        return hidden[0]
+
+    def trace(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Pass tokens by all layers, which do nothing but note their arguments; returns what each would have been given."""
+        seen, arguments = [], []
+
+        def stub(hidden, *args, **kwargs):
+            seen.append(hidden)
+            arguments.append((args, kwargs))
+            if len(seen) == len(self.layers):
+                raise Recorded
+            return (hidden,) if self.gives_tuples else hidden
+
+        with self.stubs(stub):
+            try:
+                self.model(input_ids=tokens.to(self.device), use_cache=False)
+            except Recorded:
+                pass
+            except (RuntimeError, IndexError, ValueError) as error:
+                if self.gives_tuples or len(seen) < 2:
+                    raise ValueError(f"{self.name} cannot be run layer by layer: {one_line(error)}") from None
+        self.contexts[tuple(tokens.shape)] = arguments
+        return seen
+
+    @contextmanager
+    def stubs(self, stub) -> Iterator[None]:
+        """All layers replaced by `stub`, until the block ends."""
+        for layer in self.layers:
+            layer.forward = stub
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+    def run(self, layer: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Layer `index`, within its block, on (B, T, hidden) from `embed` or the layer before."""
+        args, kwargs = self.contexts[tuple(hidden.shape[:2])][index]
+        output = layer(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (B, T, V) of what the last layer gave, (B, T, hidden); gradients reach it."""
+        calls = 0
+
+        def stub(given, *args, **kwargs):
+            nonlocal calls
+            calls += 1
+            result = hidden if calls == len(self.layers) else given
+            return (result,) if self.gives_tuples else result
+
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+        with self.stubs(stub):
+            return self.model(input_ids=tokens, use_cache=False).logits
+
+    def losses(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Next-token cross-entropy of each sequence in nats, summed over its T - 1 predictions: (B,)."""
+        logits = self.logits(hidden)[:, :-1].flatten(0, 1)
+        losses = nn.functional.cross_entropy(logits.float(), tokens[:, 1:].flatten().to(self.device), reduction="none")
+        return losses.view(len(tokens), -1).sum(1)
