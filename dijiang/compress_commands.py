@@ -1,5 +1,6 @@
 """The commands that make weights sparse: prune and unpack."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +44,10 @@ def prune(
         ),
     ] = "fisher",
     sensitivity_samples: Annotated[int, typer.Option(help="Sequences, or probes, behind the ranks.")] = 32,
+    probes_by_layer: Annotated[
+        bool,
+        typer.Option("--probes-by-layer", help="One layer at a time (hutchinson, finite-difference): less memory, slower."),
+    ] = False,
     normalisation: Annotated[str, typer.Option(help="Of sensitivities: total (of a matrix), mean (per weight).")] = "total",
     calibration: Annotated[
         list[Path] | None,
@@ -80,6 +85,8 @@ def prune(
 
     SparseGPT is `--score obs --granularity uniform`, Wanda `--score wanda --granularity uniform`.
     """
+    if importlib.util.find_spec("accelerate") is None:
+        raise ValueError("pruning needs accelerate, which is missing; run: pip install 'dijiang[compress]'")
     from dijiang.bundled import HELD_OUT_TEXT, TRAIN_TEXT
     from dijiang.compress import PruneConfig
     from dijiang.compress import plan as planned
@@ -87,9 +94,9 @@ def prune(
 
     config = PruneConfig(
         method=method, sparsity=sparsity, score=score, granularity=granularity, alpha=alpha, budget=budget, pattern=pattern,
-        sensitivity=sensitivity, sensitivity_samples=sensitivity_samples, normalisation=normalisation, bits=bits,
-        calibration=tuple(calibration or [TRAIN_TEXT]), samples=samples, length=length, true_sequential=true_sequential,
-        held_out=held_out or HELD_OUT_TEXT, bitmask=bitmask, seed=seed, device=device,
+        sensitivity=sensitivity, sensitivity_samples=sensitivity_samples, probes_by_layer=probes_by_layer,
+        normalisation=normalisation, bits=bits, calibration=tuple(calibration or [TRAIN_TEXT]), samples=samples, length=length,
+        true_sequential=true_sequential, held_out=held_out or HELD_OUT_TEXT, bitmask=bitmask, seed=seed, device=device,
     )  # fmt: skip
     if dry_run:
         from dijiang.evaluate.tables import number, print_table, wide_console

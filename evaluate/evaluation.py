@@ -1,4 +1,4 @@
-"""The evaluation of a DiJiang checkpoint beside its teacher and the controls, resumable after any result."""
+"""The evaluation of a DiJiang checkpoint beside its teacher, the controls and further models, resumable after any result."""
 
 import json
 import time
@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dijiang.convert.folders import new_folder, refuse_occupied
-from dijiang.convert.provenance import versions
+from dijiang.convert.provenance import public_name, versions
 from dijiang.convert.text_files import read_tokens
 
 from .attention_maps import measure_maps
@@ -25,7 +25,8 @@ from .placement import placement
 from .recall import PAIRS, single_token_words
 from .result_cache import ResultCache, code_hash, default_folder, hash_of
 from .statistics import LEVEL, RESAMPLES
-from .subjects import Comparison, Subject, compare
+from .subjects import Comparison, Subject, compare, zero_share
+from .tables import SHORT
 from .tasks import (
     ASSOCIATIVE,
     NEEDLE,
@@ -46,11 +47,12 @@ def evaluate_model(
     output: str | Path,
     config: EvaluationConfig,
     *,
+    beside: Sequence[str | Path] = (),
     cache: Path | None = None,
     progress: bool = True,
 ) -> dict:
     """
-    Evaluate a checkpoint beside its teacher and the controls (`run_evaluation`), and write the report.
+    Evaluate a checkpoint beside its teacher, the controls and further models (`run_evaluation`), and write the report.
 
     Args:
         output: new folder for `evaluation.json`, `report.html` and the figures; the rest as for `run_evaluation`.
@@ -64,21 +66,29 @@ def evaluate_model(
     output = Path(output).expanduser()
     refuse_occupied(output)
     refuse_missing_packages()
-    result = run_evaluation(checkpoint, teacher, config, cache=cache, progress=progress)
+    result = run_evaluation(checkpoint, teacher, config, beside=beside, cache=cache, progress=progress)
     with new_folder(output) as folder:
         write_results({"evaluation": result}, folder)
     return result
 
 
 def run_evaluation(
-    checkpoint: str | Path, teacher: str | Path, config: EvaluationConfig, *, cache: Path | None = None, progress: bool = True
+    checkpoint: str | Path,
+    teacher: str | Path,
+    config: EvaluationConfig,
+    *,
+    beside: Sequence[str | Path] = (),
+    cache: Path | None = None,
+    progress: bool = True,
 ) -> dict:
     """
-    Measure a checkpoint beside its teacher and the controls.
+    Measure a checkpoint beside its teacher, the controls and further models.
 
     Args:
         checkpoint: DiJiang checkpoint, folder or hub id.
         teacher: softmax model with the same tokenizer: hub id, folder or GGUF file.
+        beside: further models with the same tokenizer, softmax or DiJiang: hub ids, folders or GGUF files. Their public names
+            head their columns.
         cache: folder where results are kept as they come, so that the same call goes on after an interruption; default
             `~/.cache/dijiang/evaluations`.
         progress: show a bar on stderr.
@@ -87,8 +97,9 @@ def run_evaluation(
         The result, as JSON.
     """
     started = time.perf_counter()
+    refuse_same_headings(beside)
     device, dtype = placement(config.device, config.dtype)
-    comparison = compare(checkpoint, teacher, dtype=dtype, device=device.type)
+    comparison = compare(checkpoint, teacher, beside=beside, dtype=dtype, device=device.type)
     config = config.within(comparison.context)
     tasks, map_rows, left_out = build_tasks(config, comparison)
     kept = ResultCache(cache or default_folder())
@@ -102,7 +113,7 @@ def run_evaluation(
         "kind": "evaluation",
         "command": own_command(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        **describe(comparison),
+        **describe(comparison, next(iter(scores.values()))),
         "settings": asdict(config) | {key: [Path(x).name for x in getattr(config, key)] for key in ("texts", "tasks")},
         "tasks": [summary(task, scores[task.key], comparison.subjects(), config.seed) for task in tasks],
         "left_out": left_out,
@@ -113,6 +124,15 @@ def run_evaluation(
         "seconds": round(time.perf_counter() - started, 1),
     }
     return json.loads(json.dumps(result))  # as whoever reads the file has it
+
+
+def refuse_same_headings(beside: Sequence[str | Path]) -> None:
+    """Raise ValueError if a table could not tell a further model from the others by its name."""
+    taken = list(SHORT.values())
+    for name in map(public_name, beside):
+        if name in taken:
+            raise ValueError(f"two models of the table have the name {name}, which heads their columns; rename one")
+        taken.append(name)
 
 
 def build_tasks(config: EvaluationConfig, comparison: Comparison) -> tuple[list[Task], torch.Tensor | None, dict[str, str]]:
@@ -154,7 +174,10 @@ def measure(
     *,
     progress: bool,
 ) -> tuple[dict[str, dict[str, dict]], dict | None, int]:
-    """Scores by task and subject, the attention maps, and how many of them had been kept from before."""
+    """
+    Scores by task and subject, each with the model's `zeros` (`zero_share`), the attention maps, and how many of them had been
+    kept from before.
+    """
     environment = {"code": code_hash(), "versions": versions(), "dtype": str(comparison.dtype), "device": comparison.device}
     environment["tokenizer"] = hash_of(tokenizer_facts(comparison.tokenizer).encode())
     subjects = [subject for subject in comparison.subjects() if subject.left_out is None]
@@ -162,11 +185,13 @@ def measure(
     reused = 0
 
     def facts(task: Task, subject: Subject) -> dict:
-        found = {"kind": task.kind, "settings": task.settings, "subject": subject.key, **environment}
+        # what a model scores as it is does not depend on whom it stands beside, but the teacher's agreement is its own text
+        as_it_is = subject.key in comparison.sources and (task.kind != "agreement" or subject.key != "teacher")
+        found = {"kind": task.kind, "settings": task.settings, "subject": "as it is" if as_it_is else subject.key}
         found["model"] = comparison.identity[subject.model]
         if task.kind == "agreement":
             found["teacher"] = comparison.identity["teacher"]
-        return found
+        return found | environment
 
     todo = []
     for subject in subjects:
@@ -178,7 +203,8 @@ def measure(
                 todo.append((subject, task))
     map_facts = maps = None
     if map_rows is not None:
-        map_facts = {"kind": "maps", "rows": map_rows.tolist(), "models": comparison.identity, **environment}
+        models = {key: comparison.identity[key] for key in ("teacher", "student")}
+        map_facts = {"kind": "maps", "rows": map_rows.tolist(), "models": models, **environment}
         maps = kept.get(map_facts)
         reused += maps is not None
     total = sum(task.cost for _, task in todo)
@@ -187,13 +213,15 @@ def measure(
     with progress_bar(progress) as bar:
         line = bar.add_task("", total=total + map_cost)
         for model_name, work in by_model(todo):
-            bar.update(line, description=f"loading {model_name}")
+            bar.update(line, description=escape(f"loading {model_name}"))
             with comparison.loaded(model_name) as model:
+                zeros = zero_share(model)
                 for subject, task in work:
                     bar.update(line, description=escape(f"{subject.key}: {task.name}"))
                     before = bar.tasks[0].completed
                     with subject.control(model):
                         found = task.run(model, scores[task.key].get("teacher"), lambda n: bar.advance(line, n))
+                    found["zeros"] = zeros
                     bar.update(line, completed=before + task.cost)
                     kept.put(facts(task, subject), found)
                     scores[task.key][subject.key] = found

@@ -103,7 +103,7 @@ class EvaluationConfig:
 
 
 def refuse_long(lengths: Sequence[int], context: int, what: str) -> None:
-    """Raise ValueError where a length exceeds what both models were made for."""
+    """Raise ValueError where a length exceeds what the models were made for."""
     for length in lengths:
         if length > context:
             raise ValueError(

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from dijiang.convert.lineage import weight_hashes
-from dijiang.convert.provenance import public_name, versions
+from dijiang.convert.provenance import public_name, read_provenance, versions
+from dijiang.convert.source import Source
 
 from .statistics import interval, recovered_share, resampled_means
 from .subjects import Comparison, Subject
@@ -46,24 +47,29 @@ def summary(task: Task, scores: dict[str, dict], subjects: Sequence[Subject], se
     }
 
 
-def describe(comparison: Comparison) -> dict:
-    """What was compared, on what."""
-    config, provenance = comparison.student.config, comparison.provenance
-    stages, recorded = provenance["stages"], weight_hashes(provenance)
+def describe(comparison: Comparison, scores: dict[str, dict]) -> dict:
+    """What was compared, on what; the `scores` of any task say how sparse each model is."""
+    recorded = weight_hashes(comparison.provenance)
+
+    def of_model(key: str) -> dict:
+        identity = comparison.identity[key]
+        config = {name: value for name, value in identity["config"].items() if name != "auto_map"}
+        return {"weights": identity["weights"], "config": config, "zeros": scores[key]["zeros"]}
+
     return {
         "student": {
             "name": public_name(comparison.student.name),
-            "source": provenance.get("source"),
-            "weights": comparison.identity["student"]["weights"],
-            "tokens": sum(stage.get("tokens", 0) for stage in stages),
-            "stages": [
-                {key: stage[key] for key in ("stage", "tokens", "seconds", "device") if key in stage} for stage in stages
-            ],
-            "config": {key: value for key, value in config.to_diff_dict().items() if key != "auto_map"},
+            **history(comparison.provenance),
+            **of_model("student"),
         },
         "teacher": {
             "name": public_name(comparison.teacher.name),
             "is_source": bool(recorded) and recorded <= set(comparison.identity["teacher"]["weights"].values()),
+            "zeros": scores["teacher"]["zeros"],
+        },
+        "beside": {
+            key: {"name": public_name(source.name), **recorded_history(source), **of_model(key)}
+            for key, source in comparison.beside.items()
         },
         "subjects": {subject.key: subject.title for subject in comparison.subjects()},
         "dtype": str(comparison.dtype).removeprefix("torch."),
@@ -72,6 +78,24 @@ def describe(comparison: Comparison) -> dict:
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
+
+
+def history(provenance: dict) -> dict:
+    """What a checkpoint came from and went through."""
+    stages = provenance["stages"]
+    return {
+        "source": provenance.get("source"),
+        "tokens": sum(stage.get("tokens", 0) for stage in stages),
+        "stages": [{key: stage[key] for key in ("stage", "tokens", "seconds", "device") if key in stage} for stage in stages],
+    }
+
+
+def recorded_history(source: Source) -> dict:
+    """The same of a model that need not have a record."""
+    try:
+        return {} if source.gguf else history(read_provenance(source.folder))
+    except ValueError:
+        return {}
 
 
 def training_curves(checkpoint: Path, provenance: dict) -> list[dict]:

@@ -46,7 +46,8 @@ def model_card(checkpoint: str | Path, evaluation: dict | None = None, latency: 
     The card of the DiJiang checkpoint in a folder; nothing is written.
 
     Args:
-        evaluation, latency: of this checkpoint, what `dijiang evaluate` and `dijiang benchmark latency` write.
+        evaluation, latency: of this checkpoint, what `dijiang evaluate` and `dijiang benchmark latency` write. Further models
+            that were evaluated beside it are left out.
 
     Raises:
         ValueError: if it is no DiJiang checkpoint, or a result is of another kind or of other weights.
@@ -171,9 +172,9 @@ def cell(text: str | None) -> str:
     return NOTHING if text is None else code(text).replace("|", r"\|")
 
 
-def shareable(command: str, source: str) -> str:
-    """`command` with the last part of each path alone; `source`, which is a hub id if it has parts, stays."""
-    words = (plain(word) if word == source else re.sub(r"[^=,\[\]'\"]*[\\/]", "", word) for word in shlex.split(command))
+def shareable(command: str, names: set[str]) -> str:
+    """`command` with the last part of each path alone; `names`, which are hub ids if they have parts, stay."""
+    words = (plain(word) if word in names else re.sub(r"[^=,\[\]'\"]*[\\/]", "", word) for word in shlex.split(command))
     return shlex.join(words)
 
 
@@ -248,7 +249,9 @@ def evaluation_facts(evaluation: dict | None, source: str) -> dict:
     """What an evaluation says."""
     if evaluation is None:
         return dict.fromkeys(("evaluation", "results", "left_out", "command", "recall", "parts"))
-    subjects, tasks = evaluation["subjects"], evaluation["tasks"]
+    tasks = evaluation["tasks"]
+    further = evaluation.get("beside", {})  # the card is the student's
+    subjects = {key: title for key, title in evaluation["subjects"].items() if key not in further}
     rows = [
         [
             escaped(task["name"]),
@@ -277,7 +280,8 @@ def evaluation_facts(evaluation: dict | None, source: str) -> dict:
             for key, title in subjects.items()
             if "left_out" in (task["values"].get(key) or {})
         ],
-        "command": evaluation["command"] and shareable(evaluation["command"], source),
+        "command": evaluation["command"]
+        and shareable(evaluation["command"], {source, *(model["name"] for model in further.values())}),
         "recall": max(recalls, key=lambda task: score(task, "teacher") - score(task, "student"), default=None),
         "parts": perplexities[0] if perplexities else None,
     }

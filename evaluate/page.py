@@ -11,7 +11,7 @@ from .drawing import refuse_missing_packages
 from .latency_figures import draw_latency
 from .map_figures import draw_maps
 from .quality_figures import draw_quality
-from .tables import SHORT, mib, number, percent, with_interval
+from .tables import heading, mib, number, percent, share_headings, sparsity, with_interval
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.jinja"
 KINDS: dict[str, Callable[[dict, Path], list[Path]]] = {"evaluation": draw_quality, "latency": draw_latency}
@@ -98,10 +98,11 @@ def write_report(results: dict[str, dict], folder: Path) -> Path:
         figures += draw_maps(maps, pictures)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"number": number, "with_interval": with_interval, "mib": mib}
+    environment.filters |= {"heading": heading, "share_headings": share_headings, "sparsity": sparsity}
     page = folder / "report.html"
     shown = [{"name": path.stem, "caption": CAPTIONS[path.stem], "data": encoded(path)} for path in figures]
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        evaluation=results.get("evaluation"), latency=results.get("latency"), figures=shown, percent=percent, short=SHORT
+        evaluation=results.get("evaluation"), latency=results.get("latency"), figures=shown, percent=percent
     )
     page.write_text(text, encoding="utf-8")
     return page

@@ -1,9 +1,10 @@
 """
-The models that stand beside one another in an evaluation: the teacher, the student, and the controls that say what of the
-student's score its linear branches earn, for often they are idle (arXiv 2510.05901; training-free control: arXiv 2608.28444).
+The models that stand beside one another in an evaluation: the teacher, the student, the controls that say what of the
+student's score its linear branches earn, for often they are idle (arXiv 2510.05901; training-free control: arXiv 2608.28444),
+and further models that a user names.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from .controls import linear_only, no_attention, window_only
 BASELINE_WINDOW, BASELINE_SINKS = 64, 4
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 NO_WINDOW = "the student has no window"
+BESIDE = "beside:"  # begins the keys of further models
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +32,7 @@ class Subject:
 
     Attributes:
         key, title: its name in results and in words.
-        model: which of the models in memory it is, "teacher", "window_sinks" or "student".
+        model: which of the models in memory it is, "teacher", "window_sinks", "student" or a further one's key.
         control: what is taken away from that model while it is measured.
         left_out: why there is no such model; None if there is.
     """
@@ -45,17 +47,18 @@ class Subject:
 @dataclass(kw_only=True)
 class Comparison:
     """
-    A DiJiang checkpoint and its teacher, opened but not loaded.
+    A DiJiang checkpoint, its teacher and further models, opened but not loaded.
 
     Attributes:
-        student, teacher: what was opened.
+        student, teacher, beside: what was opened, further models by their keys.
         provenance: the student's record.
-        tokenizer: of both.
+        tokenizer: of all.
         identity: hashes of what each model is, by its name.
     """
 
     student: Source
     teacher: Source
+    beside: dict[str, Source] = field(default_factory=dict)
     dtype: torch.dtype
     device: str
     provenance: dict = field(init=False)
@@ -74,21 +77,30 @@ class Comparison:
         self.provenance = read_provenance(self.student.folder)
         self.tokenizer = load_tokenizer(self.student)
         refuse_other_tokenizer(self.tokenizer, load_tokenizer(self.teacher), self.student.name, self.teacher.name)
-        teacher = {"weights": file_hashes(self.teacher), "config": self.teacher.config.to_diff_dict()}
+        for source in self.beside.values():
+            names = (self.student.name, source.name)
+            refuse_other_tokenizer(self.tokenizer, load_tokenizer(source), *names, advice="leave the second one out")
+        teacher = identity_of(self.teacher)
         self.identity = {
             "teacher": teacher,
             "window_sinks": teacher | self.baseline(),
-            "student": {"weights": file_hashes(self.student), "config": config.to_diff_dict()},
+            "student": identity_of(self.student),
+            **{key: identity_of(source) for key, source in self.beside.items()},
         }
 
     @property
+    def sources(self) -> dict[str, Source]:
+        """The models that are measured as they are, by the keys of their subjects."""
+        return {"teacher": self.teacher, "student": self.student, **self.beside}
+
+    @property
     def context(self) -> int:
-        """Tokens that both models were made for."""
-        return min(self.student.config.max_position_embeddings, self.teacher.config.max_position_embeddings)
+        """Tokens that all models were made for."""
+        return min(source.config.max_position_embeddings for source in self.sources.values())
 
     @property
     def same_heads(self) -> bool:
-        """Whether attention can be compared layer by layer and head by head."""
+        """Whether the student's attention can be compared with the teacher's, layer by layer and head by head."""
         student, teacher = self.student.config, self.teacher.config
         return all(getattr(student, key) == getattr(teacher, key) for key in ("num_hidden_layers", "num_attention_heads"))
 
@@ -102,7 +114,7 @@ class Comparison:
         }
 
     def subjects(self) -> list[Subject]:
-        """Teacher first, for others are measured by what it says."""
+        """Teacher first, for others are measured by what it says; further models last."""
         config, base = self.student.config, self.baseline()
         missing = None if config.attention_window else NO_WINDOW
         near = f"window {base['attention_window']} + {base['attention_sinks']} sinks"
@@ -118,30 +130,53 @@ class Comparison:
             Subject(
                 key="no_attention", title="DiJiang, linear layers without attention", model="student", control=no_attention
             ),
+            *(Subject(key=key, title=further_title(source), model=key) for key, source in self.beside.items()),
         ]
 
     @contextmanager
     def loaded(self, model: str) -> Iterator[torch.nn.Module]:
         """One of the models by its name, on the device, until the block ends."""
-        source = self.student if model == "student" else self.teacher
+        source = self.teacher if model == "window_sinks" else self.sources[model]
         settings = self.baseline() if model == "window_sinks" else {}
         made, _ = load_source(source.gguf or source.folder, dtype=self.dtype, **settings)
         yield made.to(self.device)
 
 
-def compare(student: str | Path, teacher: str | Path, *, dtype: torch.dtype, device: str) -> Comparison:
+def compare(
+    student: str | Path, teacher: str | Path, *, beside: Sequence[str | Path] = (), dtype: torch.dtype, device: str
+) -> Comparison:
     """
-    Open both.
+    Open all.
+
+    Args:
+        beside: further models, each of another public name.
 
     Raises:
         ValueError: if one cannot be opened, the student is no model with linear layers or the teacher is one, or their
             tokenizers differ.
     """
-    return Comparison(student=open_source(student), teacher=open_source(teacher), dtype=dtype, device=device)
+    opened = {"student": open_source(student), "teacher": open_source(teacher)}
+    further = {f"{BESIDE}{public_name(name)}": open_source(name) for name in beside}
+    assert len(further) == len(beside), "further models of one name"
+    return Comparison(**opened, beside=further, dtype=dtype, device=device)
 
 
-def refuse_other_tokenizer(ours, theirs, student: str, teacher: str) -> None:
-    """Raise ValueError unless both turn text into the same tokens."""
+def further_title(source: Source) -> str:
+    """A further model in words."""
+    linear = source.is_dijiang and source.config.has_linear_layers
+    return f"beside: {public_name(source.name)} ({'DiJiang' if linear else 'softmax attention'})"
+
+
+def zero_share(model: torch.nn.Module) -> float:
+    """How sparse a model is: the share of exact zeros in the linear weights of its decoder layers."""
+    weights = [module.weight for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+def refuse_other_tokenizer(
+    ours, theirs, student: str, teacher: str, *, advice: str = "give the model that the student came from"
+) -> None:
+    """Raise ValueError, with `advice` at its end, unless both turn text into the same tokens."""
     own, other = ours.get_vocab(), theirs.get_vocab()
     probe = "The 2 quick (brown) foxes -\n\tdon't; naïve 你好 12345."
     if own != other:
@@ -153,8 +188,13 @@ def refuse_other_tokenizer(ours, theirs, student: str, teacher: str) -> None:
         return
     raise ValueError(
         f"the tokenizers of {public_name(student)} and {public_name(teacher)} {found}, so their scores cannot be compared; "
-        "give the model that the student came from"
+        f"{advice}"
     )
+
+
+def identity_of(source: Source) -> dict:
+    """What a model is: its weights and its config."""
+    return {"weights": file_hashes(source), "config": source.config.to_diff_dict()}
 
 
 def file_hashes(source: Source) -> dict[str, str]:

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 NOTHING = "–"
+FEW_ZEROS = 0.005  # that dense weights may have, too
 SHORT = {
     "teacher": "teacher",
     "window_sinks": "training-free",
@@ -43,9 +44,27 @@ def with_interval(score: dict | None, shown: Callable[[float], str] = number) ->
     return shown(score["value"]) + ("" if None in ends else " [{}, {}]".format(*map(shown, ends)))
 
 
+def heading(key: str) -> str:
+    """Of a subject's column: a further model's is its name."""
+    return SHORT.get(key) or key.partition(":")[2]
+
+
+def share_headings(evaluation: dict) -> list[str]:
+    """Of the columns with the student's shares, which say whose they are where other models stand beside it."""
+    shares = ["recovered", "over training-free"]
+    return [f"{SHORT['student']} {share}" for share in shares] if evaluation.get("beside") else shares
+
+
+def sparsity(evaluation: dict, key: str) -> str | None:
+    """Share of the weights of a subject's layers that are zero, where it is told and they are not few."""
+    model = evaluation.get(key) or evaluation.get("beside", {}).get(key) or {}
+    zeros = model.get("zeros") or 0
+    return percent(zeros) if zeros >= FEW_ZEROS else None
+
+
 def score_table(evaluation: dict) -> tuple[list[str], list[list[str]]]:
     """Header and rows: each task with the value of every subject, and what the student recovered, over either floor."""
-    header = ["", *(SHORT[key] for key in evaluation["subjects"]), "recovered", "over training-free"]
+    header = ["", *map(heading, evaluation["subjects"]), *share_headings(evaluation)]
     rows = []
     for task in evaluation["tasks"]:
         values = [task["values"][key] for key in evaluation["subjects"]]
@@ -90,7 +109,7 @@ def wide_console() -> Console:
 def print_table(console: Console, header: list[str], rows: list[list[str]]) -> None:
     table = Table(*map(escape, header))
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.overflow = "right", "fold"  # names and digits are not to be cut off
     table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(*map(escape, row))

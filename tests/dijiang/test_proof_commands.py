@@ -15,23 +15,24 @@ EVALUATION = {"kind": "evaluation", "tasks": [], "subjects": {}}
 def test_evaluate_passes_its_words_on(command, monkeypatch, tmp_path):
     calls = []
 
-    def called(checkpoint, teacher, output, config, cache):
-        calls.append((checkpoint, teacher, output, config, cache))
+    def called(checkpoint, teacher, output, config, beside, cache):
+        calls.append((checkpoint, teacher, output, config, beside, cache))
         return EVALUATION
 
     monkeypatch.setattr("dijiang.evaluate.evaluate_model", called)
     words = ["evaluate", "student", "--against", "teacher"]
     assert command(*words)[0] == 0
-    assert calls.pop() == ("student", "teacher", Path("evaluation"), EvaluationConfig(texts=(HELD_OUT_TEXT,)), None)
+    assert calls.pop() == ("student", "teacher", Path("evaluation"), EvaluationConfig(texts=(HELD_OUT_TEXT,)), (), None)
     words += ["--output", "out", "--text", "a.txt", "--text", "b.txt", "--text-tokens", 99, "--length", 7, "--length", 9]
     words += ["--stride", 3, "--recall-length", 0, "--tasks", "piqa", "--tasks", "t.yaml", "--limit", 5, "--num-fewshot", 2]
     words += ["--batch-size", 4, "--dtype", "float32", "--device", "cpu", "--cache", tmp_path]
+    words += ["--beside", "other", "--beside", "org/third"]
     assert command(*words)[0] == 0
     expected = EvaluationConfig(
         texts=(Path("a.txt"), Path("b.txt")), text_tokens=99, lengths=(7, 9), stride=3, recall_lengths=(),
         tasks=("piqa", "t.yaml"), limit=5, num_fewshot=2, batch_size=4, dtype="float32", device="cpu",
     )  # fmt: skip
-    assert calls.pop() == ("student", "teacher", Path("out"), expected, tmp_path)
+    assert calls.pop() == ("student", "teacher", Path("out"), expected, ("other", "org/third"), tmp_path)
     assert command(*words, "--quick")[0] == 0
     assert calls.pop()[3] == expected.quick()
     assert command("evaluate", "student", "--against", "teacher", "--text-tokens", 0)[0] == 0

@@ -1,9 +1,39 @@
-"""What figures show."""
+"""Evaluations of the pair, and what figures show."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
+
+from dijiang.evaluate import EvaluationConfig, evaluate_model
+
+
+@pytest.fixture
+def config(text_file):
+    return EvaluationConfig(
+        texts=(text_file,), text_tokens=300, lengths=(24,), stride=10, recall_lengths=(), prompts=3, prompt_length=12,
+        new_tokens=5, map_tokens=20, dtype="float32", device="cpu",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def evaluated(pair, config, tmp_path):
+    """evaluated(name, **other settings) -> the result of an evaluation of the pair, kept in tmp_path/cache."""
+
+    def run(name="out", checkpoint=pair.checkpoint, teacher=pair.teacher, beside=(), cache="cache", **settings):
+        given = replace(config, **settings)
+        options = {"beside": beside, "cache": tmp_path / cache, "progress": False}
+        return evaluate_model(checkpoint, teacher, tmp_path / name, given, **options)
+
+    return run
+
+
+@pytest.fixture
+def undrawn(request, monkeypatch):
+    """No report, which takes a second or two, unless the test is about it."""
+    if "drawn" not in request.keywords:
+        monkeypatch.setattr("dijiang.evaluate.page.write_report", lambda results, folder: None)
 
 
 @pytest.fixture

@@ -18,39 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from dijiang.convert import convert_model, load_source, read_provenance, write_provenance
 from dijiang.evaluate import evaluation, linear_only, no_attention, window_only
-from dijiang.evaluate.evaluation import EvaluationConfig, evaluate_model
 from dijiang.evaluate.page import make_report
 from dijiang.evaluate.perplexity import perplexity_scores
 from dijiang.evaluate.subjects import Comparison
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 CONTROLS = {"window_only": window_only, "linear_only": linear_only, "no_attention": no_attention}
 SUBJECTS = ["teacher", "window_sinks", "student", *CONTROLS]
-
-
-@pytest.fixture
-def config(text_file):
-    return EvaluationConfig(
-        texts=(text_file,), text_tokens=300, lengths=(24,), stride=10, recall_lengths=(), prompts=3, prompt_length=12,
-        new_tokens=5, map_tokens=20, dtype="float32", device="cpu",
-    )  # fmt: skip
-
-
-@pytest.fixture
-def evaluated(pair, config, tmp_path):
-    """evaluated(name, **other settings) -> the result of an evaluation of the pair, kept in tmp_path/cache."""
-
-    def run(name="out", checkpoint=pair.checkpoint, teacher=pair.teacher, cache="cache", **settings):
-        given = replace(config, **settings)
-        return evaluate_model(checkpoint, teacher, tmp_path / name, given, cache=tmp_path / cache, progress=False)
-
-    return run
-
-
-@pytest.fixture(autouse=True)
-def undrawn(request, monkeypatch):
-    """No report, which takes a second or two, unless the test is about it."""
-    if "drawn" not in request.keywords:
-        monkeypatch.setattr("dijiang.evaluate.page.write_report", lambda results, folder: None)
 
 
 def row(result: dict, kind: str) -> dict:
