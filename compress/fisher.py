@@ -17,7 +17,7 @@ Observer = Callable[[str, torch.Tensor, torch.Tensor], None]
 
 def fisher(
     decoder: StreamedDecoder, blocks: torch.Tensor, *, advance: Callable[[int], None] = lambda layers: None
-) -> dict[str, list[float]]:
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """
     ||dL_s/dW||_F^2 for each pruned matrix W and sequence s, L_s the mean next-token cross-entropy of s. Its mean over
     sequences estimates the trace of the Fisher information, and that of the Hessian where the model fits the text.
@@ -27,17 +27,19 @@ def fisher(
         advance: is told of every layer that was passed; two times the layers for each sequence.
 
     Returns:
-        By name of the matrix, N values.
+        By name of the matrix, N values; and likewise ||dL_s/dY||_F^2 for its outputs Y, (T, R).
     """
-    found: dict[str, list[float]] = {name: [] for layer in decoder.targets for name in layer}
+    weights: dict[str, list[float]] = {name: [] for layer in decoder.targets for name in layer}
+    outputs: dict[str, list[float]] = {name: [] for name in weights}
 
     def observe(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         per_sequence = gradients.transpose(1, 2) @ inputs
-        found[name] += per_sequence.square().sum((1, 2), dtype=torch.float64).tolist()
+        weights[name] += per_sequence.square().sum((1, 2), dtype=torch.float64).tolist()
+        outputs[name] += gradients.square().sum((1, 2), dtype=torch.float64).tolist()
 
     for row in blocks[:, None]:
         backpropagate(decoder, row, observe, advance=advance)
-    return found
+    return weights, outputs
 
 
 def backpropagate(

@@ -124,14 +124,9 @@ def prune_one(
 ) -> PrunedMatrix:
     """Prune one matrix in place, rounded to the dtype it is stored in."""
     dense = module.weight.detach()
-    settings = {"sparsity": sparsity, "pattern": config.zeros_of, "bits": config.bits}
-    damping = None
-    if config.score in UNCOMPENSATED:
-        found: Pruned = prune_uncompensated(dense, hessian.norms if hessian else None, **settings)
-    else:
-        factor = hessian.factor(name, damping=config.damping)
-        damping = factor.damping
-        found = sweep(dense, factor, score=config.score, block_size=config.block_size, **settings)
+    if not torch.isfinite(dense).all():
+        raise ValueError(f"{name} holds NaN or infinite weights, so it cannot be pruned; check the model")
+    found = removed(name, dense, hessian, sparsity, config)
     stored = found.weight.to(dtype).masked_fill(found.mask, 0)
     error = relative_error(dense, stored.to(dense.dtype) - dense, hessian) if hessian else None
     module.weight.copy_(stored)
@@ -142,9 +137,18 @@ def prune_one(
         "pruned": int(found.mask.sum()),
         "zeros": int((stored == 0).sum()),
         "relative_error": error,
-        "damping": damping,
+        "damping": hessian.kept.damping if hessian and hessian.kept else None,
     }
     return PrunedMatrix(stored.cpu(), facts)
+
+
+def removed(name: str, dense: torch.Tensor, hessian: LocalHessian | None, sparsity: float, config: PruneConfig) -> Pruned:
+    """The matrix (R, C) as `config` prunes it, by a Hessian unless the score needs none."""
+    settings = {"sparsity": sparsity, "pattern": config.zeros_of, "bits": config.bits}
+    if config.score in UNCOMPENSATED:
+        return prune_uncompensated(dense, hessian.norms if config.calibrated else None, **settings)
+    factor = hessian.factor(name, damping=config.damping)
+    return sweep(dense, factor, score=config.score, block_size=config.block_size, **settings)
 
 
 def relative_error(dense: torch.Tensor, change: torch.Tensor, hessian: LocalHessian) -> float | None:

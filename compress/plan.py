@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 
 from .allocation import allocate, middle_places
+from .loss_allocation import allocate_by_loss
 from .prune_config import PruneConfig
 from .sensitivity import Sensitivities
 
@@ -77,7 +78,11 @@ def make_plan(
         members = list(units.values())
         values = [sum(found.values[name] for name in names) for names in members]
         sizes = [sum(shapes[name][0] * shapes[name][1] for name in names) for names in members]
-        shares = allocate(values, sizes, config.sparsity, config.alpha, budget=config.budget)
+        if found.costs is None:
+            shares = allocate(values, sizes, config.sparsity, config.alpha, budget=config.budget)
+        else:
+            costs = [[sum(parts) for parts in zip(*(found.costs[name] for name in names), strict=True)] for names in members]
+            shares = allocate_by_loss(costs, sizes, config.sparsity, config.sparsity + config.alpha)
         places = middle_places(values, [1] * len(values))
         for names, share, place in zip(members, shares, places, strict=True):
             targets |= dict.fromkeys(names, share)
@@ -97,5 +102,6 @@ def make_plan(
         ),
         sensitivity=found,
     )
-    assert config.budget == "paper" or abs(plan.sparsity - config.sparsity) < TOLERANCE, plan.sparsity
+    exact = config.budget != "paper" or (found and found.costs)
+    assert not exact or abs(plan.sparsity - config.sparsity) < TOLERANCE, plan.sparsity
     return plan

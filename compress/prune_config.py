@@ -7,10 +7,12 @@ from pathlib import Path
 from .allocation import BUDGETS, refuse_range
 from .counts import parse_pattern
 from .hessian import DAMPING
+from .loss_allocation import POINTS
 from .saliency import SCORES
 from .sweep import BLOCK
 
 METHODS = ("mixed-sparsity",)
+ALLOCATIONS = ("rank", "loss")
 GRANULARITIES = ("weight", "layer", "uniform")
 SENSITIVITIES = ("fisher", "hutchinson", "finite-difference", "owl", "local", "random", "reversed")
 NORMALISATIONS = ("total", "mean")
@@ -29,10 +31,14 @@ class PruneConfig:
             `wanda`, `magnitude`.
         granularity: what gets a sparsity of its own: `weight` (each matrix), `layer` (each decoder layer), `uniform`
             (nothing). None: `weight`, or `uniform` with a pattern.
-        alpha: half the range of sparsities; budget: how ranks become sparsities, see `allocate`.
+        allocation: `rank`, the paper's rule, or `loss`, sparsities that are reckoned to cost least, see `allocate_by_loss`.
+        alpha: half the range of sparsities; for `loss` how far they may exceed `sparsity` (None: 0.1, for `loss` 0.2).
+        budget: how ranks become sparsities, see `allocate`.
         sensitivity: what ranks: `fisher`, `hutchinson`, `finite-difference` (of the same trace), `owl`, `local`; controls:
             `random`, and `reversed`, fisher's ranks backwards.
         sensitivity_samples: calibration sequences (or probes) for it, at most as many as there are.
+        probes_by_layer: take one decoder layer at a time in `hutchinson` and `finite-difference`: less memory and no noise
+            from other layers, as many times slower.
         normalisation: `total`: a matrix's whole trace; `mean`: per weight.
         owl_m: how many times the layer's mean counts as an outlier, for `owl`.
         pattern: "N:M", N zeros in every M weights of a row, for all matrices alike (None: unstructured).
@@ -54,10 +60,12 @@ class PruneConfig:
     sparsity: float | None = None
     score: str = "isc"
     granularity: str | None = None
-    alpha: float = 0.1
+    allocation: str = "rank"
+    alpha: float | None = None
     budget: str = "weighted"
     sensitivity: str = "fisher"
     sensitivity_samples: int = 32
+    probes_by_layer: bool = False
     normalisation: str = "total"
     owl_m: float = 5.0
     pattern: str | None = None
@@ -79,6 +87,7 @@ class PruneConfig:
             ("method", METHODS),
             ("score", SCORES),
             ("granularity", (*GRANULARITIES, None)),
+            ("allocation", ALLOCATIONS),
             ("budget", BUDGETS),
             ("sensitivity", SENSITIVITIES),
             ("normalisation", NORMALISATIONS),
@@ -99,8 +108,7 @@ class PruneConfig:
         self.settle_pattern()
         if not 0 < self.sparsity < 1:
             raise ValueError(f"sparsity={self.sparsity} must lie between 0 and 1, both left out")
-        if self.granularity != "uniform":
-            refuse_range(self.sparsity, self.alpha)
+        self.settle_allocation()
         if self.needs_text and not self.calibration:
             raise ValueError("no calibration text given; name at least one text file")
 
@@ -124,6 +132,25 @@ class PruneConfig:
             settled = {"sparsity": zeros / group, "granularity": "uniform", "zeros_of": (zeros, group)}
         for name, value in settled.items():
             object.__setattr__(self, name, value)
+
+    def settle_allocation(self) -> None:
+        """Fill in alpha, and refuse what does not go together."""
+        if self.alpha is None:
+            alpha = 0.1 if self.allocation == "rank" else min(0.2, POINTS[-1] - self.sparsity)
+            object.__setattr__(self, "alpha", alpha)
+        if not self.ranked:
+            return
+        if self.allocation == "rank":
+            refuse_range(self.sparsity, self.alpha)
+        elif not (0 <= self.alpha <= POINTS[-1] - self.sparsity):
+            raise ValueError(
+                f"sparsity={self.sparsity:g} and alpha={self.alpha:g} allow a matrix {self.sparsity + self.alpha:g}, but "
+                f"allocation by loss goes up to {POINTS[-1]:g}"
+            )
+        elif self.sensitivity != "fisher":
+            raise ValueError(
+                f"allocation by loss takes gradients itself, so sensitivity {self.sensitivity} has no effect; leave one out"
+            )
 
     @property
     def calibrated(self) -> bool:

@@ -133,7 +133,8 @@ class PruningRun:
         found = None
         if self.config.ranked:
             sizes = {name: rows * columns for name, (rows, columns) in self.shapes.items()}
-            with self.bar(f"Sensitivity ({self.config.sensitivity})", 1.0) as advance:
+            passes = 2.0 if self.config.allocation == "loss" else 1.0
+            with self.bar(f"Sensitivity ({self.config.sensitivity})", passes) as advance:
                 found = measure(
                     self.decoder, self.blocks, sizes, self.config, identity=self.identity, cache=self.cache, advance=advance
                 )

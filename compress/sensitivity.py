@@ -3,6 +3,7 @@ How much each matrix matters to the loss, by one of several measures, kept so th
 (arXiv 2310.09499, section 2.3).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,14 @@ from dijiang.convert.result_cache import ResultCache, hash_of
 from .fisher import fisher
 from .hessian_trace import finite_difference, hutchinson, split_half_correlation, to_sensitivity
 from .layer_statistics import local_traces, outlier_counts
+from .loss_allocation import POINTS
+from .loss_curves import error_curves
 from .prune_config import PruneConfig
 from .streamed_decoder import StreamedDecoder
 
 STABLE = 0.7  # split-half rank correlation below which ranks are mostly noise
-MEASURING = ("fisher", "hessian_trace", "layer_statistics", "streamed_decoder")  # files that values depend on
+# files that values depend on
+MEASURING = "fisher hessian_trace layer_statistics loss_curves streamed_decoder sweep saliency counts uncompensated".split()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +32,8 @@ class Sensitivities:
     Attributes:
         method: the measure.
         values: by name of the matrix, what ranks are made of.
+        costs: by name of the matrix, the loss that its pruning to each of `POINTS` is reckoned to cost, up to a common factor;
+            None where ranks decide.
         correlation: Spearman's, between halves of the sequences or probes (None: one sequence, or no such thing).
         negative: matrices whose estimate was negative and counts as 0.
         samples: sequences or probes behind each value.
@@ -35,6 +41,7 @@ class Sensitivities:
 
     method: str
     values: dict[str, float]
+    costs: dict[str, list[float]] | None = None
     correlation: float | None = None
     negative: tuple[str, ...] = ()
     samples: int = 0
@@ -84,31 +91,61 @@ def measure(
     facts = {"model": identity, "method": method, "code": code_hash(), "versions": versions()}
     if method == "fisher":  # sequence by sequence, so that an interrupted pass goes on
         estimates: dict[str, list[float]] = {name: [] for name in sizes}
+        energy = dict.fromkeys(sizes, 0.0)
         for block in blocks:
             own = facts | {"block": block.tolist()}
             if (found := cache.get(own)) is None:
-                found = {name: values[0] for name, values in fisher(decoder, block[None]).items()}
-                cache.put(own, found)
+                found = [{name: values[0] for name, values in part.items()} for part in fisher(decoder, block[None])]
+                if all(math.isfinite(x) for part in found for x in part.values()):
+                    cache.put(own, found)
             for name in sizes:
-                estimates[name].append(found[name])
+                estimates[name].append(found[0][name])
+                energy[name] += found[1][name]
             advance(1 / len(blocks))
     else:
-        probes = config.sensitivity_samples
-        facts |= {"blocks": blocks.tolist(), "probes": probes, "seed": config.seed, "owl_m": config.owl_m}
+        facts |= {"blocks": blocks.tolist(), "probes": config.sensitivity_samples, "by_layer": config.probes_by_layer}
+        facts |= {"seed": config.seed, "owl_m": config.owl_m}
         if (estimates := cache.get(facts)) is None:
             estimates = other_estimates(method, decoder, blocks, config, advance)
-            cache.put(facts, estimates)
+            if all(math.isfinite(x) for values in estimates.values() for x in values):
+                cache.put(facts, estimates)
     by_size = "mean" if method == "owl" and config.granularity == "weight" else config.normalisation
     values, negative = to_sensitivity(estimates, sizes, by_size)
     if config.sensitivity == "reversed":
         values = {name: -value for name, value in values.items()}
+    costs = None
+    if config.allocation == "loss":
+        costs = loss_costs(decoder, blocks, energy, config, facts, cache, advance)
     return Sensitivities(
         method=config.sensitivity,
         values=values,
+        costs=costs,
         correlation=split_half_correlation(estimates),
         negative=tuple(negative),
         samples=max(map(len, estimates.values())),
     )
+
+
+def loss_costs(
+    decoder: StreamedDecoder,
+    blocks: torch.Tensor,
+    energy: dict[str, float],
+    config: PruneConfig,
+    facts: dict,
+    cache: ResultCache,
+    advance: Callable[[float], None],
+) -> dict[str, list[float]]:
+    """
+    Error of each matrix's output at every sparsity in `POINTS`, times the mean squared gradient of an output: the Fisher
+    information's quadratic form, inputs and gradients taken to be independent and outputs alike.
+    """
+    settings = {name: getattr(config, name) for name in ("score", "bits", "block_size", "damping")}
+    facts = facts | {"method": "error curves", "blocks": blocks.tolist(), "points": POINTS, "settings": settings}
+    if (errors := cache.get(facts)) is None:
+        errors = error_curves(decoder, blocks, config, advance)
+        cache.put(facts, errors)
+    rows = {name: decoder.model.get_submodule(name).out_features for name in errors}
+    return {name: [error * energy[name] / rows[name] for error in found] for name, found in errors.items()}
 
 
 def other_estimates(
@@ -121,6 +158,8 @@ def other_estimates(
         return local_traces(decoder, blocks, advance)
     estimator = hutchinson if method == "hutchinson" else finite_difference
     probes = config.sensitivity_samples
+    groups = [[name for layer in decoder.targets for name in layer]] if not config.probes_by_layer else decoder.targets
+    share = 1 / (probes * len(groups))
     with decoder.whole() as model:
         weights = {name: model.get_parameter(f"{name}.weight") for layer in decoder.targets for name in layer}
 
@@ -130,11 +169,17 @@ def other_estimates(
 
         losses = [lambda row=row: loss(row) for row in blocks]
         try:
-            return estimator(losses, weights, probes=probes, seed=config.seed, advance=lambda n: advance(n / probes))
-        except (RuntimeError, NotImplementedError) as error:
+            return estimator(
+                losses, weights, probes=probes, seed=config.seed, groups=groups, advance=lambda n: advance(n * share)
+            )
+        except torch.OutOfMemoryError:  # of a GPU
             raise ValueError(
-                f"{decoder.name} cannot be differentiated twice ({' '.join(str(error).split())[:150]}); use sensitivity fisher"
+                f"the GPU's memory does not hold {decoder.name} with its gradients; probe by layer, or use sensitivity fisher"
             ) from None
+        except RuntimeError as error:
+            if "derivative for" not in str(error):
+                raise
+            raise ValueError(f"{decoder.name} cannot be differentiated twice; use sensitivity fisher") from None
 
 
 def code_hash() -> str:

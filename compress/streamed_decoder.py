@@ -16,10 +16,20 @@ from dijiang.convert.weights import SafetensorsFile, WeightFile
 from .targets import find_layers, layer_targets
 
 COMPUTE = torch.float32  # Hessians, their inverses and the updates need it
+OTHER_NAMES = {"lm_head.weight": "embed_out.weight"}  # of GPT-NeoX in files, and up to transformers 5.16 in the model too
 
 
 class Recorded(Exception):
     """All layers' arguments are known; there is no need to go on."""
+
+
+def refuse_encoder(config: PreTrainedConfig, name: str) -> None:
+    """Raise ValueError on what transformers would build a decoder from, though it is not one."""
+    kinds = config.architectures or []
+    masked = [kind for kind in kinds if kind.endswith(("ForMaskedLM", "ForPreTraining"))]
+    if masked or getattr(config, "is_encoder_decoder", False):
+        kind = (masked or kinds or [type(config).__name__])[0]
+        raise ValueError(f"{name} is a {kind}, not a causal language model; only plain decoders can be pruned")
 
 
 class StreamedDecoder:
@@ -43,6 +53,7 @@ class StreamedDecoder:
 
     def __init__(self, config: PreTrainedConfig, files: list[WeightFile], name: str, device: torch.device | str = "cpu"):
         self.name, self.device, self.files = name, torch.device(device), files
+        refuse_encoder(config, name)
         try:
             with init_empty_weights(include_buffers=False):  # buffers such as rotary tables are computed, not stored
                 self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
@@ -75,7 +86,8 @@ class StreamedDecoder:
         tied = set(self.model.all_tied_weights_keys)
         places, missing = {}, []
         for key, tensor in wanted.items():
-            spellings = (key, key.removeprefix(base))  # some checkpoints hold the model without its head
+            # some checkpoints hold the model without its head
+            spellings = (key, key.removeprefix(base), OTHER_NAMES.get(key, key))
             place = next((stored[spelling] for spelling in spellings if spelling in stored), None)
             if place is None:
                 if key not in tied and tensor.is_meta:
@@ -137,6 +149,11 @@ class StreamedDecoder:
     def n_parameters(self) -> int:
         """Of the whole model, tied ones once."""
         return sum(math.prod(file.headers[stored].shape) for file, stored in self.dense_places.values())
+
+    @property
+    def n_targeted(self) -> int:
+        """Weights that may be pruned."""
+        return sum(self.model.get_parameter(f"{name}.weight").numel() for layer in self.targets for name in layer)
 
     def names_of(self, index: int) -> list[str]:
         """Names of the tensors of one layer."""
@@ -214,7 +231,10 @@ class StreamedDecoder:
         """Layer `index`, within its block, on (B, T, hidden) from `embed` or the layer before."""
         args, kwargs = self.contexts[tuple(hidden.shape[:2])][index]
         output = layer(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        if isinstance(output, tuple):
+            self.gives_tuples = True  # which `embed` cannot tell where there is one layer alone
+            return output[0]
+        return output
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (B, T, V) of what the last layer gave, (B, T, hidden); gradients reach it."""

@@ -14,7 +14,7 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    found = [(name, module) for name, module in lists if len(module) == count and any(linears(layer) for layer in module)]
+    found = [(name, module) for name, module in lists if len(module) == count and has_matrices(module)]
     outermost = [(name, module) for name, module in found if not any(name.startswith(f"{other}.") for other, _ in found)]
     if len(outermost) != 1:
         raise ValueError(
@@ -22,6 +22,10 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             "only plain decoders can be pruned"
         )
     return outermost[0]
+
+
+def has_matrices(layers: nn.ModuleList) -> bool:
+    return any(isinstance(part, (nn.Linear, Conv1D)) for part in layers.modules())
 
 
 def linears(module: nn.Module, kept: tuple[str, ...] = ()) -> dict[str, nn.Linear]:

@@ -10,6 +10,13 @@ from safetensors.torch import save_file
 
 from dijiang.convert.folders import write_whole
 
+ABSENT = object()
+
+
+def flat(facts: dict) -> dict:
+    """`facts` with what is in its dictionaries one level up, so that a difference can be named."""
+    return {k: v for key, value in facts.items() for k, v in (value if isinstance(value, dict) else {key: value}).items()}
+
 
 class WorkFolder:
     """
@@ -28,8 +35,8 @@ class WorkFolder:
         self.facts = facts
         run = self.folder / "run.json"
         if run.is_file():
-            theirs = json.loads(run.read_text(encoding="utf-8"))
-            if differing := [key for key in facts if theirs.get(key) != json.loads(json.dumps(facts[key]))]:
+            theirs, ours = flat(json.loads(run.read_text(encoding="utf-8"))), flat(json.loads(json.dumps(facts)))
+            if differing := [key for key in ours | theirs if ours.get(key, ABSENT) != theirs.get(key, ABSENT)]:
                 raise ValueError(
                     f"{self.folder} holds an unfinished run with another {', '.join(differing)}; run that one again to finish "
                     "it, or remove the folder"

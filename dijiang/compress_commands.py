@@ -30,7 +30,14 @@ def prune(
             help="What gets its own sparsity: weight (each matrix), layer, uniform.  [default: weight; uniform with a pattern]"
         ),
     ] = None,
-    alpha: Annotated[float, typer.Option(help="Sparsities reach from SPARSITY - ALPHA to SPARSITY + ALPHA.")] = 0.1,
+    allocation: Annotated[
+        str,
+        typer.Option(help="rank: the paper's rule, by rank alone; loss: sparsities that are reckoned to cost least loss."),
+    ] = "rank",
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="Sparsities reach from SPARSITY - ALPHA (loss: 0) to SPARSITY + ALPHA.  [default: 0.1; loss: 0.2]"),
+    ] = None,
     budget: Annotated[
         str, typer.Option(help="weighted or shift (the sparsity holds for all weights together), paper (it need not).")
     ] = "weighted",
@@ -93,10 +100,11 @@ def prune(
     from dijiang.compress import prune as run
 
     config = PruneConfig(
-        method=method, sparsity=sparsity, score=score, granularity=granularity, alpha=alpha, budget=budget, pattern=pattern,
-        sensitivity=sensitivity, sensitivity_samples=sensitivity_samples, probes_by_layer=probes_by_layer,
-        normalisation=normalisation, bits=bits, calibration=tuple(calibration or [TRAIN_TEXT]), samples=samples, length=length,
-        true_sequential=true_sequential, held_out=held_out or HELD_OUT_TEXT, bitmask=bitmask, seed=seed, device=device,
+        method=method, sparsity=sparsity, score=score, granularity=granularity, allocation=allocation, alpha=alpha,
+        budget=budget, pattern=pattern, sensitivity=sensitivity, sensitivity_samples=sensitivity_samples,
+        probes_by_layer=probes_by_layer, normalisation=normalisation, bits=bits,
+        calibration=tuple(calibration or [TRAIN_TEXT]), samples=samples, length=length, true_sequential=true_sequential,
+        held_out=held_out or HELD_OUT_TEXT, bitmask=bitmask, seed=seed, device=device,
     )  # fmt: skip
     if dry_run:
         from dijiang.evaluate.tables import number, print_table, wide_console

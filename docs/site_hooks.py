@@ -10,7 +10,7 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("modeling", "convert", "train", "evaluate")
+ROOMS = ("modeling", "convert", "train", "evaluate", "compress")
 SHOWN_AS_THEY_ARE = (".json", ".png", ".txt")  # browsers would save the others to disk instead
 REPOSITORY_LINK = re.compile(r"\]\(\.\./([^)#]+)\)")
 

@@ -13,17 +13,18 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dijiang.convert.folders import new_folder, refuse_occupied
+from dijiang.convert.placement import placement
 from dijiang.convert.provenance import public_name, versions
+from dijiang.convert.result_cache import ResultCache, cache_folder, hash_of
 from dijiang.convert.text_files import read_tokens
 
 from .attention_maps import measure_maps
 from .drawing import refuse_missing_packages
 from .evaluation_config import EvaluationConfig
 from .evaluation_result import describe, summary, training_curves
+from .measuring_code import code_hash
 from .page import write_results
-from .placement import placement
 from .recall import PAIRS, single_token_words
-from .result_cache import ResultCache, code_hash, default_folder, hash_of
 from .statistics import LEVEL, RESAMPLES
 from .subjects import Comparison, Subject, compare, zero_share
 from .tables import SHORT
@@ -102,7 +103,7 @@ def run_evaluation(
     comparison = compare(checkpoint, teacher, beside=beside, dtype=dtype, device=device.type)
     config = config.within(comparison.context)
     tasks, map_rows, left_out = build_tasks(config, comparison)
-    kept = ResultCache(cache or default_folder())
+    kept = ResultCache(cache or cache_folder("evaluations"))
     try:
         scores, maps, reused = measure(tasks, map_rows, comparison, kept, progress=progress)
     except torch.OutOfMemoryError:  # of a GPU

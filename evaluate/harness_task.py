@@ -8,8 +8,7 @@ from importlib.metadata import version
 from transformers import set_seed
 
 from dijiang.convert.provenance import public_name
-
-from .result_cache import hash_of
+from dijiang.convert.result_cache import hash_of
 
 TOKENISED_AT_A_TIME = 1000  # prompts
 

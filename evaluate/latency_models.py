@@ -13,13 +13,13 @@ from dijiang.convert.families import dijiang_config, one_line
 from dijiang.convert.loader import load_dijiang
 from dijiang.convert.mapping import build_on_meta
 from dijiang.convert.overrides import check_effect, check_keys
+from dijiang.convert.placement import placement
 from dijiang.convert.provenance import public_name
 from dijiang.convert.shapes import shape_config
 from dijiang.convert.source import Source, open_source
 from dijiang.convert.weights import no_library_bars
 from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
 
-from .placement import placement
 from .subjects import file_hashes
 from .timing import available_bytes
 

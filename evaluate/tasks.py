@@ -6,12 +6,13 @@ from typing import Literal
 
 import torch
 
+from dijiang.convert.result_cache import hash_of
+
 from .agreement import agreement_scores, prompts
 from .harness import HarnessTask, harness_scores, load_tasks, resolve_tasks
 from .perplexity import perplexity_scores, refuse_stride, windows
 from .recall import associative_samples, needle_samples, recall_scores
 from .recall import chance as recall_chance
-from .result_cache import hash_of
 
 ASSOCIATIVE, NEEDLE = "associative recall", "needle"
 

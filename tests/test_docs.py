@@ -42,6 +42,7 @@ SMALLER = {
     "recover": ([word for setting in BUDGET for word in ("--set", setting)], {}),
     "benchmark kernels": (["--quick", "--model", TEACHER, "--features", "3", "--features", "8"], {}),
     "benchmark latency": (["--rounds", "1", "--phases", "decode"], {"pythia-410m": "pythia-70m", "2048": "64", "512": "32"}),
+    "prune": (["--samples", "4", "--length", "64", "--cache", "cache"], {}),
     # there is no hub here to give the tasks' data
     "evaluate": (["--quick", "--cache", "cache"], {"paper": "capitals.yaml"}),
 }

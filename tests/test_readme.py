@@ -18,9 +18,10 @@ BUDGET = ["align.tokens=12288", "distill.tokens=16384"]
 SMALLER = {
     "recover": [word for setting in BUDGET for word in ("--set", setting)],
     "evaluate": ["--quick", "--cache", "cache"],
+    "prune": ["--samples", "4", "--cache", "cache"],
     "benchmark": ["--rounds", "1", "--phases", "decode"],
 }
-COMMANDS = ["convert", "estimate", "recover", "evaluate", "benchmark", "report", "card"]
+COMMANDS = ["convert", "estimate", "recover", "prune", "evaluate", "benchmark", "report", "card"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = ROOT / "benchmarks" / "results" / "demo"
 

@@ -18,7 +18,7 @@ from dijiang.train.recipe import bundled_recipes
 
 COMMANDS = (
     *("convert", "align", "distill", "recover", "estimate", "demo", "evaluate", "report", "card", "benchmark kernels"),
-    "benchmark latency",
+    *("benchmark latency", "prune", "unpack"),
 )
 
 

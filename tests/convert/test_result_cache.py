@@ -1,12 +1,8 @@
 """Results come back under the facts they were kept for, and no others."""
 
-import re
-from pathlib import Path
-
 import pytest
 
-from dijiang.evaluate import result_cache
-from dijiang.evaluate.result_cache import ResultCache, code_hash, hash_of
+from dijiang.convert.result_cache import ResultCache, hash_of
 
 FACTS = {"kind": "perplexity", "settings": {"length": 8, "hash": "ab"}, "model": {"weights": {"model.safetensors": "cd"}}}
 
@@ -43,26 +39,3 @@ def test_a_broken_file_counts_as_none(cache, content):
 
 def test_parts_do_not_run_together():
     assert hash_of(b"ab", b"c") != hash_of(b"a", b"bc") != hash_of(b"abc")
-
-
-def test_code_is_hashed_by_what_it_says(monkeypatch, tmp_path):
-    (tmp_path / "perplexity.py").write_text("a = 1", encoding="utf-8")
-    (tmp_path / "drawing.py").write_text("b = 1", encoding="utf-8")
-    monkeypatch.setattr("dijiang.evaluate.result_cache.__file__", str(tmp_path / "result_cache.py"))
-    before = code_hash()
-    (tmp_path / "drawing.py").write_text("b = 2", encoding="utf-8")  # which measures nothing
-    assert code_hash() == before
-    (tmp_path / "perplexity.py").write_text("a = 2", encoding="utf-8")
-    assert code_hash() != before
-
-
-def test_all_code_that_measures_is_named():
-    """Every module that scores pass through: those named here, what they import from this room, and so on."""
-    folder = Path(result_cache.__file__).parent
-    seen, left = set(), {"tasks", "subjects", "attention_maps"}
-    while left:
-        name = left.pop()
-        seen.add(name)
-        text = (folder / f"{name}.py").read_text(encoding="utf-8")
-        left |= set(re.findall(r"^from \.(\w+) import", text, flags=re.MULTILINE)) - seen
-    assert seen - {"result_cache"} == result_cache.MEASURING

@@ -1,0 +1,136 @@
+"""What the tests of pruning compare with: slow and plain forms, written from the papers and not from our code."""
+
+from itertools import combinations
+
+import torch
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make_inputs(columns: int, *, seed: int = 0, dead: tuple[int, ...] = ()) -> torch.Tensor:
+    """X (C, tokens), correlated, each row of another size."""
+    mix = torch.eye(columns) + normal(columns, columns, seed=seed) / columns**0.5
+    sizes = normal(columns, 1, seed=seed + 1).abs() + 0.3
+    X = sizes * (mix @ normal(columns, 3 * columns + 5, seed=seed + 2))
+    X[list(dead)] = 0
+    return X
+
+
+def make_problem(rows: int, columns: int, *, seed: int = 0, dtype=torch.float64, dead: tuple[int, ...] = ()):
+    """A random weight (R, C) and a Hessian (C, C) of one sequence, 2 X X^T."""
+    X = make_inputs(columns, seed=seed, dead=dead)
+    return normal(rows, columns, seed=1000 + seed).to(dtype), (2 * X @ X.T).to(dtype)
+
+
+def damp(hessian: torch.Tensor, share: float = 0.01) -> torch.Tensor:
+    """The Hessian that pruning works with: 1 for dead inputs, a share of the mean diagonal added."""
+    H, every = hessian.clone(), torch.arange(len(hessian))
+    H[every, every] = torch.where(H[every, every] == 0, 1.0, H[every, every])
+    H[every, every] += share * H[every, every].mean()
+    return H
+
+
+def first_of_trailing_inverses(H: torch.Tensor) -> torch.Tensor:
+    """[(H_{j:,j:})^-1]_00 for each j, (C,)."""
+    return torch.stack([torch.linalg.inv(H[j:, j:])[0, 0] for j in range(len(H))])
+
+
+def importance(score: str, H: torch.Tensor) -> torch.Tensor:
+    """What a score multiplies squared weights by, from dense inverses of the damped H."""
+    trailing = first_of_trailing_inverses(H)
+    return {
+        "obs": 1 / trailing,
+        "obd": H.diagonal(),
+        "isc": H.diagonal() + 1 / trailing,
+        "isc-b": H.diagonal() + 1 / torch.linalg.inv(H).diagonal(),
+        "isc-c": H.diagonal() + 1 / trailing.sqrt(),
+    }[score]
+
+
+def inverse_factor(H: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+
+
+def plain_sparsegpt(weight, hessian, sparsity, *, block, score="obs", exact=False, pattern=None, upper=None):
+    """
+    Algorithm 1 of arXiv 2301.00774 row by row, mask by the reference's threshold (or `exact` counts, or N:M); returns weight
+    and mask.
+    """
+    W = weight.clone()
+    W[:, hessian.diagonal() == 0] = 0
+    H = damp(hessian)
+    U = inverse_factor(H) if upper is None else upper
+    per_column = None if score == "obs" else importance(score, H)
+    rows, columns = W.shape
+    mask, gone = torch.zeros(rows, columns, dtype=torch.bool), 0
+
+    def saliency(part, start, stop):
+        if per_column is None:
+            return part**2 / torch.diag(U)[start:stop] ** 2
+        return part**2 * per_column[start:stop]
+
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        W1, U1, M1 = W[:, start:stop].clone(), U[start:stop, start:stop], mask[:, start:stop]
+        Q, E = torch.zeros_like(W1), torch.zeros_like(W1)
+        if pattern is None:
+            metric = saliency(W1, start, stop)
+            if exact:
+                goal = round(sparsity * rows * stop)
+                chosen = torch.zeros(metric.numel(), dtype=torch.bool)
+                chosen[metric.reshape(-1).sort(stable=True).indices[: goal - gone]] = True
+                M1.copy_(chosen.view(metric.shape))
+                gone = goal
+            else:
+                ordered = torch.sort(metric.flatten())[0]
+                M1.copy_(metric <= ordered[int(metric.numel() * sparsity)])
+        for j in range(stop - start):
+            if pattern and j % pattern[1] == 0:
+                metric = saliency(W1[:, j : j + pattern[1]], start + j, start + j + pattern[1])
+                M1.scatter_(1, j + metric.topk(pattern[0], dim=1, largest=False).indices, True)
+            Q[:, j] = W1[:, j]
+            Q[M1[:, j], j] = 0
+            e = (W1[:, j] - Q[:, j]) / U1[j, j]
+            W1[:, j:] -= e[:, None] * U1[j, j:]
+            E[:, j] = e
+        W[:, start:stop] = Q
+        W[:, stop:] -= E @ U[start:stop, stop:]
+    return W, mask
+
+
+def obs_updates(weight: torch.Tensor, H: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Remove the masked weights from left to right, each by eq. 3 with the inverse Hessian of the columns from it on."""
+    W = weight.clone()
+    for j in range(W.shape[1]):
+        inverse = torch.linalg.inv(H[j:, j:])
+        W[:, j:] -= torch.where(mask[:, j], W[:, j], 0.0)[:, None] * inverse[0] / inverse[0, 0]
+        W[mask[:, j], j] = 0
+    return W
+
+
+def least_squares(w: torch.Tensor, X: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The row that is nearest w in output on X and zero where masked, and ||(it - w) X||^2."""
+    best = torch.zeros_like(w)
+    best[~mask] = torch.linalg.lstsq(X[~mask].T, (w @ X)[:, None]).solution[:, 0]
+    return best, (best - w).matmul(X).square().sum().item()
+
+
+def masks_of(columns: int, zeros: int) -> list[torch.Tensor]:
+    """All masks of so many zeros."""
+    made = []
+    for places in combinations(range(columns), zeros):
+        made.append(torch.zeros(columns, dtype=torch.bool))
+        made[-1][list(places)] = True
+    return made
+
+
+def half_energy(D: torch.Tensor, H: torch.Tensor) -> float:
+    """tr(D H D^T) / 2."""
+    return (torch.trace(D.double() @ H.double() @ D.double().T) / 2).item()
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference, by the largest of b."""
+    return ((a - b).abs().max() / b.abs().max()).item()
