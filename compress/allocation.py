@@ -1,5 +1,6 @@
 """From sensitivities to one sparsity per unit: the rank rule of arXiv 2310.09499 (Algorithm 1), with budgets that hold."""
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -21,11 +22,13 @@ def allocate(
             a constant, clipped to the same range, so that the mean over weights is `sparsity`.
 
     Raises:
-        ValueError: if the range leaves [0, 1), or the budget's name is unknown.
+        ValueError: if the range leaves [0, 1), the budget's name is unknown, or a sensitivity is not finite.
     """
     refuse_range(sparsity, alpha)
     if budget not in BUDGETS:
         raise ValueError(f"budget {budget!r} is unknown; choose from {', '.join(BUDGETS)}")
+    if not all(map(math.isfinite, sensitivities)):
+        raise ValueError("a sensitivity is NaN or infinite, so nothing can be ranked; check model and calibration text")
     measures = sizes if budget == "weighted" else [1] * len(sizes)
     places = middle_places(sensitivities, measures)
     if budget == "weighted":
@@ -39,9 +42,11 @@ def allocate(
 def refuse_range(sparsity: float, alpha: float) -> None:
     """Raise ValueError unless every sparsity from `sparsity` - `alpha` to `sparsity` + `alpha` is from 0 to below 1."""
     if not (alpha >= 0 and sparsity - alpha >= 0 and sparsity + alpha < 1):
+        widest = min(sparsity, 1 - sparsity)
+        advice = f"set alpha below {widest:g}" if 0 < widest <= alpha else "set both from 0 to below 1"
         raise ValueError(
             f"sparsity={sparsity:g} and alpha={alpha:g} ask for sparsities from {sparsity - alpha:g} to {sparsity + alpha:g}, "
-            f"which must lie from 0 to below 1; set alpha below {min(sparsity, 1 - sparsity):g}"
+            f"which must lie from 0 to below 1; {advice}"
         )
 
 

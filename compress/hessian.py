@@ -38,22 +38,19 @@ def factorise(hessian: torch.Tensor, name: str, *, damping: float = DAMPING) -> 
     """
     if not torch.isfinite(hessian).all():
         raise ValueError(f"the inputs of {name} hold NaN or infinite values, so it cannot be pruned; check model and dtype")
-    damped = hessian.clone()
-    diagonal = damped.diagonal()  # a view
+    diagonal = torch.diag(hessian)  # a copy; its mean is summed as the reference code does
     dead = diagonal == 0
-    diagonal[dead] = 1.0
+    diagonal = diagonal.masked_fill(dead, 1.0)
     mean = diagonal.mean().item()
-    added = 0.0
     for attempt in range(RETRIES + 1):
         share = damping * 10**attempt
-        work = damped if attempt == 0 else damped.double()
-        work.diagonal().add_((share - added) * mean)
-        damped, added = work, share
+        work = hessian.to(hessian.dtype if attempt == 0 else torch.float64, copy=True)
+        work.diagonal().copy_(diagonal.to(work.dtype) + share * mean)
         lower, failed = torch.linalg.cholesky_ex(work)
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed and torch.isfinite(upper).all():
-            kept = [x.to(hessian.dtype) for x in (upper, work.diagonal(), upper.square().sum(0))]
+            kept = [x.to(hessian.dtype) for x in (upper, torch.diag(work), upper.square().sum(0))]
             return InverseFactor(*kept, dead=dead, damping=share)
     raise ValueError(
         f"the Hessian of {name} is singular, also with {share:g} of its mean diagonal added; give more calibration text or "

@@ -99,8 +99,8 @@ class PruneConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.length is not None and self.length < 2:
             raise ValueError(f"length={self.length} must be at least 2")
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise ValueError(f"damping={self.damping} must be at least 0")
+        if not (math.isfinite(self.damping) and self.damping > 0):
+            raise ValueError(f"damping={self.damping} must be greater than 0")
         if not (math.isfinite(self.owl_m) and self.owl_m > 0):
             raise ValueError(f"owl_m={self.owl_m} must be greater than 0")
         if self.bits is not None and not 2 <= self.bits <= 8:

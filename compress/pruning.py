@@ -147,13 +147,17 @@ class PruningRun:
         started = time.perf_counter()
         work = WorkFolder(self.output, self.facts())
         plan = self.plan()
-        with new_folder(self.output) as folder:
-            work.begin()
+        work.begin()
+        try:
             layers, perplexity = self.prune_layers(plan, work)
-            pruned = {}
-            for index in range(len(self.decoder.layers)):
-                file = SafetensorsFile(work.path(index))
-                pruned |= dict.fromkeys(file.headers, file)
+        except ValueError:  # the next call would end so too
+            work.remove()
+            raise
+        pruned = {}
+        for index in range(len(self.decoder.layers)):
+            file = SafetensorsFile(work.path(index))
+            pruned |= dict.fromkeys(file.headers, file)
+        with new_folder(self.output) as folder:
             total = sum(header.nbytes for file in self.decoder.files for header in file.headers.values())
             with self.bar("Writing", total) as advance:
                 write_sparse_checkpoint(

@@ -16,7 +16,7 @@ class RowGrid:
             raise ValueError(f"bits={bits} must be from 2 to 8")
         self.top = 2**bits - 1
         low, high = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
-        empty = low == high  # a row of zeros
+        empty = (high - low) / self.top == 0  # a row of zeros, or next to it
         low, high = low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
         self.scale = (high - low) / self.top
         self.zero = (-low / self.scale).round()

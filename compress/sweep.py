@@ -55,7 +55,7 @@ def sweep(
         reference_threshold: choose as the reference code does, by a threshold that takes one weight more per block and all
             that are equal to it, instead of counting exactly.
     """
-    grid = RowGrid(weight, bits) if bits else None
+    grid = None if bits is None else RowGrid(weight, bits)
     weight = weight.masked_fill(factor.dead, 0)
     R, C = weight.shape
     upper, importance = factor.upper, column_weights(score, factor)

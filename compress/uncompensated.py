@@ -32,7 +32,7 @@ def prune_uncompensated(
     else:
         mask = smallest(scores, round(sparsity * weight.numel()))
     kept = weight.masked_fill(mask, 0)
-    if bits:
+    if bits is not None:
         grid = RowGrid(weight, bits)
         kept = torch.stack([grid.round(column) for column in kept.unbind(1)], dim=1)
     return Pruned(kept, mask, None)

@@ -32,7 +32,7 @@ class WorkFolder:
 
     def __init__(self, output: Path, facts: dict):
         self.folder = output.parent / f".{output.name}.pruning"
-        self.facts = facts
+        self.facts, self.made = facts, []
         run = self.folder / "run.json"
         if run.is_file():
             theirs, ours = flat(json.loads(run.read_text(encoding="utf-8"))), flat(json.loads(json.dumps(facts)))
@@ -44,6 +44,7 @@ class WorkFolder:
 
     def begin(self) -> None:
         """Make the folder, unless it is there."""
+        self.made = [parent for parent in self.folder.parents if not parent.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / "run.json", lambda path: path.write_text(json.dumps(self.facts), encoding="utf-8"))
 
@@ -62,4 +63,10 @@ class WorkFolder:
             return json.loads(file.metadata()["facts"])
 
     def remove(self) -> None:
+        """Remove the folder, and what parents were made for it and hold nothing else."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        for parent in self.made:
+            try:
+                parent.rmdir()
+            except OSError:  # it is in use
+                break

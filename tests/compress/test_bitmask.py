@@ -202,7 +202,7 @@ def test_a_checkpoint_comes_back(make_source, tmp_path, dtype):
     assert box == tmp_path / "box" and back == tmp_path / "back"
     assert_same_folder(back, source)
     assert {path.name for path in box.iterdir()} ^ {path.name for path in source.iterdir()} == {WEIGHTS, PACKED}
-    with pytest.raises(OSError, match="model.safetensors"):  # and not noise in place of weights
+    with pytest.raises(OSError, match=r"model\.safetensors"):  # and not noise in place of weights
         AutoModelForCausalLM.from_pretrained(box)
 
     dense, held = stored(source), stored(box)

@@ -128,7 +128,7 @@ def test_layers_add_up():
 
 
 def test_costs_of_a_model(make_source, text_file, tmp_path):
-    """Every cost = the error of a sweep of transformers' own matrix on its inputs, times its outputs' mean squared gradient."""
+    """A cost = the error of a sweep of transformers' own matrix on its inputs, times its outputs' mean squared gradient."""
     source, model = make_source(num_key_value_heads=2)
     config = PruneConfig(
         calibration=(text_file,), samples=6, length=32, sensitivity_samples=4, allocation="loss", score="obs", seed=3

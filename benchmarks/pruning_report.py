@@ -1,0 +1,59 @@
+"""
+Tables of docs/pruning.md, from benchmarks/results/pruning.json.
+
+    python benchmarks/pruning_report.py    # writes them into docs/pruning.md
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+from recovery_report import between_marks, table
+
+RESULT = Path(__file__).parent / "results" / "pruning.json"
+PAGE = Path(__file__).parents[1] / "docs" / "pruning.md"
+BASELINE = "SparseGPT"
+
+
+def perplexities(rows: list[dict], method: str, sparsity: float) -> dict[int, float]:
+    """By seed."""
+    found = [row for row in rows if (row["method"], row["asked"]) == (method, sparsity)]
+    return {row["seed"]: row["perplexity"]["pruned"] for row in found}
+
+
+def change(rows: list[dict], method: str, sparsity: float) -> float | None:
+    """Median over seeds of the perplexity over SparseGPT's of the same seed, less 1; None where a seed lacks one of them."""
+    ours, base = (perplexities(rows, name, sparsity) for name in (method, BASELINE))
+    shared = ours.keys() & base.keys()
+    return statistics.median(ours[seed] / base[seed] - 1 for seed in shared) if shared else None
+
+
+def cell(rows: list[dict], method: str, sparsity: float) -> str:
+    """Median and range over seeds, and the change beside SparseGPT."""
+    values = list(perplexities(rows, method, sparsity).values())
+    if not values:
+        return "-"
+    number = f"{statistics.median(values):,.{1 if min(values) < 1000 else 0}f}"
+    spread = f" ({min(values):,.1f}-{max(values):,.1f})" if len(values) > 1 else ""
+    moved = change(rows, method, sparsity)
+    beside = "" if moved is None or method == BASELINE else f", {moved:+.1%}"
+    return number + spread + beside
+
+
+def method_table(result: dict, study: str) -> str:
+    rows = [row for row in result["rows"] if row["study"] == study]
+    sparsities = sorted({row["asked"] for row in rows})
+    names = dict.fromkeys(row["method"] for row in rows)
+    known = result["rows"]  # the baseline is in the main study
+    return table(
+        ["", *(f"{sparsity:.0%}" for sparsity in sparsities)],
+        [[name, *(cell(known, name, sparsity) for sparsity in sparsities)] for name in names],
+    )
+
+
+def fill(page: str, result: dict) -> str:
+    return between_marks(page, {study: method_table(result, study) for study in ("methods", "attempts")})
+
+
+if __name__ == "__main__":
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), json.loads(RESULT.read_text(encoding="utf-8"))), encoding="utf-8")
