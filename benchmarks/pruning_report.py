@@ -1,5 +1,5 @@
 """
-Tables of docs/pruning.md, from benchmarks/results/pruning.json.
+Tables of docs/pruning.md, from benchmarks/results/pruning.json and pruning-together/evaluation.json.
 
     python benchmarks/pruning_report.py    # writes them into docs/pruning.md
 """
@@ -10,7 +10,9 @@ from pathlib import Path
 
 from recovery_report import between_marks, table
 
-RESULT = Path(__file__).parent / "results" / "pruning.json"
+from dijiang.evaluate.tables import number
+
+RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "pruning.md"
 BASELINE = "SparseGPT"
 
@@ -51,9 +53,31 @@ def method_table(result: dict, study: str) -> str:
     )
 
 
-def fill(page: str, result: dict) -> str:
-    return between_marks(page, {study: method_table(result, study) for study in ("methods", "attempts")})
+def together_table(evaluation: dict) -> str:
+    """Teacher and student, dense and sparse, by task."""
+    titles = {"teacher": "dense teacher", "student": "dense DiJiang"}
+    titles |= {
+        key: key.removeprefix("beside:").replace("-", " ") for key in evaluation["subjects"] if key.startswith("beside:")
+    }
+    rows = []
+    for task in evaluation["tasks"]:
+        values = [number(task["values"][key]["value"]) for key in titles]
+        rows.append([f"{task['kind'].replace('_', '-')}: {task['name']}", *values])
+    return table(["", *titles.values()], rows)
+
+
+def fill(page: str, result: dict, together: dict) -> str:
+    tables = {study: method_table(result, study) for study in ("methods", "attempts")}
+    return between_marks(page, tables | {"together": together_table(together)})
+
+
+def main() -> None:
+    result, together = (
+        json.loads((RESULTS / name).read_text(encoding="utf-8"))
+        for name in ("pruning.json", "pruning-together/evaluation.json")
+    )
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), result, together), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), json.loads(RESULT.read_text(encoding="utf-8"))), encoding="utf-8")
+    main()

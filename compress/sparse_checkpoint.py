@@ -8,7 +8,7 @@ import torch
 
 from dijiang.convert.provenance import FILE_NAME, add_stage, read_provenance, write_provenance
 from dijiang.convert.source import Source
-from dijiang.convert.weights import DequantisedFile, SafetensorsFile
+from dijiang.convert.weights import SafetensorsFile
 from dijiang.convert.writer import ShardWriter
 
 from .companions import companions
@@ -51,8 +51,8 @@ def write_sparse_checkpoint(
     names = {(file, stored): name for name, (file, stored) in decoder.dense_places.items()}
     writer = ShardWriter(folder)
     for file in decoder.files:
-        # a tied tensor may lie in memory under both its names, of which one is enough
-        wanted = [name for name in file.headers if (file, name) in names or not isinstance(file, DequantisedFile)]
+        # elsewhere a tied tensor may lie in memory under both its names, of which one is enough
+        wanted = [name for name in file.headers if (file, name) in names or isinstance(file, SafetensorsFile)]
         for stored, tensor in file.tensors(wanted):
             name = names.get((file, stored))
             if name in pruned:

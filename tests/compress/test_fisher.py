@@ -1,0 +1,199 @@
+"""Sensitivities, layer by layer, against gradients and hooks on the whole model that transformers loads."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dijiang.compress import PruneConfig, fisher, layer_statistics, sensitivity
+from dijiang.compress.hessian_trace import finite_difference, hutchinson
+from dijiang.compress.streamed_decoder import StreamedDecoder
+from dijiang.convert.result_cache import ResultCache
+from dijiang.convert.source import open_source
+from dijiang.convert.weights import open_weights
+
+SIZED = ("fisher", "reversed", "hutchinson", "finite-difference", "owl", "local")
+
+
+@pytest.fixture
+def both(make_source, pair):
+    """both("llama" | "gpt_neox" | "dijiang") -> (transformers' model, streamed decoder) of one checkpoint."""
+
+    def load(family, **options):
+        if family == "dijiang":
+            folder = pair.checkpoint
+        else:
+            folder, _ = make_source(family, num_key_value_heads=2) if family == "llama" else make_source(family)
+        source = open_source(folder, any_family=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+        return model, StreamedDecoder(source.config, open_weights(source), "it")
+
+    return load
+
+
+def sizes_of(decoder):
+    return {name: decoder.model.get_parameter(f"{name}.weight").numel() for layer in decoder.targets for name in layer}
+
+
+def measured(decoder, blocks, cache, **settings):
+    config = PruneConfig(calibration=(cache / "unread.txt",), **settings)
+    found = sensitivity.measure(
+        decoder, blocks, sizes_of(decoder), config, identity="this model", cache=ResultCache(cache / "kept")
+    )
+    assert list(found.values) == list(sizes_of(decoder))
+    return found
+
+
+def square(tensor) -> float:
+    return tensor.double().square().sum().item()
+
+
+def gradients(model, row, names):
+    """Of the sequence's mean next-token loss, by matrix."""
+    model.zero_grad()
+    model(row[None], labels=row[None]).loss.backward()
+    return {name: model.get_parameter(f"{name}.weight").grad for name in names}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "dijiang"])
+def test_fisher_is_the_squared_gradient_of_each_sequence(both, tokens, family):
+    model, decoder = both(family)
+    blocks, passed = tokens(20, rows=3), []
+    found, of_outputs = fisher.fisher(decoder, blocks, advance=passed.append)
+    assert list(found) == list(of_outputs) == list(sizes_of(decoder)) and sum(passed) == 2 * 2 * 3
+    backwards = {}
+    for name in found:
+        model.get_submodule(name).register_full_backward_hook(
+            lambda module, given, taken, name=name: backwards.update({name: taken[0]})
+        )
+    for index, row in enumerate(blocks):
+        expected = gradients(model, row, found)
+        for name, values in found.items():
+            assert values[index] == pytest.approx(square(expected[name]), rel=1e-4)
+            assert of_outputs[name][index] == pytest.approx(square(backwards[name]), rel=1e-4)
+    assert len({round(value, 9) for values in found.values() for value in values}) == 3 * len(found)
+
+
+def test_gradients_of_a_batch_with_one_layer_in_memory(both, tokens):
+    """The sum of outer products is the whole model's gradient of the summed losses, entry by entry."""
+    model, decoder = both("llama")
+    blocks, found = tokens(20, rows=3), {}
+
+    def observe(name, inputs, gradient):
+        held = [i for i, layer in enumerate(decoder.layers) if not any(p.is_meta for p in layer.parameters())]
+        assert held == [int(name.split(".")[2])]
+        found[name] = gradient.flatten(0, 1).T @ inputs.flatten(0, 1)
+
+    fisher.backpropagate(decoder, blocks, observe)
+    total = {name: sum(parts) for name, *parts in zip(found, *[gradients(model, row, found).values() for row in blocks])}  # noqa: B905
+    for name, expected in total.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+    assert len(found) == 14 and all(p.is_meta for p in decoder.layers.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "dijiang"])
+def test_statistics_of_the_inputs(both, tokens, family):
+    model, decoder = both(family)
+    blocks, seen = tokens(20, rows=3), {name: [] for name in sizes_of(decoder)}
+    for name, inputs in seen.items():
+        model.get_submodule(name).register_forward_pre_hook(lambda module, args, to=inputs: to.append(args[0].double()))
+    with torch.no_grad():
+        model(blocks)
+    squares = {name: torch.cat(inputs).flatten(0, 1).square() for name, inputs in seen.items()}
+    weights = {name: model.get_parameter(f"{name}.weight").detach().double() for name in seen}
+
+    traces = layer_statistics.local_traces(decoder, blocks, lambda share: None)
+    for name, x2 in squares.items():
+        assert traces[name] == [pytest.approx(len(weights[name]) * x2.sum(1).mean().item(), rel=1e-5)]
+
+    scores = {name: weights[name].abs() * squares[name].sum(0).sqrt() for name in seen}
+    shares = []
+    counts = layer_statistics.outlier_counts(decoder, blocks, 3.0, shares.append)
+    for names in decoder.targets:
+        mean = torch.cat([scores[name].flatten() for name in names]).mean()
+        assert [counts[name] for name in names] == [[(scores[name] > 3 * mean).sum().item()] for name in names]
+    assert sum(shares) == pytest.approx(1) and sum(values[0] for values in counts.values()) > 20
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_hutchinson_through_measure(both, tokens, tmp_path, by_layer):
+    model, decoder = both("llama", attn_implementation="eager")
+    blocks = tokens(20, rows=5)
+    settings = {"sensitivity_samples": 3, "seed": 4}
+    found = measured(decoder, blocks, tmp_path, sensitivity="hutchinson", probes_by_layer=by_layer, **settings)
+    weights = {name: model.get_parameter(f"{name}.weight") for name in found.values}
+    losses = [lambda row=row: model(row[None], labels=row[None]).loss for row in blocks[:3]]
+    groups = decoder.targets if by_layer else None
+    expected = hutchinson(losses, weights, probes=3, seed=4, groups=groups)
+    means = {name: sum(values) / 3 for name, values in expected.items()}
+    scale = max(map(abs, means.values()))
+    assert found.values == pytest.approx({name: max(mean, 0) for name, mean in means.items()}, rel=1e-3, abs=1e-5 * scale)
+    assert set(found.negative) == {name for name, mean in means.items() if mean < 0} and found.samples == 3
+    assert all(p.is_meta for p in decoder.layers.parameters())
+    if not by_layer:
+        near = measured(decoder, blocks, tmp_path, sensitivity="finite-difference", **settings)
+        exact = finite_difference(losses, weights, probes=3, seed=4)
+        means = {name: max(sum(values) / 3, 0) for name, values in exact.items()}
+        assert near.values == pytest.approx(means, rel=0.05, abs=0.02 * scale)
+
+
+def test_the_controls_and_how_values_are_made(both, tokens, tmp_path):
+    _, decoder = both("llama")
+    blocks, sizes = tokens(20, rows=5), sizes_of(decoder)
+    per_sequence, _ = fisher.fisher(decoder, blocks[:4])
+    total = {name: sum(values) / 4 for name, values in per_sequence.items()}
+    settings = {"sensitivity_samples": 4}
+    assert measured(decoder, blocks, tmp_path, **settings).values == pytest.approx(total, rel=1e-6)
+    mean = measured(decoder, blocks, tmp_path, normalisation="mean", **settings).values
+    assert mean == pytest.approx({name: value / sizes[name] for name, value in total.items()}, rel=1e-6)
+    backwards = measured(decoder, blocks, tmp_path, sensitivity="reversed", **settings)
+    assert backwards.values == pytest.approx({name: -value for name, value in total.items()}, rel=1e-6)
+    assert backwards.correlation == measured(decoder, blocks, tmp_path, **settings).correlation
+    by_seed = [measured(decoder, None, tmp_path, sensitivity="random", seed=seed).values for seed in (1, 1, 2)]
+    assert by_seed[0] == by_seed[1] != by_seed[2] and len(set(by_seed[0].values())) == 14
+    # of an owl count, the share in the matrix ranks matrices
+    counts = layer_statistics.outlier_counts(decoder, blocks[:4], 3.0, lambda share: None)
+    owl = measured(decoder, blocks, tmp_path, sensitivity="owl", owl_m=3.0, **settings).values
+    assert owl == {name: count / sizes[name] for name, [count] in counts.items()}
+
+
+@pytest.mark.parametrize("method", SIZED)
+def test_values_are_kept(both, tokens, tmp_path, monkeypatch, method):
+    """The second time nothing passes through a layer; another set-up is measured anew."""
+    _, decoder = both("llama")
+    blocks, settings = tokens(12, rows=3), {"sensitivity": method, "sensitivity_samples": 2}
+    first = measured(decoder, blocks, tmp_path, **settings)
+    monkeypatch.setattr(StreamedDecoder, "embed", None)
+    monkeypatch.setattr(StreamedDecoder, "whole", None)
+    assert measured(decoder, blocks, tmp_path, sparsity=0.3, **settings) == first
+    with pytest.raises(TypeError):
+        measured(decoder, blocks.flip(1), tmp_path, **settings)
+    if method not in ("owl", "local"):
+        with pytest.raises(TypeError):
+            measured(decoder, blocks, tmp_path, **settings | {"sensitivity_samples": 3})
+
+
+def test_an_interrupted_pass_goes_on(both, tokens, tmp_path, monkeypatch):
+    _, decoder = both("llama")
+    blocks, seen, real = tokens(12, rows=4), [], sensitivity.fisher
+
+    def stopping(decoder, rows):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(rows.tolist())
+        return real(decoder, rows)
+
+    monkeypatch.setattr(sensitivity, "fisher", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        measured(decoder, blocks, tmp_path)
+    monkeypatch.setattr(sensitivity, "fisher", lambda decoder, rows: seen.append(rows.tolist()) or real(decoder, rows))
+    found = measured(decoder, blocks, tmp_path)
+    assert seen == [[row.tolist()] for row in blocks]
+    assert found.values == pytest.approx({name: sum(x) / 4 for name, x in real(decoder, blocks)[0].items()}, rel=1e-6)
+
+
+def test_noisy_ranks_are_told():
+    made = {"method": "hutchinson", "values": {"a": 1.0, "b": 0.0}, "samples": 12}
+    told = sensitivity.Sensitivities(**made, correlation=0.39, negative=("b",)).warnings()
+    assert "agree only to 0.39 between halves of the 12 samples" in told[0] and told[1].startswith("1 of 2 hutchinson")
+    assert sensitivity.Sensitivities(**made, correlation=0.96).warnings() == []
+    assert sensitivity.Sensitivities(**made, correlation=None).warnings() == []

@@ -1,0 +1,64 @@
+"""What a pruning run may be asked to do."""
+
+from pathlib import Path
+
+import pytest
+
+from dijiang.compress import PruneConfig
+
+TEXT = {"calibration": (Path("book.txt"),)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *[({"sparsity": p}, "must lie between 0 and 1, both left out") for p in (0.0, 1.0, 1.2, -0.1, float("nan"))],
+        ({"method": "wanda"}, "method 'wanda' is unknown; choose from mixed-sparsity"),
+        ({"score": "obc"}, "score 'obc' is unknown; choose from isc, obs, obd, isc-b, isc-c, wanda, magnitude"),
+        ({"granularity": "row"}, "granularity 'row' is unknown; choose from weight, layer, uniform$"),
+        ({"allocation": "best"}, "allocation 'best' is unknown; choose from rank, loss"),
+        ({"budget": "mean"}, "budget 'mean' is unknown; choose from weighted, shift, paper"),
+        ({"sensitivity": "trace"}, "sensitivity 'trace' is unknown; choose from fisher, hutchinson, .*, reversed"),
+        ({"normalisation": "sum"}, "normalisation 'sum' is unknown; choose from total, mean"),
+        *[({"alpha": a}, "which must lie from 0 to below 1; set") for a in (0.5, 0.6, -0.1, float("nan"))],
+        ({"sparsity": 0.95}, "ask for sparsities from 0.85 to 1.05, which must lie from 0 to below 1; set alpha below 0.05"),
+        ({"sparsity": 0.05}, "ask for sparsities from -0.05 to 0.15"),
+        ({"pattern": "2:4", "sparsity": 0.3}, "pattern 2:4 removes 0.5 of the weights, sparsity=0.3 was asked for too"),
+        ({"pattern": "2:4", "granularity": "weight"}, "is the same for all matrices, so granularity weight has no effect"),
+        ({"pattern": "2:4", "granularity": "layer"}, "granularity layer has no effect"),
+        *[({"pattern": p}, f"pattern '{p}' is not N:M with 0 < N") for p in ("4:2", "0:4", "4:4", "half", "2:4:8", "-1:4")],
+        *[({"bits": bits}, f"bits={bits} must be from 2 to 8") for bits in (1, 9, 0)],
+        ({"samples": 0}, "samples=0 must be at least 1"),
+        ({"sensitivity_samples": 0}, "sensitivity_samples=0 must be at least 1"),
+        ({"block_size": 0}, "block_size=0 must be at least 1"),
+        ({"held_out_tokens": 0}, "held_out_tokens=0 must be at least 1"),
+        ({"length": 1}, "length=1 must be at least 2"),
+        ({"damping": -0.01}, "damping=-0.01 must be"),
+        ({"damping": float("inf")}, "damping=inf must be"),
+        ({"owl_m": 0.0}, "owl_m=0.0 must be greater than 0"),
+        ({"calibration": ()}, "no calibration text given"),
+        ({"calibration": (), "score": "magnitude"}, "no calibration text given"),  # ranked by fisher
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        PruneConfig(**(TEXT | settings))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ("weight", 0.5, None, True, True)),
+        ({"pattern": "2:4"}, ("uniform", 0.5, (2, 4), False, True)),
+        ({"pattern": "1:4", "sparsity": 0.25, "granularity": "uniform"}, ("uniform", 0.25, (1, 4), False, True)),
+        ({"granularity": "layer", "sparsity": 0.1}, ("layer", 0.1, None, True, True)),
+        ({"granularity": "uniform", "sparsity": 0.97}, ("uniform", 0.97, None, False, True)),  # alpha has no effect
+        ({"granularity": "uniform", "score": "magnitude", "calibration": ()}, ("uniform", 0.5, None, False, False)),
+        ({"sensitivity": "random", "score": "magnitude", "calibration": ()}, ("weight", 0.5, None, True, False)),
+        ({"granularity": "uniform", "score": "wanda"}, ("uniform", 0.5, None, False, True)),
+    ],
+)
+def test_what_is_filled_in(settings, expected):
+    config = PruneConfig(**(TEXT | settings))
+    assert (config.granularity, config.sparsity, config.zeros_of, config.ranked, config.needs_text) == expected

@@ -1,0 +1,129 @@
+"""`dijiang prune` and `dijiang unpack`: exit codes, what is said, and what is written."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from dijiang.bundled import HELD_OUT_TEXT, TRAIN_TEXT
+from dijiang.compress import PruneConfig, pruning
+
+
+@pytest.fixture
+def words(pair, text_file, tmp_path):
+    """Arguments of a short `dijiang prune` of `pair.teacher` into tmp_path / "out"."""
+    sizes = ("--samples", 4, "--length", 32, "--sensitivity-samples", 2, "--device", "cpu", "--cache", tmp_path / "kept")
+    return ("prune", pair.teacher, tmp_path / "out", "--calibration", text_file, "--held-out", text_file, *sizes)
+
+
+def test_prune_and_unpack(command, fails, words, tmp_path):
+    code, out, err = command(*words, "--sparsity", "0.6", "--granularity", "layer", "--bitmask")
+    assert code == 0, err
+    pattern = r"sparsity 0\.600\d, held-out perplexity (\d+\.\d\d) before and (\d+\.\d\d) after\nwrote (.*)\n"
+    before, after, folder = re.fullmatch(pattern, out).groups()
+    metrics = json.loads((tmp_path / "out" / "pruning_metrics.json").read_text())
+    assert Path(folder) == tmp_path / "out" and "Traceback" not in err
+    assert (before, after) == tuple(f"{metrics['perplexity'][name]:.2f}" for name in ("dense", "pruned"))
+    assert len({x["target"] for x in json.loads((tmp_path / "out" / "pruning_plan.json").read_text())["matrices"]}) == 2
+
+    code, out, _ = command("unpack", tmp_path / "out" / "sparse-bitmask", tmp_path / "back")
+    assert (code, out) == (0, f"wrote {tmp_path / 'back'}\n")
+    dense, sparse = (load_file(tmp_path / name / "model.safetensors") for name in ("back", "out"))
+    assert dense.keys() == sparse.keys() and all((dense[name] == sparse[name]).all() for name in sparse)
+    fails("output folder .*back is not empty", "unpack", tmp_path / "out" / "sparse-bitmask", tmp_path / "back")
+    fails("out is not compressed", "unpack", tmp_path / "out", tmp_path / "new")
+    fails("none has no config.json", "unpack", tmp_path / "none", tmp_path / "new")
+    fails("output folder .*out is not empty; choose a new one", *words)
+
+
+def test_a_dry_run(command, words, pair, tmp_path):
+    code, out, err = command(*words, "--dry-run")
+    assert code == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["kept"], err
+    rows = re.findall(r"(model\.layers\.\S+)[ │]+(\d+)[ │]+(\d+)[ │]+([\d.]+)[ │]+(0\.\d{4})", out)
+    assert len(rows) == 14 and out.endswith("weights: 0.5000\n")
+    weights = {name: int(rows) * int(columns) for name, rows, columns, *_ in rows}
+    assert f"sparsity of all {sum(weights.values()):,} weights" in out
+    stored = load_file(pair.teacher / "model.safetensors")
+    assert all(stored[f"{name}.weight"].numel() == count for name, count in weights.items())
+    # the same plan is then carried out
+    assert command(*words)[0] == 0
+    plan = json.loads((tmp_path / "out" / "pruning_plan.json").read_text())
+    assert [(x["name"], f"{x['target']:.4f}") for x in plan["matrices"]] == [(row[0], row[4]) for row in rows]
+
+
+def test_every_option_arrives(command, tmp_path, monkeypatch):
+    seen = []
+
+    def run(model, output, config, *, cache):
+        seen.append((model, output, config, cache))
+        metrics = {"sparsity": 0.25, "perplexity": {"dense": 7.0, "pruned": 9.5}}
+        (tmp_path / "pruning_metrics.json").write_text(json.dumps(metrics))
+        return tmp_path
+
+    monkeypatch.setattr("dijiang.compress.prune", run)
+    other = {
+        "sparsity": 0.3, "score": "obs", "granularity": "layer", "allocation": "rank", "alpha": 0.2, "budget": "shift",
+        "sensitivity": "hutchinson", "sensitivity_samples": 3, "normalisation": "mean", "bits": 4, "samples": 5, "length": 6,
+        "seed": 7, "device": "cpu", "held_out": Path("h.txt"), "method": "mixed-sparsity",
+    }  # fmt: skip
+    flags = ("true_sequential", "bitmask", "probes_by_layer")
+    words = [word for name, value in other.items() for word in (f"--{name.replace('_', '-')}", value)]
+    words += [f"--{flag.replace('_', '-')}" for flag in flags] + ["--calibration", "a", "--calibration", "b", "--cache", "c"]
+    code, out, err = command("prune", "some/model", "out", *words)
+    assert (code, out) == (0, f"sparsity 0.2500, held-out perplexity 7.00 before and 9.50 after\nwrote {tmp_path}\n"), err
+    config = PruneConfig(**other, **dict.fromkeys(flags, True), calibration=(Path("a"), Path("b")))
+    assert seen.pop() == ("some/model", Path("out"), config, Path("c"))
+    assert command("prune", "some/model", "out", "--pattern", "2:4")[0] == 0
+    assert seen.pop()[2] == PruneConfig(pattern="2:4", calibration=(TRAIN_TEXT,), held_out=HELD_OUT_TEXT)
+    assert command("prune", "some/model", "out")[0] == 0
+    assert seen.pop()[2:] == (PruneConfig(calibration=(TRAIN_TEXT,), held_out=HELD_OUT_TEXT), None)
+    told = {field.name for field in dataclasses.fields(PruneConfig)} - {"owl_m", "block_size", "damping", "held_out_tokens"}
+    assert told - {"zeros_of"} == {*other, *flags, "calibration", "pattern"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--sparsity", "1.2"), "sparsity=1.2 must lie between 0 and 1, both left out"),
+        (("--sparsity", "0.5", "--alpha", "0.6"), "ask for sparsities from -0.1 to 1.1, which must lie from 0 to below 1"),
+        (("--score", "obc"), "score 'obc' is unknown; choose from isc, obs, obd"),
+        (("--sensitivity", "hessian"), "sensitivity 'hessian' is unknown; choose from fisher"),
+        (("--granularity", "row"), "granularity 'row' is unknown; choose from weight, layer, uniform"),
+        (("--pattern", "2:4", "--sparsity", "0.4"), "pattern 2:4 removes 0.5 of the weights, sparsity=0.4 was asked"),
+        (("--pattern", "2:4", "--granularity", "layer"), "granularity layer has no effect"),
+        (("--pattern", "1:7"), "pattern 1:7 does not fit model.layers.0.self_attn.q_proj: its 32 columns"),
+        (("--length", "65"), "length=65 is more than the 64 tokens that the model was made for"),
+        (("--calibration", "none.txt"), "cannot read none.txt: No such file or directory"),
+        (("--held-out", "none.txt"), "cannot read none.txt: No such file or directory"),
+    ],
+)
+def test_words_that_make_no_sense(fails, words, options, message):
+    fails(message, *words, *options)
+
+
+def test_sources_that_will_not_do(fails, tmp_path):
+    fails("nobody/nothing is neither a folder nor a GGUF file.*offline", "prune", "nobody/nothing", tmp_path / "out")
+    fails("none is neither a folder, nor a GGUF file, nor a hub id", "prune", tmp_path / "none", tmp_path / "out")
+
+
+def test_an_interrupted_run_says_how_to_go_on(command, words, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        real = pruning.prune_layer
+
+        def interrupted(decoder, index, *arguments):
+            if index == 1:
+                raise KeyboardInterrupt
+            return real(decoder, index, *arguments)
+
+        patched.setattr(pruning, "prune_layer", interrupted)
+        code, out, err = command(*words)
+    assert (code, out) == (130, "") and err.endswith("dijiang: interrupted; run the same command again to go on\n")
+    assert "nothing half-written" not in err and not (tmp_path / "out").exists()
+    code, _, err = command(*words, "--seed", "1")
+    assert code == 1 and re.search(r"^dijiang: .* holds an unfinished run with another seed", err, re.MULTILINE)
+    code, out, err = command(*words)
+    assert code == 0 and out.endswith(f"wrote {tmp_path / 'out'}\n"), err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "out"]

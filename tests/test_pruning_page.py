@@ -1,0 +1,44 @@
+"""The tables of docs/pruning.md are those of the result files, and budgets were equal."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import pruning_report
+
+    return pruning_report
+
+
+@pytest.fixture
+def result() -> dict:
+    return json.loads((RESULTS / "pruning.json").read_text(encoding="utf-8"))
+
+
+def test_tables_are_those_of_the_results(report, result):
+    page = (ROOT / "docs" / "pruning.md").read_text(encoding="utf-8")
+    together = json.loads((RESULTS / "pruning-together" / "evaluation.json").read_text(encoding="utf-8"))
+    assert report.fill(page, result, together) == page
+    assert f"on the held-out text is {result['dense']:.2f} before pruning" in page
+
+
+def test_budgets_are_equal(result):
+    assert all(abs(row["sparsity"] - row["asked"]) < 1e-4 for row in result["rows"])
+
+
+def test_changes_are_between_rows_of_one_seed(report):
+    def row(method, seed, pruned):
+        return {"method": method, "asked": 0.5, "seed": seed, "perplexity": {"pruned": pruned}}
+
+    rows = [row("SparseGPT", 0, 10.0), row("SparseGPT", 1, 20.0), row("ours", 0, 9.0), row("ours", 1, 10.0)]
+    assert report.change(rows, "ours", 0.5) == pytest.approx(-0.3)
+    assert report.change(rows, "ours", 0.7) is None
+    assert report.cell(rows, "ours", 0.5) == "9.5 (9.0-10.0), -30.0%"
+    assert report.cell(rows, "SparseGPT", 0.5) == "15.0 (10.0-20.0)" and report.cell(rows, "none", 0.5) == "-"
