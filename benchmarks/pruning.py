@@ -15,7 +15,7 @@ import shutil
 import statistics
 from pathlib import Path
 
-from measure import console, machine, versions, write_json
+from measure import command, console, machine, versions, write_json
 from rich.table import Table
 
 from dijiang.compress import PruneConfig, prune
@@ -105,6 +105,7 @@ def main() -> None:
         write_json(
             arguments.output,
             {
+                "command": command("python", "benchmarks/pruning.py"),
                 "machine": machine(),
                 "versions": versions(),
                 "sizes": SIZES,
