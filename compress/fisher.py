@@ -61,19 +61,22 @@ def backpropagate(
         (gradient,) = torch.autograd.grad(loss, top)
         for index in reversed(range(len(decoder.layers))):
             hidden = states.pop().detach().requires_grad_()
-            with decoder.layer(index) as layer, observed(decoder, index, observe):
+            with decoder.layer(index) as layer, observed(decoder, index, observe, len(tokens)):
                 (gradient,) = torch.autograd.grad(decoder.run(layer, index, hidden), hidden, gradient)
             advance(1)
 
 
 @contextmanager
-def observed(decoder: StreamedDecoder, index: int, observe: Observer) -> Iterator[None]:
+def observed(decoder: StreamedDecoder, index: int, observe: Observer, sequences: int) -> Iterator[None]:
     """Within the block, what goes through the matrices of a layer is shown to `observe` on the way back."""
+
+    def by_sequence(x: torch.Tensor) -> torch.Tensor:  # OPT's layers lay all tokens end to end
+        return x.reshape(sequences, -1, x.shape[-1])
 
     def after(name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-            seen = inputs[0].detach()
-            output.register_hook(lambda gradient: observe(name, seen, gradient))
+            seen = by_sequence(inputs[0].detach())
+            output.register_hook(lambda gradient: observe(name, seen, by_sequence(gradient)))
 
         return hook
 

@@ -106,12 +106,17 @@ def input_groups(modules: dict[str, nn.Linear], forward: Callable[[], None]) -> 
 @contextmanager
 def gathered(modules: dict[str, nn.Linear], groups: Sequence[Sequence[str]]) -> Iterator[list[LocalHessian]]:
     """One Hessian for each group, filled by what its first matrix is given within the block."""
+
+    def adding(hessian: LocalHessian) -> Callable:
+        def hook(module: nn.Module, inputs: tuple) -> None:
+            x = inputs[0]
+            hessian.add(x if x.dim() > 2 else x[None])  # OPT's layers flatten their one sequence
+
+        return hook
+
     firsts = [modules[group[0]] for group in groups]
     hessians = [LocalHessian(module.in_features, device=module.weight.device) for module in firsts]
-    handles = [
-        module.register_forward_pre_hook(lambda module, inputs, hessian=hessian: hessian.add(inputs[0]))
-        for module, hessian in zip(firsts, hessians, strict=True)
-    ]
+    handles = [module.register_forward_pre_hook(adding(hessian)) for module, hessian in zip(firsts, hessians, strict=True)]
     try:
         yield hessians
     finally:

@@ -14,7 +14,7 @@ from dijiang.convert.writer import ShardWriter
 from .companions import companions
 from .streamed_decoder import StreamedDecoder
 
-STALE = ("README.md", "evaluation.json", "latency.json")  # they speak of the dense model
+STALE = ("README.md", "evaluation.json", "latency.json", "pruning_plan.png")  # they speak of the model that was given
 
 
 def write_sparse_checkpoint(

@@ -6,6 +6,16 @@ import pytest
 
 from dijiang.compress import PruneConfig
 
+WORDS = {
+    "method": ("mixed-sparsity",),
+    "score": ("isc", "obs", "obd", "isc-b", "isc-c", "wanda", "magnitude"),
+    "granularity": ("weight", "layer", "uniform"),
+    "allocation": ("rank", "loss"),
+    "budget": ("weighted", "shift", "paper"),
+    "sensitivity": ("fisher", "hutchinson", "finite-difference", "owl", "local", "random", "reversed"),
+    "normalisation": ("total", "mean"),
+}
+COUNTS = ("samples", "sensitivity_samples", "block_size", "held_out_tokens")
 TEXT = {"calibration": (Path("book.txt"),)}
 
 
@@ -13,13 +23,7 @@ TEXT = {"calibration": (Path("book.txt"),)}
     ("settings", "message"),
     [
         *[({"sparsity": p}, "must lie between 0 and 1, both left out") for p in (0.0, 1.0, 1.2, -0.1, float("nan"))],
-        ({"method": "wanda"}, "method 'wanda' is unknown; choose from mixed-sparsity"),
-        ({"score": "obc"}, "score 'obc' is unknown; choose from isc, obs, obd, isc-b, isc-c, wanda, magnitude"),
-        ({"granularity": "row"}, "granularity 'row' is unknown; choose from weight, layer, uniform$"),
-        ({"allocation": "best"}, "allocation 'best' is unknown; choose from rank, loss"),
-        ({"budget": "mean"}, "budget 'mean' is unknown; choose from weighted, shift, paper"),
-        ({"sensitivity": "trace"}, "sensitivity 'trace' is unknown; choose from fisher, hutchinson, .*, reversed"),
-        ({"normalisation": "sum"}, "normalisation 'sum' is unknown; choose from total, mean"),
+        *[({name: "wand"}, f"{name} 'wand' is unknown; choose from {', '.join(known)}$") for name, known in WORDS.items()],
         *[({"alpha": a}, "which must lie from 0 to below 1; set") for a in (0.5, 0.6, -0.1, float("nan"))],
         ({"sparsity": 0.95}, "ask for sparsities from 0.85 to 1.05, which must lie from 0 to below 1; set alpha below 0.05"),
         ({"sparsity": 0.05}, "ask for sparsities from -0.05 to 0.15"),
@@ -28,10 +32,7 @@ TEXT = {"calibration": (Path("book.txt"),)}
         ({"pattern": "2:4", "granularity": "layer"}, "granularity layer has no effect"),
         *[({"pattern": p}, f"pattern '{p}' is not N:M with 0 < N") for p in ("4:2", "0:4", "4:4", "half", "2:4:8", "-1:4")],
         *[({"bits": bits}, f"bits={bits} must be from 2 to 8") for bits in (1, 9, 0)],
-        ({"samples": 0}, "samples=0 must be at least 1"),
-        ({"sensitivity_samples": 0}, "sensitivity_samples=0 must be at least 1"),
-        ({"block_size": 0}, "block_size=0 must be at least 1"),
-        ({"held_out_tokens": 0}, "held_out_tokens=0 must be at least 1"),
+        *[({name: 0}, f"{name}=0 must be at least 1") for name in COUNTS],
         ({"length": 1}, "length=1 must be at least 2"),
         ({"damping": -0.01}, "damping=-0.01 must be"),
         ({"damping": float("inf")}, "damping=inf must be"),

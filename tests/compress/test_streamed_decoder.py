@@ -132,22 +132,6 @@ def test_sequences_of_two_lengths(save, tokens):
             torch.testing.assert_close(decoder.logits(hidden), model(ids).logits, rtol=0, atol=1e-5)
 
 
-def test_whole(save, tokens):
-    decoder = opened(save("llama", GATED))
-    before, expected = decoder.model.config._attn_implementation, decoder.logits(streamed(decoder, tokens(20)))
-    with torch.no_grad(), decoder.whole() as model:
-        assert model.config._attn_implementation == "eager" != before
-        torch.testing.assert_close(model(tokens(20)).logits, expected, rtol=0, atol=1e-4)
-    assert decoder.model.config._attn_implementation == before and all(p.is_meta for p in decoder.layers.parameters())
-
-
-def test_a_layer_is_let_go_after_an_error(save):
-    decoder = opened(save("llama", GATED))
-    with pytest.raises(KeyError), decoder.layer(1):
-        raise KeyError
-    assert all(p.is_meta for p in decoder.layers.parameters())
-
-
 # --- how it is stored ---
 
 
@@ -227,29 +211,19 @@ def test_architectures_that_will_not_do(refused, save, family, settings, kind, m
     refused(folder, lambda: opened(folder), message)
 
 
-NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
+UP = "model.layers.1.mlp.up_proj.weight"
 DAMAGES = {
-    "a norm is missing": (lambda w: w.pop(NORM), f"it lacks 1 tensors of its architecture, such as {NORM}; load it with"),
-    "the head is missing": (lambda w: w.pop("lm_head.weight"), "it lacks 1 tensors .* such as lm_head.weight"),
-    "a layer is missing": (
-        lambda w: [w.pop(name) for name in list(w) if ".layers.1." in name],
-        "it lacks 9 tensors .* such as model.layers.1.",
-    ),
-    "another shape": (
-        lambda w: w.update({UP: w[UP][:, :16].contiguous()}),
-        rf"it: {UP} has shape \(48, 16\), its config says \(48, 32\)",
-    ),
-    "transposed": (lambda w: w.update({UP: w[UP].T.contiguous()}), rf"{UP} has shape \(32, 48\)"),
-    "integers": (lambda w: w.update({UP: w[UP].to(torch.int8)}), f"it: {UP} is not a float tensor, so the model is quantised"),
-    "eight bits": (lambda w: w.update({UP: w[UP].to(torch.float8_e4m3fn)}), f"{UP} is not a float tensor, so the model is"),
+    "it lacks 1 tensors of its architecture, such as lm_head.weight; load it with": lambda w: w.pop("lm_head.weight"),
+    "it lacks 9 tensors .* such as model.layers.1.": lambda w: [w.pop(name) for name in list(w) if ".layers.1." in name],
+    rf"it: {UP} has shape \(32, 48\), its config says \(48, 32\)": lambda w: w.update({UP: w[UP].T.contiguous()}),
+    f"{UP} is not a float tensor, so the model is quantised": lambda w: w.update({UP: w[UP].to(torch.float8_e4m3fn)}),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_weights_that_will_not_do(refused, save, damage):
-    edit, message = DAMAGES[damage]
+@pytest.mark.parametrize("message", DAMAGES)
+def test_weights_that_will_not_do(refused, save, message):
     folder = save("llama", GATED)
     weights = load_file(folder / WEIGHTS)
-    edit(weights)
+    DAMAGES[message](weights)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     refused(folder, lambda: opened(folder), message)
