@@ -83,6 +83,10 @@ class PruneConfig:
     zeros_of: tuple[int, int] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        texts = [self.calibration] if isinstance(self.calibration, str | Path) else self.calibration
+        object.__setattr__(self, "calibration", tuple(map(Path, texts)))
+        if self.held_out is not None:
+            object.__setattr__(self, "held_out", Path(self.held_out))
         for name, known in (
             ("method", METHODS),
             ("score", SCORES),

@@ -23,7 +23,10 @@ from .streamed_decoder import StreamedDecoder
 
 STABLE = 0.7  # split-half rank correlation below which ranks are mostly noise
 # files that values depend on
-MEASURING = "fisher hessian_trace layer_statistics loss_curves streamed_decoder sweep saliency counts uncompensated".split()
+MEASURING = (
+    "counts fisher hessian hessian_trace layer_pruning layer_statistics loss_curves quantiser saliency streamed_decoder sweep "
+    "targets uncompensated"
+).split()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -63,3 +63,9 @@ def test_settings_that_make_no_sense(settings, message):
 def test_what_is_filled_in(settings, expected):
     config = PruneConfig(**(TEXT | settings))
     assert (config.granularity, config.sparsity, config.zeros_of, config.ranked, config.needs_text) == expected
+
+
+def test_texts_may_be_strings():
+    for given in ("a.txt", Path("a.txt"), ["a.txt"], (Path("a.txt"),)):
+        config = PruneConfig(calibration=given, held_out="b.txt")
+        assert (config.calibration, config.held_out) == ((Path("a.txt"),), Path("b.txt"))
