@@ -36,8 +36,13 @@ METHODS = {
     "ISC + layer, random": {"score": "isc", "granularity": "layer", "sensitivity": "random"},
 }
 MAGNITUDE = {"score": "magnitude", "granularity": "uniform"}
-# our own rule, with one seed
-ATTEMPTS = {"OBS + loss": {"score": "obs", "allocation": "loss"}}
+# wider ranges of sparsities than the paper's 0.1, and our own rule
+ATTEMPTS = {
+    "ISC + weight, alpha 0.15": {"score": "isc", "granularity": "weight", "alpha": 0.15},
+    "ISC + weight, alpha 0.2": {"score": "isc", "granularity": "weight", "alpha": 0.2},
+    "OBS + weight, alpha 0.2": {"score": "obs", "granularity": "weight", "alpha": 0.2},
+    "OBS + loss": {"score": "obs", "allocation": "loss"},
+}
 
 
 def rows() -> list[tuple[str, str, float, int, dict]]:
@@ -46,7 +51,9 @@ def rows() -> list[tuple[str, str, float, int, dict]]:
     for seed in SEEDS:
         for sparsity in SPARSITIES:
             found += [("methods", name, sparsity, seed, settings) for name, settings in METHODS.items()]
-    found += [("attempts", name, sparsity, 0, settings) for sparsity in (0.5, 0.7) for name, settings in ATTEMPTS.items()]
+    for seed in SEEDS:
+        for sparsity in SPARSITIES:
+            found += [("attempts", name, sparsity, seed, settings) for name, settings in ATTEMPTS.items()]
     return found
 
 

@@ -15,16 +15,13 @@ from .streamed_decoder import StreamedDecoder
 Observer = Callable[[str, torch.Tensor, torch.Tensor], None]
 
 
-def fisher(
-    decoder: StreamedDecoder, blocks: torch.Tensor, *, advance: Callable[[int], None] = lambda layers: None
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def fisher(decoder: StreamedDecoder, blocks: torch.Tensor) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """
     ||dL_s/dW||_F^2 for each pruned matrix W and sequence s, L_s the mean next-token cross-entropy of s. Its mean over
     sequences estimates the trace of the Fisher information, and that of the Hessian where the model fits the text.
 
     Args:
         blocks: token ids (N, T).
-        advance: is told of every layer that was passed; two times the layers for each sequence.
 
     Returns:
         By name of the matrix, N values; and likewise ||dL_s/dY||_F^2 for its outputs Y, (T, R).
@@ -38,13 +35,11 @@ def fisher(
         outputs[name] += gradients.square().sum((1, 2), dtype=torch.float64).tolist()
 
     for row in blocks[:, None]:
-        backpropagate(decoder, row, observe, advance=advance)
+        backpropagate(decoder, row, observe)
     return weights, outputs
 
 
-def backpropagate(
-    decoder: StreamedDecoder, tokens: torch.Tensor, observe: Observer, *, advance: Callable[[int], None] = lambda layers: None
-) -> None:
+def backpropagate(decoder: StreamedDecoder, tokens: torch.Tensor, observe: Observer) -> None:
     """
     Pass token ids (B, T) up and the gradients of their losses, each sequence's its own mean, down again; every pruned matrix's
     inputs and the gradients of its outputs are shown to `observe`.
@@ -54,7 +49,6 @@ def backpropagate(
         for index in range(len(decoder.layers)):
             with decoder.layer(index) as layer:
                 states.append(decoder.run(layer, index, states[-1]))
-            advance(1)
     with torch.enable_grad():
         top = states.pop().requires_grad_()
         loss = decoder.losses(top, tokens).sum() / (tokens.shape[1] - 1)
@@ -63,7 +57,6 @@ def backpropagate(
             hidden = states.pop().detach().requires_grad_()
             with decoder.layer(index) as layer, observed(decoder, index, observe, len(tokens)):
                 (gradient,) = torch.autograd.grad(decoder.run(layer, index, hidden), hidden, gradient)
-            advance(1)
 
 
 @contextmanager

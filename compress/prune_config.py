@@ -7,6 +7,7 @@ from pathlib import Path
 from .allocation import BUDGETS, refuse_range
 from .counts import parse_pattern
 from .hessian import DAMPING
+from .hessian_trace import NORMALISATIONS
 from .loss_allocation import POINTS
 from .saliency import SCORES
 from .sweep import BLOCK
@@ -15,7 +16,6 @@ METHODS = ("mixed-sparsity",)
 ALLOCATIONS = ("rank", "loss")
 GRANULARITIES = ("weight", "layer", "uniform")
 SENSITIVITIES = ("fisher", "hutchinson", "finite-difference", "owl", "local", "random", "reversed")
-NORMALISATIONS = ("total", "mean")
 SPARSITY = 0.5
 
 

@@ -146,7 +146,8 @@ def loss_costs(
     facts = facts | {"method": "error curves", "blocks": blocks.tolist(), "points": POINTS, "settings": settings}
     if (errors := cache.get(facts)) is None:
         errors = error_curves(decoder, blocks, config, advance)
-        cache.put(facts, errors)
+        if all(math.isfinite(x) for found in errors.values() for x in found):
+            cache.put(facts, errors)
     rows = {name: decoder.model.get_submodule(name).out_features for name in errors}
     return {name: [error * energy[name] / rows[name] for error in found] for name, found in errors.items()}
 

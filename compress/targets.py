@@ -28,12 +28,6 @@ def has_matrices(layers: nn.ModuleList) -> bool:
     return any(isinstance(part, (nn.Linear, Conv1D)) for part in layers.modules())
 
 
-def linears(module: nn.Module, kept: tuple[str, ...] = ()) -> dict[str, nn.Linear]:
-    """The linear layers in `module`, by their names in it, but for those under a name in `kept`."""
-    found = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
-    return {name: part for name, part in found.items() if not set(name.split(".")) & set(kept)}
-
-
 def layer_targets(layer: nn.Module, name: str, kept: tuple[str, ...]) -> dict[str, nn.Linear]:
     """
     The linear layers of one decoder layer that are pruned, by their names in it.
@@ -45,12 +39,15 @@ def layer_targets(layer: nn.Module, name: str, kept: tuple[str, ...]) -> dict[st
     Raises:
         ValueError: if it has none, or holds weights of a kind that would silently stay dense.
     """
-    found = linears(layer, kept)
+    found = {}
     for part_name, part in layer.named_modules():
         if set(part_name.split(".")) & set(kept):
             continue
+        if isinstance(part, nn.Linear):
+            found[part_name] = part
+            continue
         wide = [key for key, tensor in part.named_parameters(recurse=False) if tensor.dim() >= 2]
-        if wide and not isinstance(part, nn.Linear):
+        if wide:
             kind = type(part).__name__
             why = "its weights are transposed" if isinstance(part, Conv1D) else f"its {wide[0]} is no nn.Linear's"
             raise ValueError(f"{name}.{part_name} is a {kind}, which cannot be pruned ({why}); only nn.Linear layers can")

@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import typer
 import yaml
+from doc_commands import LAUNCHERS, ROOT, blocks, run_without_package, shell_lines, titled_blocks, write_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -23,9 +24,6 @@ from dijiang import cli
 from dijiang.convert import convert_model
 from dijiang.train import load_recipe
 from dijiang.train.__main__ import parse_arguments
-
-sys.path.insert(0, str(Path(__file__).parent / "support"))
-from doc_commands import LAUNCHERS, ROOT, blocks, run_without_package, shell_lines, titled_blocks, write_text
 
 DOCS = ROOT / "docs"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}

@@ -3,15 +3,13 @@
 import json
 import re
 import sys
-from pathlib import Path
+
+from doc_commands import LAUNCHERS, ROOT, blocks, run, run_without_package, shell_lines, write_text
 
 from dijiang import cli
 from dijiang.evaluate import tables
 from dijiang.train import load_recipe
 from dijiang.train.__main__ import parse_arguments
-
-sys.path.insert(0, str(Path(__file__).parent / "support"))
-from doc_commands import LAUNCHERS, ROOT, blocks, run, run_without_package, shell_lines, write_text
 
 # what the commands train on and measure here; all else is as written
 BUDGET = ["align.tokens=12288", "distill.tokens=16384"]

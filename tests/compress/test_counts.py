@@ -1,20 +1,16 @@
 """Which weights go: counts, thresholds, patterns; the rounding grid; Wanda and magnitude (oracles 10 and 12)."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from oracles import make_inputs, normal
 
 from dijiang.compress import counts
 from dijiang.compress.counts import ExactCount, below_threshold, smallest, smallest_in_groups
 from dijiang.compress.hessian import LocalHessian
 from dijiang.compress.quantiser import RowGrid
 from dijiang.compress.uncompensated import prune_uncompensated
-
-sys.path.insert(0, str(Path(__file__).parent))
-from oracles import make_inputs, normal
 
 
 def draw_scores(rows, columns, levels):

@@ -66,9 +66,9 @@ def gradients(model, row, names):
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt", "dijiang"])
 def test_fisher_is_the_squared_gradient_of_each_sequence(both, tokens, family):
     model, decoder = both(family)
-    blocks, passed = tokens(20, rows=3), []
-    found, of_outputs = fisher.fisher(decoder, blocks, advance=passed.append)
-    assert list(found) == list(of_outputs) == list(sizes_of(decoder)) and sum(passed) == 2 * 2 * 3
+    blocks = tokens(20, rows=3)
+    found, of_outputs = fisher.fisher(decoder, blocks)
+    assert list(found) == list(of_outputs) == list(sizes_of(decoder))
     backwards = {}
     for name in found:
         model.get_submodule(name).register_full_backward_hook(

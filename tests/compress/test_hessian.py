@@ -1,15 +1,10 @@
 """The local Hessian and the factor of its inverse, also where it has none (oracle 1 of the specification)."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from oracles import damp, first_of_trailing_inverses, make_problem, normal, relative
 
 from dijiang.compress.hessian import LocalHessian, factorise
-
-sys.path.insert(0, str(Path(__file__).parent))
-from oracles import damp, first_of_trailing_inverses, make_problem, normal, relative
 
 DTYPES = [(torch.float64, 1e-11), (torch.float32, 2e-3)]
 

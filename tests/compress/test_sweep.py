@@ -1,20 +1,15 @@
 """The column sweep against a plain SparseGPT, brute force and its energy identity (oracles 2 to 6, 8, 10 and 12)."""
 
-import sys
-from pathlib import Path
-
+import oracles
 import pytest
 import torch
+from oracles import damp, least_squares, make_inputs, make_problem, normal, plain_sparsegpt, relative
 
 from dijiang.compress.allocation import BUDGETS, allocate
 from dijiang.compress.hessian import factorise
 from dijiang.compress.quantiser import RowGrid
 from dijiang.compress.saliency import SWEPT, column_weights
 from dijiang.compress.sweep import sweep
-
-sys.path.insert(0, str(Path(__file__).parent))
-import oracles
-from oracles import damp, least_squares, make_inputs, make_problem, normal, plain_sparsegpt, relative
 
 SHAPES = [(5, 7, 3), (1, 24, 8), (17, 33, 8), (12, 130, 128), (6, 40, 40), (9, 1, 128), (3, 576, 128)]  # R, C, block
 

@@ -1,5 +1,6 @@
 """Evaluations of the pair, and what figures show."""
 
+import json
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -27,6 +28,18 @@ def evaluated(pair, config, tmp_path):
         return evaluate_model(checkpoint, teacher, tmp_path / name, given, **options)
 
     return run
+
+
+@pytest.fixture
+def other_words(make_source):
+    """The folder `other` of a model to whose tokenizer a is what b is to the pair's."""
+    folder, _ = make_source(name="other")
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture

@@ -192,16 +192,10 @@ def test_names_that_do_not_tell_models_apart_are_refused(pair, evaluated, refuse
     refused(tmp_path, lambda: evaluated(beside=[pair.teacher]), message)
 
 
-def test_further_models_that_do_not_fit_are_refused(pair, evaluated, refused, make_source, tmp_path, monkeypatch):
+def test_further_models_that_do_not_fit_are_refused(pair, evaluated, refused, make_source, other_words, tmp_path, monkeypatch):
     monkeypatch.setattr(Comparison, "loaded", None)
-    folder, _ = make_source(name="other")
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    vocabulary = content["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    path.write_text(json.dumps(content), encoding="utf-8")
     message = r"^the tokenizers of checkpoint and other differ \(\d+ and \d+ entries; .*compared; leave the second one out$"
-    refused(tmp_path, lambda: evaluated(beside=[folder]), message)
+    refused(tmp_path, lambda: evaluated(beside=[other_words]), message)
     refused(tmp_path, lambda: evaluated(beside=[tmp_path / "none"]), "none is neither a folder, nor a GGUF file, nor a hub id")
     short, _ = make_source(name="short", max_position_embeddings=20)
     message = r"^perplexity in windows of 24 tokens exceeds the 20 that these models were made for"
@@ -284,8 +278,10 @@ def test_the_card_is_the_students_alone(pair, evaluated, others):
 
 @pytest.mark.drawn
 def test_results_from_before_there_were_any_are_drawn(tmp_path):
-    for folder in sorted(RESULTS.glob("*/evaluation.json")):
-        result = json.loads(folder.read_text(encoding="utf-8"))
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*/evaluation.json"))]
+    alone = [result for result in results if "beside" not in result]
+    assert alone
+    for result in alone:
         header, _ = score_table(result)
         assert header[-3:] == ["no attention", "recovered", "over training-free"]
     make_report([RESULTS / "demo" / "evaluation.json"], tmp_path / "page")

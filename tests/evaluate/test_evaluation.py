@@ -248,21 +248,15 @@ def test_settings_without_sense_are_refused(config, refused, tmp_path, settings)
     refused(tmp_path, lambda: replace(config, **settings), "no text given|must be at least [01]$|lengths holds 9 twice")
 
 
-def test_models_that_do_not_fit_are_refused(pair, evaluated, refused, make_source, tokenizer, tmp_path):
+def test_models_that_do_not_fit_are_refused(pair, evaluated, refused, other_words, tmp_path):
     refused(
         tmp_path, lambda: evaluated(checkpoint=pair.teacher), r"teacher is a llama model; give a checkpoint with linear layers"
     )
     refused(tmp_path, lambda: evaluated(teacher=pair.checkpoint), r"the teacher .* is a DiJiang model; give the softmax model")
     full = convert_model(pair.teacher, tmp_path / "full", progress=False, layer_types="full_attention")
     refused(tmp_path, lambda: evaluated(checkpoint=full), r"full is a DiJiang model without linear layers; give a checkpoint")
-    folder, _ = make_source(name="other")
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    vocabulary = content["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    path.write_text(json.dumps(content), encoding="utf-8")
     message = r"^the tokenizers of checkpoint and other differ \(\d+ and \d+ entries; for example at 'a'\), so their scores"
-    refused(tmp_path, lambda: evaluated(teacher=folder), message)
+    refused(tmp_path, lambda: evaluated(teacher=other_words), message)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     refused(tmp_path, lambda: evaluated("taken"), r"taken is not empty; choose a new one or empty it$")

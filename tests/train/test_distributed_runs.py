@@ -16,10 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
-
-sys.path.insert(0, str(Path(__file__).parent))
 from run_helpers import FakeModel, build_trainer, metrics, run_config, stage_config
+from safetensors.torch import load_file, save_file
 
 from dijiang.train import distributed, load_recipe, recover
 from dijiang.train.stage_models import gathered_parameters

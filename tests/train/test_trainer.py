@@ -4,11 +4,10 @@ import gc
 import json
 import math
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from run_helpers import LENGTH, WIDTH, FakeBlocks, FakeModel, build_trainer, metrics, run_config, stage_config
 from safetensors.torch import load_file
 
 from dijiang.train.callbacks import StopSignals
@@ -24,9 +23,6 @@ from dijiang.train.distributed import (
 from dijiang.train.optimizer import adamw, learning_rate_factor
 from dijiang.train.saving_trainer import WEIGHTS, refuse_other_writer
 from dijiang.train.trainer import other_trackers
-
-sys.path.insert(0, str(Path(__file__).parent))
-from run_helpers import LENGTH, WIDTH, FakeBlocks, FakeModel, build_trainer, metrics, run_config, stage_config
 
 
 @pytest.fixture(autouse=True)
