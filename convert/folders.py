@@ -33,6 +33,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         except OSError as error:
             raise ValueError(f"cannot write to {output.parent} ({error.strerror}); choose another output folder") from None
         yield temporary
+        share_alike(temporary)
         refuse_occupied(output)
         if output.exists():
             output.rmdir()
@@ -45,6 +46,13 @@ def new_folder(output: str | Path) -> Iterator[Path]:
             except OSError:  # someone else uses it by now
                 break
         raise
+
+
+def share_alike(folder: Path) -> None:
+    """Let those read files in `folder` who may read the folder; safetensors keeps its files to their owner."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(path.stat().st_mode | folder.stat().st_mode & 0o666)
 
 
 def refuse_occupied(output: Path) -> None:

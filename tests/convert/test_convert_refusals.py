@@ -1,6 +1,7 @@
 """What cannot be converted is refused in one clear line, and nothing is left on disk."""
 
 import json
+import os
 import struct
 import sys
 from pathlib import Path
@@ -253,6 +254,20 @@ def test_new_folder_appears_whole(tmp_path):
         assert [path.name for path in Path(output).iterdir()] == ["x"]
         assert Path(output).stat().st_mode == ordinary.stat().st_mode
     assert list(tmp_path.rglob("*.partial")) == []
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_are_for_those_whom_the_folder_is_for(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "figures").mkdir()
+            save_file({"x": torch.ones(1)}, folder / "figures" / "x.safetensors")
+            (folder / "run.sh").touch(0o700)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert modes == {"x.safetensors": mode, "run.sh": 0o700 | mode}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, SystemExit])
