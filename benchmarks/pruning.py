@@ -36,12 +36,17 @@ METHODS = {
     "ISC + layer, random": {"score": "isc", "granularity": "layer", "sensitivity": "random"},
 }
 MAGNITUDE = {"score": "magnitude", "granularity": "uniform"}
-# wider ranges of sparsities than the paper's 0.1, and our own rule
-ATTEMPTS = {
+# our own rules: how sparse rows and blocks of columns become, and matrices by cost; then the control, and a wider range
+WITHIN = {"row_weights": "fisher", "comparison": "matrix"}
+OWN = {
+    "OBS + weight + rows + matrix": {"score": "obs", "granularity": "weight"} | WITHIN,
+    "SparseGPT + rows + matrix": {"score": "obs", "granularity": "uniform"} | WITHIN,
+    "OBS + loss + rows + matrix": {"score": "obs", "allocation": "loss"} | WITHIN,
+    "ISC + weight + rows + matrix": {"score": "isc", "granularity": "weight"} | WITHIN,
+    "SparseGPT + rows": {"score": "obs", "granularity": "uniform", "row_weights": "fisher"},
+    "SparseGPT + matrix": {"score": "obs", "granularity": "uniform", "comparison": "matrix"},
+    "SparseGPT + shuffled rows": {"score": "obs", "granularity": "uniform", "row_weights": "shuffled"},
     "ISC + weight, alpha 0.15": {"score": "isc", "granularity": "weight", "alpha": 0.15},
-    "ISC + weight, alpha 0.2": {"score": "isc", "granularity": "weight", "alpha": 0.2},
-    "OBS + weight, alpha 0.2": {"score": "obs", "granularity": "weight", "alpha": 0.2},
-    "OBS + loss": {"score": "obs", "allocation": "loss"},
 }
 
 
@@ -53,7 +58,7 @@ def rows() -> list[tuple[str, str, float, int, dict]]:
             found += [("methods", name, sparsity, seed, settings) for name, settings in METHODS.items()]
     for seed in SEEDS:
         for sparsity in SPARSITIES:
-            found += [("attempts", name, sparsity, seed, settings) for name, settings in ATTEMPTS.items()]
+            found += [("own", name, sparsity, seed, settings) for name, settings in OWN.items()]
     return found
 
 

@@ -15,7 +15,7 @@ from .streamed_decoder import StreamedDecoder
 Observer = Callable[[str, torch.Tensor, torch.Tensor], None]
 
 
-def fisher(decoder: StreamedDecoder, blocks: torch.Tensor) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def fisher(decoder: StreamedDecoder, blocks: torch.Tensor) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
     """
     ||dL_s/dW||_F^2 for each pruned matrix W and sequence s, L_s the mean next-token cross-entropy of s. Its mean over
     sequences estimates the trace of the Fisher information, and that of the Hessian where the model fits the text.
@@ -24,19 +24,19 @@ def fisher(decoder: StreamedDecoder, blocks: torch.Tensor) -> tuple[dict[str, li
         blocks: token ids (N, T).
 
     Returns:
-        By name of the matrix, N values; and likewise ||dL_s/dY||_F^2 for its outputs Y, (T, R).
+        By name of the matrix, N values; and squared gradients of its outputs, summed over tokens, (N, R) float64.
     """
     weights: dict[str, list[float]] = {name: [] for layer in decoder.targets for name in layer}
-    outputs: dict[str, list[float]] = {name: [] for name in weights}
+    outputs: dict[str, list[torch.Tensor]] = {name: [] for name in weights}
 
     def observe(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         per_sequence = gradients.transpose(1, 2) @ inputs
         weights[name] += per_sequence.square().sum((1, 2), dtype=torch.float64).tolist()
-        outputs[name] += gradients.square().sum((1, 2), dtype=torch.float64).tolist()
+        outputs[name] += gradients.square().sum(1, dtype=torch.float64).cpu()
 
     for row in blocks[:, None]:
         backpropagate(decoder, row, observe)
-    return weights, outputs
+    return weights, {name: torch.stack(rows) for name, rows in outputs.items()}
 
 
 def backpropagate(decoder: StreamedDecoder, tokens: torch.Tensor, observe: Observer) -> None:

@@ -136,10 +136,15 @@ def to_sensitivity(
         raise ValueError(f"normalisation {normalisation!r} is unknown; choose from {', '.join(NORMALISATIONS)}")
     means = {}
     for name, values in estimates.items():
-        if not all(map(math.isfinite, values)):
-            raise ValueError(f"the sensitivity of {name} is NaN or infinite; check the model, or load it in float32")
+        refuse_not_finite(name, values)
         means[name] = fmean(values) / (sizes[name] if normalisation == "mean" else 1)
     return {name: max(mean, 0.0) for name, mean in means.items()}, [name for name, mean in means.items() if mean < 0]
+
+
+def refuse_not_finite(name: str, values: Sequence[float]) -> None:
+    """Raise ValueError if the sensitivity of this matrix is NaN or infinite."""
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"the sensitivity of {name} is NaN or infinite; check the model, or load it in float32")
 
 
 def _estimate(product, losses, parameters, probes, seed, distribution, groups, advance) -> dict[str, list[float]]:

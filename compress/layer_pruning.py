@@ -38,6 +38,7 @@ def prune_layer(
     hidden: Sequence[torch.Tensor],
     sparsities: dict[str, float],
     dtypes: dict[str, torch.dtype],
+    row_weights: dict[str, torch.Tensor],
     config: PruneConfig,
 ) -> dict[str, PrunedMatrix]:
     """
@@ -45,7 +46,8 @@ def prune_layer(
 
     Args:
         hidden: what the layer is given, batches (B, T, hidden).
-        sparsities: of each matrix, by name in the model; dtypes: in which they are stored.
+        sparsities: of each matrix, by name in the model; dtypes: in which they are stored; row_weights: of their scores, where
+            rows are not alike.
 
     Returns:
         By name in the model.
@@ -54,7 +56,7 @@ def prune_layer(
     results = {}
     if not config.calibrated:
         for name, module in modules.items():
-            results[name] = prune_one(name, module, None, sparsities[name], dtypes[name], config)
+            results[name] = prune_one(name, module, None, sparsities[name], dtypes[name], None, config)
         return results
 
     def forward() -> None:
@@ -67,7 +69,8 @@ def prune_layer(
             forward()
         for group, hessian in zip(part, hessians, strict=True):
             for name in group:
-                results[name] = prune_one(name, modules[name], hessian, sparsities[name], dtypes[name], config)
+                settings = (sparsities[name], dtypes[name], row_weights.get(name), config)
+                results[name] = prune_one(name, modules[name], hessian, *settings)
     return results
 
 
@@ -125,13 +128,19 @@ def gathered(modules: dict[str, nn.Linear], groups: Sequence[Sequence[str]]) -> 
 
 
 def prune_one(
-    name: str, module: nn.Linear, hessian: LocalHessian | None, sparsity: float, dtype: torch.dtype, config: PruneConfig
+    name: str,
+    module: nn.Linear,
+    hessian: LocalHessian | None,
+    sparsity: float,
+    dtype: torch.dtype,
+    row_weights: torch.Tensor | None,
+    config: PruneConfig,
 ) -> PrunedMatrix:
     """Prune one matrix in place, rounded to the dtype it is stored in."""
     dense = module.weight.detach()
     if not torch.isfinite(dense).all():
         raise ValueError(f"{name} holds NaN or infinite weights, so it cannot be pruned; check the model")
-    found = removed(name, dense, hessian, sparsity, config)
+    found = removed(name, dense, hessian, sparsity, row_weights, config)
     stored = found.weight.to(dtype).masked_fill(found.mask, 0)
     error = relative_error(dense, stored.to(dense.dtype) - dense, hessian) if hessian else None
     module.weight.copy_(stored)
@@ -147,13 +156,22 @@ def prune_one(
     return PrunedMatrix(stored.cpu(), facts)
 
 
-def removed(name: str, dense: torch.Tensor, hessian: LocalHessian | None, sparsity: float, config: PruneConfig) -> Pruned:
+def removed(
+    name: str,
+    dense: torch.Tensor,
+    hessian: LocalHessian | None,
+    sparsity: float,
+    row_weights: torch.Tensor | None,
+    config: PruneConfig,
+) -> Pruned:
     """The matrix (R, C) as `config` prunes it, by a Hessian unless the score needs none."""
     settings = {"sparsity": sparsity, "pattern": config.zeros_of, "bits": config.bits}
     if config.score in UNCOMPENSATED:
         return prune_uncompensated(dense, hessian.norms if config.calibrated else None, **settings)
     factor = hessian.factor(name, damping=config.damping)
-    return sweep(dense, factor, score=config.score, block_size=config.block_size, **settings)
+    settings |= {"block_size": config.block_size, "comparison": config.comparison}
+    settings["row_weights"] = None if row_weights is None else row_weights.to(dense)
+    return sweep(dense, factor, score=config.score, **settings)
 
 
 def relative_error(dense: torch.Tensor, change: torch.Tensor, hessian: LocalHessian) -> float | None:

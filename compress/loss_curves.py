@@ -1,9 +1,10 @@
-"""What pruning each matrix would cost, at several sparsities: its output's error, weighed by what the loss makes of it."""
+"""What pruning each matrix would cost, at several sparsities: its outputs' errors, weighed by what the loss makes of them."""
 
 from collections.abc import Callable
 
 import torch
 
+from .gradients import Gradients
 from .layer_pruning import gathered, input_groups, removed
 from .loss_allocation import POINTS
 from .prune_config import PruneConfig
@@ -11,19 +12,26 @@ from .streamed_decoder import StreamedDecoder
 
 
 @torch.no_grad()
-def error_curves(
-    decoder: StreamedDecoder, blocks: torch.Tensor, config: PruneConfig, advance: Callable[[float], None]
+def loss_curves(
+    decoder: StreamedDecoder,
+    blocks: torch.Tensor,
+    config: PruneConfig,
+    gradients: Gradients,
+    advance: Callable[[float], None],
 ) -> dict[str, list[float]]:
     """
-    tr(D H D^T) of each matrix pruned alone, D the change and H the Hessian of its inputs in the dense model, for every
-    sparsity in `POINTS`.
+    tr(G D H D^T) of each matrix pruned alone, for every sparsity in `POINTS`: D the change, H the Hessian of its inputs in the
+    dense model and G the diagonal of squared gradients of its outputs. That is the Fisher information's quadratic form, up to
+    a common factor, inputs and gradients taken to be independent.
 
     Args:
         blocks: token ids (N, T).
         config: the score and its settings.
+        gradients: of the same sequences, by row.
         advance: is told which share of the work was done since.
     """
     found: dict[str, list[float]] = {}
+    row_weights = gradients.row_weights(config.row_weights, config.seed)
     hidden = [decoder.embed(row) for row in blocks[:, None]]
     for index, names in enumerate(decoder.targets):
         modules = {name: decoder.model.get_submodule(name) for name in names}
@@ -33,10 +41,11 @@ def error_curves(
                 hidden = [decoder.run(layer, index, batch) for batch in hidden]
             for group, hessian in zip(groups, hessians, strict=True):
                 for name in group:
-                    weight = modules[name].weight
+                    weight, energy = modules[name].weight, gradients.outputs[name]
                     found[name] = []
                     for sparsity in POINTS:
-                        change = removed(name, weight, hessian, sparsity, config).weight - weight
-                        found[name].append(((change @ hessian.matrix) * change).sum(dtype=torch.float64).item())
+                        change = removed(name, weight, hessian, sparsity, row_weights.get(name), config).weight - weight
+                        errors = ((change @ hessian.matrix) * change).sum(1, dtype=torch.float64).cpu()
+                        found[name].append((errors @ energy).item())
                     advance(len(weight) * weight.shape[1] / decoder.n_targeted)
     return found

@@ -9,12 +9,13 @@ from .counts import parse_pattern
 from .hessian import DAMPING
 from .hessian_trace import NORMALISATIONS
 from .loss_allocation import POINTS
-from .saliency import SCORES
-from .sweep import BLOCK
+from .saliency import SCORES, SWEPT
+from .sweep import BLOCK, COMPARISONS
 
 METHODS = ("mixed-sparsity",)
 ALLOCATIONS = ("rank", "loss")
 GRANULARITIES = ("weight", "layer", "uniform")
+ROW_WEIGHTS = ("alike", "fisher", "shuffled")
 SENSITIVITIES = ("fisher", "hutchinson", "finite-difference", "owl", "local", "random", "reversed")
 SPARSITY = 0.5
 
@@ -42,6 +43,9 @@ class PruneConfig:
         normalisation: `total`: a matrix's whole trace; `mean`: per weight.
         owl_m: how many times the layer's mean counts as an outlier, for `owl`.
         pattern: "N:M", N zeros in every M weights of a row, for all matrices alike (None: unstructured).
+        row_weights: `alike`, or `fisher`: scores are multiplied by the root mean square gradient of the loss in their row's
+            output, so that outputs the loss depends on keep more weights; control: `shuffled`, the same in other rows.
+        comparison: whether scores compete within a `block` of columns, or within the whole `matrix`, see `sweep`.
         bits: round what stays to so many, 2 to 8, on a grid per row (None: keep it).
         block_size: columns among which weights are chosen together; damping: share of the Hessian's mean diagonal added to it.
         true_sequential: gather inputs anew for each group of matrices in a layer, those before already pruned.
@@ -69,6 +73,8 @@ class PruneConfig:
     normalisation: str = "total"
     owl_m: float = 5.0
     pattern: str | None = None
+    row_weights: str = "alike"
+    comparison: str = "block"
     bits: int | None = None
     block_size: int = BLOCK
     damping: float = DAMPING
@@ -95,6 +101,8 @@ class PruneConfig:
             ("budget", BUDGETS),
             ("sensitivity", SENSITIVITIES),
             ("normalisation", NORMALISATIONS),
+            ("row_weights", ROW_WEIGHTS),
+            ("comparison", COMPARISONS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose from {', '.join(filter(None, known))}")
@@ -113,6 +121,7 @@ class PruneConfig:
         if not 0 < self.sparsity < 1:
             raise ValueError(f"sparsity={self.sparsity} must lie between 0 and 1, both left out")
         self.settle_allocation()
+        self.refuse_idle()
         if self.needs_text and not self.calibration:
             raise ValueError("no calibration text given; name at least one text file")
 
@@ -155,6 +164,24 @@ class PruneConfig:
             raise ValueError(
                 f"allocation by loss takes gradients itself, so sensitivity {self.sensitivity} has no effect; leave one out"
             )
+
+    def refuse_idle(self) -> None:
+        """Refuse settings of the sweep that another one leaves without effect."""
+        for name, idle in (("row_weights", "alike"), ("comparison", "block")):
+            if getattr(self, name) == idle:
+                continue
+            other = f"pattern {self.pattern}" if self.pattern else None if self.score in SWEPT else f"score {self.score}"
+            if other:
+                raise ValueError(f"{name} {getattr(self, name)} has no effect with {other}; leave one of them out")
+
+    @property
+    def ranked_by_gradients(self) -> bool:
+        return self.ranked and self.sensitivity in ("fisher", "reversed")
+
+    @property
+    def by_row(self) -> bool:
+        """Whether gradients of single outputs are needed."""
+        return self.row_weights != "alike" or (self.ranked and self.allocation == "loss")
 
     @property
     def calibrated(self) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,11 +29,12 @@ from dijiang.convert.weights import SafetensorsFile, open_weights
 
 from .bitmask import container_facts, write_bitmask
 from .calibration import calibration_blocks, hash_of_blocks, held_out_windows
+from .gradients import Gradients, measure_gradients
 from .layer_pruning import prune_layer
 from .plan import PruningPlan, make_plan
 from .plan_figure import draw_plan
 from .prune_config import PruneConfig
-from .sensitivity import measure
+from .sensitivity import base_facts, measure
 from .sparse_checkpoint import write_sparse_checkpoint, zeros_on_disk
 from .streamed_decoder import StreamedDecoder
 from .work_folder import WorkFolder
@@ -113,6 +115,7 @@ class PruningRun:
         with Progress(*columns, console=Console(stderr=True), disable=not self.progress) as bar:
             task = bar.add_task(title, total=total)
             yield lambda done: bar.advance(task, done)
+            bar.update(task, completed=total)  # what the cache knew was not told
 
     def facts(self) -> dict:
         """All that the result depends on, and where the model comes from; no paths."""
@@ -128,16 +131,23 @@ class PruningRun:
             "versions": versions(),
         }
 
+    @cached_property
+    def gradients(self) -> Gradients:
+        """Of the dense model on the first calibration sequences."""
+        blocks, facts = self.blocks[: self.config.sensitivity_samples], base_facts(self.identity)
+        with self.bar("Gradients", 1.0) as advance:
+            return measure_gradients(self.decoder, blocks, facts, by_row=self.config.by_row, cache=self.cache, advance=advance)
+
     def plan(self) -> PruningPlan:
         """Measure sensitivities, unless they are cached, and allocate."""
-        found = None
-        if self.config.ranked:
+        found, config = None, self.config
+        if config.ranked:
             sizes = {name: rows * columns for name, (rows, columns) in self.shapes.items()}
-            passes = 2.0 if self.config.allocation == "loss" else 1.0
-            with self.bar(f"Sensitivity ({self.config.sensitivity})", passes) as advance:
-                found = measure(
-                    self.decoder, self.blocks, sizes, self.config, identity=self.identity, cache=self.cache, advance=advance
-                )
+            settings = {"identity": self.identity, "cache": self.cache}
+            settings["gradients"] = self.gradients if config.ranked_by_gradients else None
+            title = "Costs" if config.allocation == "loss" else f"Sensitivity ({config.sensitivity})"
+            with self.bar(title, 1.0) as advance:
+                found = measure(self.decoder, self.blocks, sizes, config, **settings, advance=advance)
             for line in found.warnings():
                 print(f"dijiang: {line}", file=sys.stderr)
         layers = {name: index for index, names in enumerate(self.decoder.targets) for name in names}
@@ -184,6 +194,8 @@ class PruningRun:
     def prune_layers(self, plan: PruningPlan, work: WorkFolder) -> tuple[list[dict], dict | None]:
         """Facts of every layer, pruned now or before, and perplexity of the held-out text before and after."""
         decoder, targets, found = self.decoder, plan.targets(), []
+        rows = self.config.row_weights
+        row_weights = {} if rows == "alike" else self.gradients.row_weights(rows, self.config.seed)
         hidden = [] if not self.config.calibrated else [decoder.embed(row).cpu() for row in self.blocks[:, None]]
         before = [] if self.windows is None else [decoder.embed(row).cpu() for row in self.windows[:, None]]
         after = list(before)
@@ -199,7 +211,7 @@ class PruningRun:
                     dtypes = {name: decoder.stored_dtype(f"{name}.weight") for name in names}
                     with decoder.layer(index) as layer:
                         pass_on(before, layer, index)
-                        results = prune_layer(decoder, index, layer, hidden, targets, dtypes, self.config)
+                        results = prune_layer(decoder, index, layer, hidden, targets, dtypes, row_weights, self.config)
                         pass_on(hidden, layer, index)
                         pass_on(after, layer, index)
                     facts = {"matrices": {name: result.facts for name, result in results.items()}}

@@ -13,19 +13,19 @@ import torch
 from dijiang.convert.provenance import versions
 from dijiang.convert.result_cache import ResultCache, hash_of
 
-from .fisher import fisher
+from .gradients import Gradients
 from .hessian_trace import finite_difference, hutchinson, split_half_correlation, to_sensitivity
 from .layer_statistics import local_traces, outlier_counts
 from .loss_allocation import POINTS
-from .loss_curves import error_curves
+from .loss_curves import loss_curves
 from .prune_config import PruneConfig
 from .streamed_decoder import StreamedDecoder
 
 STABLE = 0.7  # split-half rank correlation below which ranks are mostly noise
 # files that values depend on
 MEASURING = (
-    "counts fisher hessian hessian_trace layer_pruning layer_statistics loss_curves quantiser saliency streamed_decoder sweep "
-    "targets uncompensated"
+    "counts fisher gradients hessian hessian_trace layer_pruning layer_statistics loss_curves quantiser saliency "
+    "streamed_decoder sweep targets uncompensated"
 ).split()
 
 
@@ -68,6 +68,7 @@ def measure(
     sizes: dict[str, int],
     config: PruneConfig,
     *,
+    gradients: Gradients | None,
     identity: str,
     cache: ResultCache,
     advance: Callable[[float], None] = lambda share: None,
@@ -78,6 +79,7 @@ def measure(
     Args:
         blocks: calibration sequences (N, T); the first `config.sensitivity_samples` are used. None for `random`.
         sizes: weights of each matrix, by name.
+        gradients: of these sequences, where `config.ranked_by_gradients`.
         identity: hash of the model.
         cache: where estimates are kept and looked for.
         advance: is told which share of the work was done since.
@@ -91,34 +93,22 @@ def measure(
         drawn = torch.rand(len(sizes), generator=generator).tolist()
         return Sensitivities(method=method, values=dict(zip(sizes, drawn, strict=True)))
     blocks = blocks[: config.sensitivity_samples]
-    facts = {"model": identity, "method": method, "code": code_hash(), "versions": versions()}
-    if method == "fisher":  # sequence by sequence, so that an interrupted pass goes on
-        estimates: dict[str, list[float]] = {name: [] for name in sizes}
-        energy = dict.fromkeys(sizes, 0.0)
-        for block in blocks:
-            own = facts | {"block": block.tolist()}
-            if (found := cache.get(own)) is None:
-                found = [{name: values[0] for name, values in part.items()} for part in fisher(decoder, block[None])]
-                if all(math.isfinite(x) for part in found for x in part.values()):
-                    cache.put(own, found)
-            for name in sizes:
-                estimates[name].append(found[0][name])
-                energy[name] += found[1][name]
-            advance(1 / len(blocks))
+    facts = base_facts(identity) | {"method": method, "blocks": blocks.tolist()}
+    if method == "fisher":
+        estimates = gradients.weights
     else:
-        facts |= {"blocks": blocks.tolist(), "probes": config.sensitivity_samples, "by_layer": config.probes_by_layer}
-        facts |= {"seed": config.seed, "owl_m": config.owl_m}
-        if (estimates := cache.get(facts)) is None:
-            estimates = other_estimates(method, decoder, blocks, config, advance)
-            if all(math.isfinite(x) for values in estimates.values() for x in values):
-                cache.put(facts, estimates)
+        own = facts | {"probes": config.sensitivity_samples, "by_layer": config.probes_by_layer}
+        own |= {"seed": config.seed, "owl_m": config.owl_m}
+        estimates = kept(cache, own, lambda: other_estimates(method, decoder, blocks, config, advance))
     by_size = "mean" if method == "owl" and config.granularity == "weight" else config.normalisation
     values, negative = to_sensitivity(estimates, sizes, by_size)
     if config.sensitivity == "reversed":
         values = {name: -value for name, value in values.items()}
     costs = None
     if config.allocation == "loss":
-        costs = loss_costs(decoder, blocks, energy, config, facts, cache, advance)
+        settings = ("score", "bits", "block_size", "damping", "row_weights", "comparison", "seed")
+        own = facts | {"method": "loss", "points": POINTS, "settings": {name: getattr(config, name) for name in settings}}
+        costs = kept(cache, own, lambda: loss_curves(decoder, blocks, config, gradients, advance))
     return Sensitivities(
         method=config.sensitivity,
         values=values,
@@ -129,27 +119,18 @@ def measure(
     )
 
 
-def loss_costs(
-    decoder: StreamedDecoder,
-    blocks: torch.Tensor,
-    energy: dict[str, float],
-    config: PruneConfig,
-    facts: dict,
-    cache: ResultCache,
-    advance: Callable[[float], None],
-) -> dict[str, list[float]]:
-    """
-    Error of each matrix's output at every sparsity in `POINTS`, times the mean squared gradient of an output: the Fisher
-    information's quadratic form, inputs and gradients taken to be independent and outputs alike.
-    """
-    settings = {name: getattr(config, name) for name in ("score", "bits", "block_size", "damping")}
-    facts = facts | {"method": "error curves", "blocks": blocks.tolist(), "points": POINTS, "settings": settings}
-    if (errors := cache.get(facts)) is None:
-        errors = error_curves(decoder, blocks, config, advance)
-        if all(math.isfinite(x) for found in errors.values() for x in found):
-            cache.put(facts, errors)
-    rows = {name: decoder.model.get_submodule(name).out_features for name in errors}
-    return {name: [error * energy[name] / rows[name] for error in found] for name, found in errors.items()}
+def base_facts(identity: str) -> dict:
+    """What all measures depend on."""
+    return {"model": identity, "code": code_hash(), "versions": versions()}
+
+
+def kept(cache: ResultCache, facts: dict, compute: Callable[[], dict[str, list[float]]]) -> dict[str, list[float]]:
+    """What the cache knows, or else what `compute` gives, which is kept if all of it is finite."""
+    if (found := cache.get(facts)) is None:
+        found = compute()
+        if all(math.isfinite(x) for values in found.values() for x in values):
+            cache.put(facts, found)
+    return found
 
 
 def other_estimates(

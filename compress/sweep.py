@@ -13,6 +13,7 @@ from .quantiser import RowGrid
 from .saliency import column_weights
 
 BLOCK = 128
+COMPARISONS = ("block", "matrix")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ def sweep(
     pattern: tuple[int, int] | None = None,
     bits: int | None = None,
     block_size: int = BLOCK,
+    comparison: str = "block",
+    row_weights: torch.Tensor | None = None,
     reference_threshold: bool = False,
 ) -> Pruned:
     """
@@ -47,11 +50,14 @@ def sweep(
     Args:
         weight: (R, C), float32 or float64; it is not changed. Columns of dead inputs are zero afterwards.
         factor: of the Hessian of its inputs.
-        sparsity: share to remove, 0 <= sparsity < 1, of every block of columns.
+        sparsity: share to remove, 0 <= sparsity < 1.
         score: one of `SCORES` that compensates.
         pattern: (N, M), N zeros in every M columns of each row in place of `sparsity`; M divides C.
         bits: what stays is rounded to so many, by the grid of the dense weight.
         block_size: columns that are chosen among together, and updated lazily; cut to a multiple of M.
+        comparison: `block`: every block of columns loses the same share; `matrix`: as much as it holds of the smallest scores
+            of the whole matrix before the sweep.
+        row_weights: (R,), multiply the scores of each row; None: all rows alike.
         reference_threshold: choose as the reference code does, by a threshold that takes one weight more per block and all
             that are equal to it, instead of counting exactly.
     """
@@ -60,15 +66,22 @@ def sweep(
     R, C = weight.shape
     upper, importance = factor.upper, column_weights(score, factor)
     mask = torch.zeros(R, C, dtype=torch.bool, device=weight.device)
-    counter, loss = ExactCount(sparsity), 0.0
+    per_row = 1 if row_weights is None else row_weights[:, None]
     step = block_size if pattern is None else max(block_size - block_size % pattern[1], pattern[1])
-    for a in range(0, C, step):
+    starts = range(0, C, step)
+    if comparison == "matrix":
+        whole = smallest(weight.square() * importance * per_row, round(sparsity * R * C))
+        counts = [int(whole[:, a : a + step].sum()) for a in starts]
+    else:
+        counter = ExactCount(sparsity)
+        counts = [counter.of(R * (min(a + step, C) - a)) for a in starts]
+    loss = 0.0
+    for a, count in zip(starts, counts, strict=True):
         b = min(a + step, C)
         block, u = weight[:, a:b].T.contiguous(), upper[a:b, a:b]  # (columns, R): a column's weights lie side by side
         errors = torch.empty_like(block)
         if pattern is None:
-            scores = block.T.square() * importance[a:b]
-            count = counter.of(scores.numel())
+            scores = block.T.square() * importance[a:b] * per_row
             mask[:, a:b] = below_threshold(scores, sparsity) if reference_threshold else smallest(scores, count)
         for j in range(b - a):
             if pattern and j % pattern[1] == 0:

@@ -53,10 +53,12 @@ def inverse_factor(H: torch.Tensor) -> torch.Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
 
 
-def plain_sparsegpt(weight, hessian, sparsity, *, block, score="obs", exact=False, pattern=None, upper=None):
+def plain_sparsegpt(
+    weight, hessian, sparsity, *, block, score="obs", exact=False, by_matrix=False, row_weights=None, pattern=None, upper=None
+):
     """
-    Algorithm 1 of arXiv 2301.00774 row by row, mask by the reference's threshold (or `exact` counts, or N:M); returns weight
-    and mask.
+    Algorithm 1 of arXiv 2301.00774 row by row, mask by the reference's threshold (or `exact` counts, in every block alike or
+    `by_matrix`, or N:M); returns weight and mask.
     """
     W = weight.clone()
     W[:, hessian.diagonal() == 0] = 0
@@ -67,10 +69,12 @@ def plain_sparsegpt(weight, hessian, sparsity, *, block, score="obs", exact=Fals
     mask, gone = torch.zeros(rows, columns, dtype=torch.bool), 0
 
     def saliency(part, start, stop):
+        per_row = 1 if row_weights is None else row_weights[:, None]
         if per_column is None:
-            return part**2 / torch.diag(U)[start:stop] ** 2
-        return part**2 * per_column[start:stop]
+            return part**2 / torch.diag(U)[start:stop] ** 2 * per_row
+        return part**2 * per_column[start:stop] * per_row
 
+    first = saliency(W, 0, columns).flatten().sort(stable=True).indices[: round(sparsity * rows * columns)] % columns
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         W1, U1, M1 = W[:, start:stop].clone(), U[start:stop, start:stop], mask[:, start:stop]
@@ -78,7 +82,7 @@ def plain_sparsegpt(weight, hessian, sparsity, *, block, score="obs", exact=Fals
         if pattern is None:
             metric = saliency(W1, start, stop)
             if exact:
-                goal = round(sparsity * rows * stop)
+                goal = int((first < stop).sum()) if by_matrix else round(sparsity * rows * stop)
                 chosen = torch.zeros(metric.numel(), dtype=torch.bool)
                 chosen[metric.reshape(-1).sort(stable=True).indices[: goal - gone]] = True
                 M1.copy_(chosen.view(metric.shape))

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from oracles import relative
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dijiang.compress import PruneConfig, fisher, layer_statistics, sensitivity
+from dijiang.compress import gradients as gradients_module
+from dijiang.compress.gradients import Gradients, measure_gradients
 from dijiang.compress.hessian_trace import finite_difference, hutchinson
 from dijiang.compress.layer_pruning import gathered, input_groups
 from dijiang.compress.streamed_decoder import StreamedDecoder
@@ -45,9 +48,11 @@ def sizes_of(decoder):
 
 def measured(decoder, blocks, cache, **settings):
     config = PruneConfig(calibration=(cache / "unread.txt",), **settings)
-    found = sensitivity.measure(
-        decoder, blocks, sizes_of(decoder), config, identity="this model", cache=ResultCache(cache / "kept")
-    )
+    kept, passed = ResultCache(cache / "kept"), None
+    if config.ranked_by_gradients:
+        passed = measure_gradients(decoder, blocks[: config.sensitivity_samples], {}, by_row=config.by_row, cache=kept)
+    settings = {"gradients": passed, "identity": "this model", "cache": kept}
+    found = sensitivity.measure(decoder, blocks, sizes_of(decoder), config, **settings)
     assert list(found.values) == list(sizes_of(decoder))
     return found
 
@@ -78,7 +83,8 @@ def test_fisher_is_the_squared_gradient_of_each_sequence(both, tokens, family):
         expected = gradients(model, row, found)
         for name, values in found.items():
             assert values[index] == pytest.approx(square(expected[name]), rel=1e-4)
-            assert of_outputs[name][index] == pytest.approx(square(backwards[name]), rel=1e-4)
+            by_row = backwards[name].double().reshape(20, -1).square().sum(0)
+            torch.testing.assert_close(of_outputs[name][index], by_row, rtol=1e-4, atol=1e-6 * by_row.max().item())
     assert len({round(value, 9) for values in found.values() for value in values}) == 3 * len(found)
 
 
@@ -190,9 +196,36 @@ def test_values_are_kept(both, tokens, tmp_path, monkeypatch, method):
             measured(decoder, blocks, tmp_path, **settings | {"sensitivity_samples": 3})
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_row_weights(both, tokens, tmp_path, family):
+    """Of outputs, the root of what they add up to; the second time nothing passes through a layer."""
+    _, decoder = both(family)
+    blocks, cache = tokens(12, rows=3), ResultCache(tmp_path)
+    expected = {name: rows.sum(0).sqrt() for name, rows in fisher.fisher(decoder, blocks)[1].items()}
+    first = measure_gradients(decoder, blocks, {}, by_row=True, cache=cache)
+    decoder.embed = None
+    second = measure_gradients(decoder, blocks, {}, by_row=True, cache=cache)
+    assert first.weights == second.weights
+    shuffled, again, other = (second.row_weights("shuffled", seed) for seed in (1, 1, 2))
+    for name, weights in first.row_weights("fisher", 0).items():
+        assert weights.dtype == torch.float32 and weights.mean() == pytest.approx(1, rel=1e-5) and weights.std() > 0.05
+        assert relative(weights, (expected[name] / expected[name].mean()).float()) < 1e-5
+        assert torch.equal(weights, second.row_weights("fisher", 7)[name])
+        assert torch.equal(weights.sort().values, shuffled[name].sort().values) and torch.equal(shuffled[name], again[name])
+        assert not torch.equal(weights, shuffled[name]) and not torch.equal(other[name], shuffled[name])
+    assert first.row_weights("alike", 0) == {}
+    with pytest.raises(TypeError):  # what was kept without rows does not serve, nor the other way
+        measure_gradients(decoder, blocks, {}, by_row=False, cache=cache)
+    silent = Gradients({}, {"a": torch.zeros(3).double(), "b": torch.tensor([0.0, 4.0]).double()})
+    assert {name: rows.tolist() for name, rows in silent.row_weights("fisher", 0).items()} == {
+        "a": [1.0, 1.0, 1.0],
+        "b": [0.0, 2.0],
+    }
+
+
 def test_an_interrupted_pass_goes_on(both, tokens, tmp_path, monkeypatch):
     _, decoder = both("llama")
-    blocks, seen, real = tokens(12, rows=4), [], sensitivity.fisher
+    blocks, seen, real = tokens(12, rows=4), [], gradients_module.fisher
 
     def stopping(decoder, rows):
         if len(seen) == 2:
@@ -200,10 +233,10 @@ def test_an_interrupted_pass_goes_on(both, tokens, tmp_path, monkeypatch):
         seen.append(rows.tolist())
         return real(decoder, rows)
 
-    monkeypatch.setattr(sensitivity, "fisher", stopping)
+    monkeypatch.setattr(gradients_module, "fisher", stopping)
     with pytest.raises(KeyboardInterrupt):
         measured(decoder, blocks, tmp_path)
-    monkeypatch.setattr(sensitivity, "fisher", lambda decoder, rows: seen.append(rows.tolist()) or real(decoder, rows))
+    monkeypatch.setattr(gradients_module, "fisher", lambda decoder, rows: seen.append(rows.tolist()) or real(decoder, rows))
     found = measured(decoder, blocks, tmp_path)
     assert seen == [[row.tolist()] for row in blocks]
     assert found.values == pytest.approx({name: sum(x) / 4 for name, x in real(decoder, blocks)[0].items()}, rel=1e-6)

@@ -127,11 +127,19 @@ def test_layers_add_up():
     assert plan.targets() == pytest.approx(dict.fromkeys(shapes, 0.5))  # two layers of one size and one cost
 
 
-def test_costs_of_a_model(make_source, text_file, tmp_path):
-    """A cost = the error of a sweep of transformers' own matrix on its inputs, times its outputs' mean squared gradient."""
+@pytest.mark.parametrize("settings", [{}, {"row_weights": "fisher", "comparison": "matrix"}])
+def test_costs_of_a_model(make_source, text_file, tmp_path, settings):
+    """A cost = the errors of a sweep of transformers' own matrix on its inputs, times its outputs' squared gradients."""
     source, model = make_source(num_key_value_heads=2)
     config = PruneConfig(
-        calibration=(text_file,), samples=6, length=32, sensitivity_samples=4, allocation="loss", score="obs", seed=3
+        calibration=(text_file,),
+        samples=6,
+        length=32,
+        sensitivity_samples=4,
+        allocation="loss",
+        score="obs",
+        seed=3,
+        **settings,
     )
     run = PruningRun(source, tmp_path / "out", config, cache=tmp_path / "cache", progress=False)
     found = run.plan().sensitivity.costs
@@ -139,24 +147,25 @@ def test_costs_of_a_model(make_source, text_file, tmp_path):
     hessians, energy, handles = {}, {}, []
     for name in run.shapes:
         module = model.get_submodule(name)
-        hessians[name], energy[name] = LocalHessian(module.in_features), 0.0
+        hessians[name], energy[name] = LocalHessian(module.in_features), torch.zeros(module.out_features)
 
         def hook(module, inputs, output, name=name):
             hessians[name].add(inputs[0].detach())
 
             def add(gradient):
-                energy[name] += gradient.square().sum().item()
+                energy[name] += gradient.square().sum((0, 1))
 
             output.register_hook(add)
 
         handles.append(module.register_forward_hook(hook))
     for row in run.blocks[:4, None]:
         model(input_ids=row, labels=row).loss.backward()
-    for name, (rows, _) in run.shapes.items():
-        weight = model.get_submodule(name).weight.detach()
+    for name in run.shapes:
+        weight, factor = model.get_submodule(name).weight.detach(), hessians[name].factor(name)
+        how = {"comparison": "matrix", "row_weights": energy[name].sqrt()} if settings else {}
         for place in (0, 4, 7):
-            change = sweep(weight, hessians[name].factor(name), sparsity=POINTS[place], score="obs").weight - weight
-            error = torch.einsum("rc,cd,rd->", change, hessians[name].matrix, change).item()
-            assert found[name][place] == pytest.approx(error * energy[name] / rows, rel=2e-2), (name, place)
+            change = sweep(weight, factor, sparsity=POINTS[place], score="obs", **how).weight - weight
+            cost = torch.einsum("r,rc,cd,rd->", energy[name], change, hessians[name].matrix, change).item()
+            assert found[name][place] == pytest.approx(cost, rel=2e-2), (name, place)
     targets = run.plan().targets()
     assert max(targets.values()) <= 0.7 + 1e-9 and len(set(targets.values())) > 3

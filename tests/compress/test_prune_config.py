@@ -14,6 +14,8 @@ WORDS = {
     "budget": ("weighted", "shift", "paper"),
     "sensitivity": ("fisher", "hutchinson", "finite-difference", "owl", "local", "random", "reversed"),
     "normalisation": ("total", "mean"),
+    "row_weights": ("alike", "fisher", "shuffled"),
+    "comparison": ("block", "matrix"),
 }
 COUNTS = ("samples", "sensitivity_samples", "block_size", "held_out_tokens")
 TEXT = {"calibration": (Path("book.txt"),)}
@@ -31,6 +33,10 @@ TEXT = {"calibration": (Path("book.txt"),)}
         ({"pattern": "2:4", "granularity": "weight"}, "is the same for all matrices, so granularity weight has no effect"),
         ({"pattern": "2:4", "granularity": "layer"}, "granularity layer has no effect"),
         *[({"pattern": p}, f"pattern '{p}' is not N:M with 0 < N") for p in ("4:2", "0:4", "4:4", "half", "2:4:8", "-1:4")],
+        ({"pattern": "2:4", "row_weights": "fisher"}, "row_weights fisher has no effect with pattern 2:4; leave one of them"),
+        ({"pattern": "2:4", "comparison": "matrix"}, "comparison matrix has no effect with pattern 2:4"),
+        ({"score": "wanda", "row_weights": "fisher"}, "row_weights fisher has no effect with score wanda"),
+        ({"score": "magnitude", "comparison": "matrix"}, "comparison matrix has no effect with score magnitude"),
         *[({"bits": bits}, f"bits={bits} must be from 2 to 8") for bits in (1, 9, 0)],
         *[({name: 0}, f"{name}=0 must be at least 1") for name in COUNTS],
         ({"length": 1}, "length=1 must be at least 2"),

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dijiang.compress import sensitivity
+from dijiang.compress import gradients
 from dijiang.compress.calibration import calibration_blocks
 from dijiang.convert import convert_model, read_provenance
 
@@ -18,10 +18,10 @@ from dijiang.convert import convert_model, read_provenance
 
 
 @torch.no_grad()
-def sparsegpt(folder, blocks, sparsity, *, block, refresh):
+def sparsegpt(folder, blocks, sparsity, *, block, refresh, row_weights=None):
     """
     transformers' model pruned layer by layer, inputs by hooks on it; Hessians and sweeps in float64. `refresh`: groups of a
-    layer's matrices whose inputs are gathered together.
+    layer's matrices whose inputs are gathered together. With `row_weights`, by name, scores compete in the whole matrix.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     masks = {}
@@ -33,8 +33,10 @@ def sparsegpt(folder, blocks, sparsity, *, block, refresh):
             for name, inputs in seen.items():
                 X, weight = torch.cat(inputs[: len(blocks)]), layer.get_submodule(name).weight
                 hessian = 2 * X.T @ X / len(blocks)
-                pruned, mask = plain_sparsegpt(weight.double(), hessian, sparsity, block=block, exact=True)
-                masks[f"model.layers.{index}.{name}.weight"] = mask
+                place = f"model.layers.{index}.{name}.weight"
+                how = {"by_matrix": True, "row_weights": row_weights[place]} if row_weights else {}
+                pruned, mask = plain_sparsegpt(weight.double(), hessian, sparsity, block=block, exact=True, **how)
+                masks[place] = mask
                 weight.copy_(pruned)
     return {name: model.get_parameter(name) for name in masks}, masks
 
@@ -56,6 +58,36 @@ def test_uniform_obs_is_sparsegpt(run, make_source, tokenizer, text_file, true_s
         assert agree.float().mean() > 0.9 and relative(stored[name][agree], weights[name][agree]) < 2e-3
     other, _ = sparsegpt(source, blocks, 0.55, block=20, refresh=[PARTS] if true_sequential else [[part] for part in PARTS])
     assert max(relative(stored[name], other[name]) for name in TARGETS) > 0.05  # the order of gathering matters here
+
+
+def gradient_roots(folder, blocks):
+    """Of every output of the dense model, the root of the summed squares of its gradients, as float64."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    squares = {}
+    for name in TARGETS:
+        module = model.get_submodule(name.removesuffix(".weight"))
+        squares[name] = torch.zeros(module.out_features).double()
+
+        def add(module, _, gradients, to=squares[name]):
+            to += gradients[0].double().square().sum((0, 1))
+
+        module.register_full_backward_hook(add)
+    for row in blocks:
+        model(row[None], labels=row[None]).loss.backward()
+    return {name: energy.sqrt() for name, energy in squares.items()}
+
+
+def test_row_weights_and_comparison(run, make_source, tokenizer, text_file):
+    source, _ = make_source(num_key_value_heads=2)
+    settings = {"score": "obs", "sparsity": 0.55, "block_size": 20} | UNIFORM
+    out = run(source, **settings, row_weights="fisher", comparison="matrix")
+    blocks = calibration_blocks(tokenizer, [text_file], samples=10, length=32, seed=0)
+    roots = gradient_roots(source, blocks[:3])
+    _, masks = sparsegpt(source, blocks, 0.55, block=20, refresh=[PARTS], row_weights=roots)
+    found, plain = zeros(out), zeros(run(source, "plain", **settings))
+    differing = [sum(int((other[name] != masks[name]).sum()) for name in TARGETS) for other in (found, plain)]
+    assert differing[0] <= sum(mask.numel() for mask in masks.values()) // 1000 and differing[1] > 100 * differing[0]
+    assert all(abs(int(mask.sum()) - 0.55 * mask.numel()) <= 0.5 for mask in found.values())
 
 
 # --- settings ---
@@ -151,7 +183,7 @@ def test_the_controls(planned, make_source):
 def test_another_sparsity_takes_no_new_gradients(run, planned, make_source, monkeypatch):
     source, _ = make_source()
     first = planned(source)
-    monkeypatch.setattr(sensitivity, "fisher", None)
+    monkeypatch.setattr(gradients, "fisher", None)
     second = planned(source, sparsity=0.3, granularity="layer", normalisation="total")
     assert [x.sensitivity for x in first.matrices] == [x.sensitivity for x in second.matrices]
     stored = load_file(source / WEIGHTS)

@@ -9,7 +9,7 @@ from dijiang.compress.allocation import BUDGETS, allocate
 from dijiang.compress.hessian import factorise
 from dijiang.compress.quantiser import RowGrid
 from dijiang.compress.saliency import SWEPT, column_weights
-from dijiang.compress.sweep import sweep
+from dijiang.compress.sweep import COMPARISONS, sweep
 
 SHAPES = [(5, 7, 3), (1, 24, 8), (17, 33, 8), (12, 130, 128), (6, 40, 40), (9, 1, 128), (3, 576, 128)]  # R, C, block
 
@@ -52,6 +52,40 @@ def test_every_score_with_exact_counts(rows, columns, block, sparsity, score):
     for part in ours.mask.split(block, dim=1):
         assert abs(part.sum().item() - sparsity * part.numel()) <= 1
     assert abs(ours.mask.sum().item() - sparsity * weight.numel()) <= 0.5
+
+
+@pytest.mark.parametrize(("rows", "columns", "block"), SHAPES)
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.97])
+@pytest.mark.parametrize("score", SWEPT)
+def test_shares_of_blocks_and_weights_of_rows(rows, columns, block, sparsity, score):
+    weight, hessian = make_problem(rows, columns, seed=2, dead=(columns // 2,) if columns > 1 else ())
+    hessian /= 100
+    hessian *= (scales := 1 + torch.arange(columns)) * scales[:, None]  # columns that count more and more
+    factor, per_row = factorise(hessian, "q"), normal(rows, seed=3).exp()
+    settings = {"sparsity": sparsity, "score": score, "block_size": block}
+    for row_weights in (None, per_row):
+        ours = sweep(weight, factor, **settings, comparison="matrix", row_weights=row_weights)
+        expected = {"block": block, "score": score, "exact": True, "by_matrix": True, "row_weights": row_weights}
+        assert_same(ours, plain_sparsegpt(weight, hessian, sparsity, **expected))
+        assert ours.mask.sum() == round(sparsity * weight.numel())
+    ours = sweep(weight, factor, **settings, row_weights=per_row)
+    assert_same(ours, plain_sparsegpt(weight, hessian, sparsity, block=block, score=score, exact=True, row_weights=per_row))
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS)
+@pytest.mark.parametrize("score", SWEPT)
+def test_a_weight_of_a_row_is_its_unit_squared(comparison, score):
+    """Rows that are multiplied beforehand, and divided afterwards, are pruned as by the squares of the multiples."""
+    weight, hessian = make_problem(9, 40, seed=5)
+    factor, unit = factorise(hessian, "q"), 2.0 ** torch.arange(9, dtype=torch.float64).sub(4)[:, None]  # exact in binary
+    settings = {"sparsity": 0.6, "score": score, "block_size": 8, "comparison": comparison}
+    ours = sweep(weight, factor, **settings, row_weights=unit.flatten().square())
+    scaled = sweep(weight * unit, factor, **settings)
+    assert torch.equal(ours.mask, scaled.mask) and torch.equal(ours.weight, scaled.weight / unit)
+    assert ours.mask.sum(1)[0] > 35 and ours.mask.sum(1)[-1] < 8
+    plain = sweep(weight, factor, **settings)
+    same = sweep(weight, factor, **settings, row_weights=torch.full((9,), 4.0).double())
+    assert torch.equal(plain.weight, same.weight) and not torch.equal(plain.mask, ours.mask)
 
 
 @pytest.mark.parametrize(("pattern", "block", "cut"), [((2, 4), 128, 128), ((4, 8), 20, 16), ((1, 4), 3, 4), ((3, 4), 30, 28)])

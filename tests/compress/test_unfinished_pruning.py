@@ -11,7 +11,7 @@ import torch
 from checkpoints import MAGNITUDE, UNIFORM, WEIGHTS, same_bytes
 from safetensors.torch import load_file, save_file
 
-from dijiang.compress import layer_pruning, pruning, sensitivity
+from dijiang.compress import gradients, layer_pruning, pruning
 
 # --- interruptions ---
 
@@ -30,7 +30,7 @@ def stop_after(monkeypatch, layers):
     return begun
 
 
-@pytest.mark.parametrize("settings", [{}, MAGNITUDE, {"true_sequential": True, "bits": 4}])
+@pytest.mark.parametrize("settings", [{}, MAGNITUDE, {"true_sequential": True, "bits": 4, "row_weights": "fisher"}])
 def test_an_interrupted_run_goes_on(run, refuses, make_source, text_file, tmp_path, monkeypatch, settings):
     source, _ = make_source(num_hidden_layers=3, dtype=torch.bfloat16)
     settings = {"held_out": text_file, "held_out_tokens": 100} | settings
@@ -74,7 +74,7 @@ def test_a_killed_run_goes_on(run, make_source, text_file, tmp_path, monkeypatch
     ended = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.pruning" / "layer-0000.safetensors").is_file()
-    monkeypatch.setattr(sensitivity, "fisher", None)  # these were kept
+    monkeypatch.setattr(gradients, "fisher", None)  # these were kept
     begun = stop_after(monkeypatch, None)
     assert same_bytes(run(source), run(source, "whole")) and begun == [1, 0, 1]
     assert not list(tmp_path.glob(".out*"))
