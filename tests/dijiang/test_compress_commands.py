@@ -66,6 +66,7 @@ def test_every_option_arrives(command, tmp_path, monkeypatch):
     monkeypatch.setattr("dijiang.compress.prune", run)
     other = {
         "sparsity": 0.3, "score": "obs", "granularity": "layer", "allocation": "rank", "alpha": 0.2, "budget": "shift",
+        "row_weights": "fisher", "comparison": "matrix",
         "sensitivity": "hutchinson", "sensitivity_samples": 3, "normalisation": "mean", "bits": 4, "samples": 5, "length": 6,
         "seed": 7, "device": "cpu", "held_out": Path("h.txt"), "method": "mixed-sparsity",
     }  # fmt: skip
