@@ -105,7 +105,8 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--held-out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--only", action="append", default=[], choices=["magnitude", *METHODS, *OWN, *PARTS], help="repeatable")
+    names = ["magnitude", *METHODS, *OWN, *PARTS]
+    parser.add_argument("--only", action="append", default=[], choices=names, help="repeatable")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
