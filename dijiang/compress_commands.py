@@ -101,7 +101,7 @@ def prune(
     Example: dijiang prune HuggingFaceTB/SmolLM2-135M smollm2-sparse --sparsity 0.5 --calibration book.txt
 
     SparseGPT is `--score obs --granularity uniform`, Wanda `--score wanda --granularity uniform`. What lost least in our
-    measurements is `--score obs --row-weights fisher --comparison matrix`.
+    measurements is `--score obs --allocation loss --row-weights fisher --comparison matrix`.
     """
     if importlib.util.find_spec("accelerate") is None:
         raise ValueError("pruning needs accelerate, which is missing; run: pip install 'dijiang[compress]'")

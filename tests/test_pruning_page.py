@@ -1,6 +1,7 @@
 """The tables of docs/pruning.md are those of the result files, and budgets were equal."""
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,20 @@ def test_tables_are_those_of_the_results(report, result):
     together = json.loads((RESULTS / "pruning-together" / "evaluation.json").read_text(encoding="utf-8"))
     assert report.fill(page, result, together) == page
     assert f"on the held-out text is {result['dense']:.2f} before pruning" in page
+
+
+def test_the_readme_shows_the_medians(report, result):
+    shown = {
+        "Wanda": "Wanda",
+        "SparseGPT": "SparseGPT",
+        "mixed sparsity (ISC, arXiv 2310.09499)": "ISC + weight",
+        "ours, the options above": "OBS + loss + rows + matrix",
+    }
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for title, method in shown.items():
+        medians = [statistics.median(report.perplexities(result["rows"], method, share).values()) for share in (0.5, 0.6, 0.7)]
+        assert f"| {title} | {' | '.join(f'{x:.1f}' for x in medians)} |" in readme
+    assert f"dense {result['dense']:.2f}, with" in readme
 
 
 def test_budgets_are_equal(result):
