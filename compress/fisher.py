@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .streamed_decoder import StreamedDecoder
+from .targets import refuse_uncalled
 
 # observe(name, inputs (B, T, C), gradients of the outputs (B, T, R))
 Observer = Callable[[str, torch.Tensor, torch.Tensor], None]
@@ -36,6 +37,7 @@ def fisher(decoder: StreamedDecoder, blocks: torch.Tensor) -> tuple[dict[str, li
 
     for row in blocks[:, None]:
         backpropagate(decoder, row, observe)
+    refuse_uncalled(weights, {name for name, values in weights.items() if values})
     return weights, {name: torch.stack(rows) for name, rows in outputs.items()}
 
 

@@ -13,6 +13,8 @@ from .fisher import fisher
 from .hessian_trace import refuse_not_finite
 from .streamed_decoder import StreamedDecoder
 
+FLOOR = 1e-4  # of the mean weight: rows without gradients still compete by their scores
+
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
@@ -32,14 +34,15 @@ class Gradients:
         What a matrix's scores are multiplied by in each row, (R,) float32, mean 1.
 
         Args:
-            how: `fisher`, the root mean square gradient of the row's output, ones where all are zero; `shuffled`, the same in
-                an order drawn by `seed`; `alike`, none.
+            how: `fisher`, the root mean square gradient of the row's output, not below `FLOOR` of their mean; ones where all
+                are zero; `shuffled`, the same in an order drawn by `seed`; `alike`, none.
         """
         if how == "alike":
             return {}
         generator, found = torch.Generator().manual_seed(seed), {}
         for name, energy in self.outputs.items():
             roots = energy.sqrt() if energy.any() else torch.ones_like(energy)
+            roots = roots.clamp(min=FLOOR * roots.mean())
             order = torch.randperm(len(roots), generator=generator) if how == "shuffled" else slice(None)
             found[name] = (roots / roots.mean())[order].float()
         return found
@@ -70,8 +73,9 @@ def measure_gradients(
     weights: dict[str, list[float]] = {name: [] for name in names}
     outputs = {name: torch.zeros(decoder.model.get_submodule(name).out_features, dtype=torch.float64) for name in names}
     for block in blocks:
-        own = facts | {"block": block.tolist(), "by_row": by_row}
-        if (found := cache.get(own)) is None:
+        own = facts | {"block": block.tolist()}
+        found = cache.get(own)
+        if found is None or (by_row and "outputs" not in found):
             of_weights, of_outputs = fisher(decoder, block[None])
             found = {"weights": {name: values[0] for name, values in of_weights.items()}}
             for name, values in of_weights.items():

@@ -12,6 +12,7 @@ from .prune_config import PruneConfig
 from .saliency import UNCOMPENSATED
 from .streamed_decoder import StreamedDecoder
 from .sweep import Pruned, sweep
+from .targets import refuse_uncalled
 from .uncompensated import prune_uncompensated
 
 
@@ -100,9 +101,7 @@ def input_groups(modules: dict[str, nn.Linear], forward: Callable[[], None]) -> 
     finally:
         for handle in handles:
             handle.remove()
-    idle = set(modules) - {name for _, names in seen for name in names}
-    if idle:
-        raise ValueError(f"{min(idle)} is never called as a layer, so its inputs are unknown; it cannot be pruned")
+    refuse_uncalled(modules, {name for _, names in seen for name in names})
     return [names for _, names in seen]
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .streamed_decoder import StreamedDecoder
+from .targets import refuse_uncalled
 
 
 @torch.no_grad()
@@ -31,6 +32,7 @@ def input_squares(
             finally:
                 for handle in handles:
                     handle.remove()
+            refuse_uncalled(decoder.targets[index], squares)
             yield layer, squares
         advance(1 / len(decoder.layers))
 

@@ -1,7 +1,7 @@
 """What a pruning run is asked to do."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from .allocation import BUDGETS, refuse_range
@@ -148,6 +148,8 @@ class PruneConfig:
 
     def settle_allocation(self) -> None:
         """Fill in alpha, and refuse what does not go together."""
+        if self.ranked and self.allocation == "loss" and self.sparsity > POINTS[-1]:
+            raise ValueError(f"sparsity={self.sparsity:g} was asked for, but allocation by loss goes up to {POINTS[-1]:g}")
         if self.alpha is None:
             alpha = 0.1 if self.allocation == "rank" else min(0.2, POINTS[-1] - self.sparsity)
             object.__setattr__(self, "alpha", alpha)
@@ -160,19 +162,29 @@ class PruneConfig:
                 f"sparsity={self.sparsity:g} and alpha={self.alpha:g} allow a matrix {self.sparsity + self.alpha:g}, but "
                 f"allocation by loss goes up to {POINTS[-1]:g}"
             )
-        elif self.sensitivity != "fisher":
-            raise ValueError(
-                f"allocation by loss takes gradients itself, so sensitivity {self.sensitivity} has no effect; leave one out"
-            )
 
     def refuse_idle(self) -> None:
-        """Refuse settings of the sweep that another one leaves without effect."""
-        for name, idle in (("row_weights", "alike"), ("comparison", "block")):
-            if getattr(self, name) == idle:
-                continue
-            other = f"pattern {self.pattern}" if self.pattern else None if self.score in SWEPT else f"score {self.score}"
-            if other:
-                raise ValueError(f"{name} {getattr(self, name)} has no effect with {other}; leave one of them out")
+        """Refuse what was set and has no effect because of another setting."""
+        pattern, score = self.pattern and f"pattern {self.pattern}", f"score {self.score}"
+        unswept = pattern or (None if self.score in SWEPT else score)
+        unranked = None if self.ranked else pattern or "granularity uniform"
+        by_loss = "allocation loss" if self.allocation == "loss" else None
+        probed = self.sensitivity in ("hutchinson", "finite-difference")
+        reasons = {
+            "row_weights": unswept,
+            "comparison": unswept,
+            "allocation": unranked,
+            "budget": unranked or by_loss,
+            "sensitivity": unranked or by_loss,
+            "probes_by_layer": unranked or (None if probed else f"sensitivity {self.sensitivity}"),
+            "true_sequential": None if self.calibrated else score,
+        }
+        defaults = {setting.name: setting.default for setting in fields(self)}
+        for name, other in reasons.items():
+            value = getattr(self, name)
+            if other and value != defaults[name]:
+                what = name if value is True else f"{name} {value}"
+                raise ValueError(f"{what} has no effect with {other}; leave one of them out")
 
     @property
     def ranked_by_gradients(self) -> bool:

@@ -156,10 +156,11 @@ class PruningRun:
     def run(self) -> Path:
         started = time.perf_counter()
         work = WorkFolder(self.output, self.facts())
-        plan = self.plan()
+        plan, rows = self.plan(), self.config.row_weights
+        row_weights = {} if rows == "alike" else self.gradients.row_weights(rows, self.config.seed)
         work.begin()
         try:
-            layers, perplexity = self.prune_layers(plan, work)
+            layers, perplexity = self.prune_layers(plan, row_weights, work)
         except ValueError:  # the next call would end so too
             work.remove()
             raise
@@ -191,11 +192,11 @@ class PruningRun:
         return self.output
 
     @torch.no_grad()
-    def prune_layers(self, plan: PruningPlan, work: WorkFolder) -> tuple[list[dict], dict | None]:
+    def prune_layers(
+        self, plan: PruningPlan, row_weights: dict[str, torch.Tensor], work: WorkFolder
+    ) -> tuple[list[dict], dict | None]:
         """Facts of every layer, pruned now or before, and perplexity of the held-out text before and after."""
         decoder, targets, found = self.decoder, plan.targets(), []
-        rows = self.config.row_weights
-        row_weights = {} if rows == "alike" else self.gradients.row_weights(rows, self.config.seed)
         hidden = [] if not self.config.calibrated else [decoder.embed(row).cpu() for row in self.blocks[:, None]]
         before = [] if self.windows is None else [decoder.embed(row).cpu() for row in self.windows[:, None]]
         after = list(before)

@@ -24,7 +24,7 @@ from .streamed_decoder import StreamedDecoder
 STABLE = 0.7  # split-half rank correlation below which ranks are mostly noise
 # files that values depend on
 MEASURING = (
-    "counts fisher gradients hessian hessian_trace layer_pruning layer_statistics loss_curves quantiser saliency "
+    "counts fisher gradients hessian hessian_trace layer_pruning layer_statistics loss_curves quantiser saliency sensitivity "
     "streamed_decoder sweep targets uncompensated"
 ).split()
 

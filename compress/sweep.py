@@ -52,7 +52,8 @@ def sweep(
         factor: of the Hessian of its inputs.
         sparsity: share to remove, 0 <= sparsity < 1.
         score: one of `SCORES` that compensates.
-        pattern: (N, M), N zeros in every M columns of each row in place of `sparsity`; M divides C.
+        pattern: (N, M), N zeros in every M columns of each row in place of `sparsity`, `comparison` and `row_weights`; M
+            divides C.
         bits: what stays is rounded to so many, by the grid of the dense weight.
         block_size: columns that are chosen among together, and updated lazily; cut to a multiple of M.
         comparison: `block`: every block of columns loses the same share; `matrix`: as much as it holds of the smallest scores
@@ -69,7 +70,7 @@ def sweep(
     per_row = 1 if row_weights is None else row_weights[:, None]
     step = block_size if pattern is None else max(block_size - block_size % pattern[1], pattern[1])
     starts = range(0, C, step)
-    if comparison == "matrix":
+    if comparison == "matrix" and pattern is None:
         whole = smallest(weight.square() * importance * per_row, round(sparsity * R * C))
         counts = [int(whole[:, a : a + step].sum()) for a in starts]
     else:

@@ -1,5 +1,7 @@
 """Which weights are pruned: every linear layer inside the decoder layers, of any Hugging Face decoder."""
 
+from collections.abc import Collection, Iterable
+
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -26,6 +28,12 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 def has_matrices(layers: nn.ModuleList) -> bool:
     return any(isinstance(part, (nn.Linear, Conv1D)) for part in layers.modules())
+
+
+def refuse_uncalled(names: Iterable[str], called: Collection[str]) -> None:
+    """Raise ValueError unless all these matrices were called when their decoder layer ran."""
+    if idle := set(names) - set(called):
+        raise ValueError(f"{min(idle)} is never called as a layer, so its inputs are unknown; it cannot be pruned")
 
 
 def layer_targets(layer: nn.Module, name: str, kept: tuple[str, ...]) -> dict[str, nn.Linear]:

@@ -25,9 +25,14 @@ class ResultCache:
 
     Args:
         folder: made when the first result is kept.
+
+    Raises:
+        ValueError: if it is a file.
     """
 
     def __init__(self, folder: Path):
+        if folder.is_file():
+            raise ValueError(f"cache {folder} is a file; choose a folder")
         self.folder = folder
 
     def path(self, facts: dict) -> Path:

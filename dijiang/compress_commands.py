@@ -36,7 +36,9 @@ def prune(
     ] = "rank",
     alpha: Annotated[
         float | None,
-        typer.Option(help="Sparsities reach from SPARSITY - ALPHA (loss: 0) to SPARSITY + ALPHA.  [default: 0.1; loss: 0.2]"),
+        typer.Option(
+            help="Sparsities reach from SPARSITY - ALPHA (loss: 0) to SPARSITY + ALPHA.  [default: 0.1; loss: 0.2, up to 0.95]"
+        ),
     ] = None,
     budget: Annotated[
         str, typer.Option(help="weighted or shift (the sparsity holds for all weights together), paper (it need not).")
@@ -52,7 +54,7 @@ def prune(
     ] = "alike",
     comparison: Annotated[
         str,
-        typer.Option(help="Which scores compete: those of a block of columns (block, as SparseGPT), or of the whole matrix."),
+        typer.Option(help="Among which weights scores compete: block (of columns, as SparseGPT) or matrix."),
     ] = "block",
     sensitivity: Annotated[
         str,
@@ -60,7 +62,7 @@ def prune(
             help="What ranks matrices: fisher, hutchinson, finite-difference, owl, local; controls: random, reversed."
         ),
     ] = "fisher",
-    sensitivity_samples: Annotated[int, typer.Option(help="Sequences, or probes, behind the ranks.")] = 32,
+    sensitivity_samples: Annotated[int, typer.Option(help="Sequences, or probes, behind ranks, costs and row weights.")] = 32,
     probes_by_layer: Annotated[
         bool,
         typer.Option("--probes-by-layer", help="One layer at a time (hutchinson, finite-difference): less memory, slower."),
@@ -85,10 +87,11 @@ def prune(
     bitmask: Annotated[
         bool, typer.Option("--bitmask", help="Also write OUTPUT/sparse-bitmask, a smaller container; see unpack.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the calibration sequences and probes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of calibration sequences, probes and controls.")] = 0,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda.")] = "auto",
     cache: Annotated[
-        Path | None, typer.Option(help="Where sensitivities are kept.  [default: ~/.cache/dijiang/sensitivities]")
+        Path | None,
+        typer.Option(help="Where gradients, sensitivities and costs are kept.  [default: ~/.cache/dijiang/sensitivities]"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write no model.")] = False,
 ) -> None:

@@ -1,5 +1,8 @@
 """Sensitivities, layer by layer, against gradients and hooks on the whole model that transformers loads."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from oracles import relative
@@ -198,7 +201,7 @@ def test_values_are_kept(both, tokens, tmp_path, monkeypatch, method):
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_row_weights(both, tokens, tmp_path, family):
-    """Of outputs, the root of what they add up to; the second time nothing passes through a layer."""
+    """Of outputs, the root of what they add up to; afterwards nothing passes through a layer, with rows or without."""
     _, decoder = both(family)
     blocks, cache = tokens(12, rows=3), ResultCache(tmp_path)
     expected = {name: rows.sum(0).sqrt() for name, rows in fisher.fisher(decoder, blocks)[1].items()}
@@ -214,13 +217,38 @@ def test_row_weights(both, tokens, tmp_path, family):
         assert torch.equal(weights.sort().values, shuffled[name].sort().values) and torch.equal(shuffled[name], again[name])
         assert not torch.equal(weights, shuffled[name]) and not torch.equal(other[name], shuffled[name])
     assert first.row_weights("alike", 0) == {}
-    with pytest.raises(TypeError):  # what was kept without rows does not serve, nor the other way
-        measure_gradients(decoder, blocks, {}, by_row=False, cache=cache)
+    assert measure_gradients(decoder, blocks, {}, by_row=False, cache=cache) == Gradients(first.weights, None)
     silent = Gradients({}, {"a": torch.zeros(3).double(), "b": torch.tensor([0.0, 4.0]).double()})
-    assert {name: rows.tolist() for name, rows in silent.row_weights("fisher", 0).items()} == {
-        "a": [1.0, 1.0, 1.0],
-        "b": [0.0, 2.0],
-    }
+    found = {name: rows.tolist() for name, rows in silent.row_weights("fisher", 0).items()}
+    assert found == {"a": [1.0, 1.0, 1.0], "b": [pytest.approx(1e-4, rel=1e-3), pytest.approx(2.0, rel=1e-3)]}
+
+
+def test_what_was_kept_without_rows_does_not_serve_for_them(both, tokens, tmp_path):
+    _, decoder = both("llama")
+    blocks, cache = tokens(12, rows=2), ResultCache(tmp_path)
+    plain = measure_gradients(decoder, blocks, {}, by_row=False, cache=cache)
+    rows = measure_gradients(decoder, blocks, {}, by_row=True, cache=cache)
+    assert plain.outputs is None and rows.weights == plain.weights and len(rows.outputs) == 14
+
+
+@pytest.mark.parametrize("method", ["fisher", "owl", "local"])
+def test_a_matrix_that_is_never_called_is_refused(both, tokens, tmp_path, method):
+    _, decoder = both("llama")
+    decoder.targets[1].append("lm_head")  # no layer calls it
+    with pytest.raises(ValueError, match=r"^lm_head is never called as a layer, so its inputs are unknown"):
+        measured(decoder, tokens(12, rows=2), tmp_path, sensitivity=method)
+
+
+def test_all_code_that_measures_is_named():
+    """What the modules that measure import from this room, and so on, but for settings and what the facts hold."""
+    folder = Path(sensitivity.__file__).parent
+    seen, left = set(), {"sensitivity", "gradients"}
+    while left:
+        name = left.pop()
+        seen.add(name)
+        text = (folder / f"{name}.py").read_text(encoding="utf-8")
+        left |= set(re.findall(r"^from \.(\w+) import", text, flags=re.MULTILINE)) - seen
+    assert seen - {"prune_config", "allocation", "loss_allocation"} == set(sensitivity.MEASURING)
 
 
 def test_an_interrupted_pass_goes_on(both, tokens, tmp_path, monkeypatch):

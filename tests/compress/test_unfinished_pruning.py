@@ -51,6 +51,19 @@ def test_an_interrupted_run_goes_on(run, refuses, make_source, text_file, tmp_pa
     assert first["matrices"] == second["matrices"] and first["perplexity"] == second["perplexity"]
 
 
+def test_nothing_is_left_before_a_layer_is_done(run, make_source, tmp_path, monkeypatch):
+    source, _ = make_source()
+
+    def interrupted(decoder, rows):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gradients, "fisher", interrupted)
+    for settings in ({}, UNIFORM | {"row_weights": "fisher"}):
+        with pytest.raises(KeyboardInterrupt):
+            run(source, **settings)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -37,5 +37,11 @@ def test_a_broken_file_counts_as_none(cache, content):
     assert cache.get(FACTS) == {"totals": [1]}
 
 
+def test_a_file_is_no_cache(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cache .*file is a file; choose a folder"):
+        ResultCache(tmp_path / "file")
+
+
 def test_parts_do_not_run_together():
     assert hash_of(b"ab", b"c") != hash_of(b"a", b"bc") != hash_of(b"abc")
