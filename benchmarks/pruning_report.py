@@ -1,5 +1,5 @@
 """
-Tables of docs/pruning.md, from benchmarks/results/pruning.json and pruning-together/evaluation.json.
+Tables of docs/pruning.md, from benchmarks/results: pruning.json, pruning-other-text.json and pruning-together/evaluation.json.
 
     python benchmarks/pruning_report.py    # writes them into docs/pruning.md
 """
@@ -42,8 +42,8 @@ def cell(rows: list[dict], method: str, sparsity: float) -> str:
     return number + spread + beside
 
 
-def method_table(result: dict, study: str) -> str:
-    rows = [row for row in result["rows"] if row["study"] == study]
+def method_table(result: dict, *studies: str) -> str:
+    rows = [row for row in result["rows"] if row["study"] in studies]
     sparsities = sorted({row["asked"] for row in rows})
     names = dict.fromkeys(row["method"] for row in rows)
     known = result["rows"]  # the baseline is in the main study
@@ -66,17 +66,16 @@ def together_table(evaluation: dict) -> str:
     return table(["", *titles.values()], rows)
 
 
-def fill(page: str, result: dict, together: dict) -> str:
+def fill(page: str, result: dict, other: dict, together: dict) -> str:
     tables = {study: method_table(result, study) for study in ("methods", "own", "parts")}
+    tables["other"] = method_table(other, "methods", "own")
     return between_marks(page, tables | {"together": together_table(together)})
 
 
 def main() -> None:
-    result, together = (
-        json.loads((RESULTS / name).read_text(encoding="utf-8"))
-        for name in ("pruning.json", "pruning-together/evaluation.json")
-    )
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), result, together), encoding="utf-8")
+    names = ("pruning.json", "pruning-other-text.json", "pruning-together/evaluation.json")
+    results = [json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in names]
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), *results), encoding="utf-8")
 
 
 if __name__ == "__main__":

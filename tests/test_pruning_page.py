@@ -25,9 +25,11 @@ def result() -> dict:
 
 def test_tables_are_those_of_the_results(report, result):
     page = (ROOT / "docs" / "pruning.md").read_text(encoding="utf-8")
-    together = json.loads((RESULTS / "pruning-together" / "evaluation.json").read_text(encoding="utf-8"))
-    assert report.fill(page, result, together) == page
+    names = ("pruning-other-text.json", "pruning-together/evaluation.json")
+    other, together = (json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in names)
+    assert report.fill(page, result, other, together) == page
     assert f"on the held-out text is {result['dense']:.2f} before pruning" in page
+    assert f"perplexity {other['dense']:.2f} before" in page
 
 
 def test_the_readme_shows_the_medians(report, result):
