@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs
+.PHONY: help demo test test-versions lint docs
 
 help:
 	@echo "make demo   convert, align, distil and evaluate a small model; results in demo-output/"
 	@echo "make test   run the tests (more options: make test ARGS='-k wdcf -x')"
+	@echo "make test-versions   the tests of the model with the oldest and the newest versions allowed (gigabytes, on Linux)"
 	@echo "make lint   check style and formatting"
 	@echo "make docs   build the documentation's site into site/"
 	@echo "The first run installs into $(VENV) with $(PYTHON); for another one: make PYTHON=/path/to/python3 demo"
@@ -20,6 +21,10 @@ demo: $(INSTALLED)
 # one thread per worker: two workers on two cores must not fight
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+
+# ARGS: what to test (oldest, newest, a version of transformers), and options of scripts/test_versions.py
+test-versions:
+	$(PYTHON) scripts/test_versions.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dijiang.evaluate.latency_contenders import SoftmaxContender
 from dijiang.modeling import DiJiangConfig
+from dijiang.modeling.transformers_compat import CACHE_NAME
 
 SHAPE = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
          "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 65536}  # fmt: skip
@@ -80,12 +81,12 @@ def decode(models: dict, dtype: str, batch: int, context: int, options: dict) ->
         return {"dtype": dtype, "batch": batch, "tokens": context, "left_out": reason}
     step = random_ids(llama, batch, 1)
     with torch.no_grad():
-        state = ours(random_ids(ours, batch, PROMPT), use_cache=True, logits_to_keep=1).past_key_values
+        state = ours(random_ids(ours, batch, PROMPT), use_cache=True, logits_to_keep=1)[CACHE_NAME]
         grown, static = (side.filled_cache(batch, context) for side in (growing, fixed))
         calls: dict[str, Callable] = {
-            "llama": lambda: llama(step, past_key_values=grown, use_cache=True).logits,
-            "llama static": lambda: llama(step, past_key_values=static, use_cache=True).logits,
-            "dijiang": lambda: ours(step, past_key_values=state, use_cache=True).logits,
+            "llama": lambda: llama(step, **{CACHE_NAME: grown}, use_cache=True).logits,
+            "llama static": lambda: llama(step, **{CACHE_NAME: static}, use_cache=True).logits,
+            "dijiang": lambda: ours(step, **{CACHE_NAME: state}, use_cache=True).logits,
         }
         after = {"llama": lambda: growing.step_back(grown), "llama static": lambda: fixed.step_back(static)}
         timings = measure.alternate(calls, after=after, **options)
@@ -130,8 +131,8 @@ def backends(model: torch.nn.Module) -> dict[str, str]:
     ids, step = random_ids(model, 1, 256), random_ids(model, 1, 1)
     with torch.no_grad():
         ran = {"prefill": measure.backend_of(lambda: model(ids, logits_to_keep=1))}
-        state = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-        ran["decode"] = measure.backend_of(lambda: model(step, past_key_values=state, use_cache=True))
+        state = model(ids, use_cache=True, logits_to_keep=1)[CACHE_NAME]
+        ran["decode"] = measure.backend_of(lambda: model(step, **{CACHE_NAME: state}, use_cache=True))
     return ran | {"training": measure.backend_of(lambda: model(ids, logits_to_keep=1))}
 
 

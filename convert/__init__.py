@@ -1,5 +1,6 @@
 """Turns pretrained softmax checkpoints into DiJiang checkpoints."""
 
+from .code_files import refresh_code
 from .converter import convert_model
 from .folders import new_folder
 from .lineage import refuse_other_source
@@ -19,6 +20,7 @@ __all__ = [
     "parse_overrides",
     "public_name",
     "read_provenance",
+    "refresh_code",
     "refuse_other_source",
     "write_provenance",
 ]

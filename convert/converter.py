@@ -8,8 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-import dijiang.modeling
-
+from .code_files import code_record, copy_code
 from .families import dijiang_config
 from .folders import new_folder
 from .mapping import MappedWeights, build_on_meta, check_shapes, dtype_named, fill_new_modules
@@ -90,7 +89,7 @@ def convert_model(
             "preset": preset,
             "overrides": config_overrides,
             "seed": config.feature_seed,
-            "code": hash_files(code),
+            **code_record(code),
             "stages": [],
         }
         write_provenance(folder, add_stage(record, "convert", preset=preset, overrides=config_overrides, dtype=dtype))
@@ -123,13 +122,6 @@ def copy_generation_config(source: Source, files: list[WeightFile], folder: Path
         files[0].generation_config.save_pretrained(folder)
     elif path.is_file():
         shutil.copyfile(path, folder / path.name)
-
-
-def copy_code(folder: Path) -> list[Path]:
-    """Put the model's code beside the weights, so that they load where `dijiang` is not installed."""
-    room = Path(dijiang.modeling.__file__).parent
-    files = sorted(path for path in room.glob("*.py") if path.name != "__init__.py")
-    return [Path(shutil.copyfile(path, folder / path.name)) for path in files]
 
 
 def hash_source(source: Source, files: list[WeightFile], progress: bool) -> dict[str, str]:

@@ -23,6 +23,7 @@ _ROOM_OF = {
     "DiJiangForSequenceClassification": "modeling",
     "linear_attention": "modeling",
     "convert_model": "convert",
+    "refresh_code": "convert",
     "load_recipe": "train",
     "recover": "train",
     "run_stage": "train",

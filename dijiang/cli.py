@@ -83,6 +83,24 @@ def convert(
 
 
 @app.command()
+def refresh_code(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a DiJiang checkpoint made by an earlier version.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace code files that were edited, too.")] = False,
+) -> None:
+    """
+    Replace the code files inside a checkpoint with those of the installed version; weights and settings stay.
+
+    Use it when a checkpoint warns that its code was not tested with your version of transformers.
+
+    Example: dijiang refresh-code smollm2-recovered/distill/model
+    """
+    from dijiang.convert import refresh_code as refresh
+
+    changed = refresh(checkpoint, overwrite=overwrite)
+    typer.echo(f"replaced {', '.join(changed)}" if changed else f"the code in {checkpoint} is up to date")
+
+
+@app.command()
 def align(recipe: RecipeName, sets: Sets = None) -> None:
     """
     Fit the linear layers of a recipe's student to its teacher's attention: the first stage of `recover`, alone.

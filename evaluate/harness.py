@@ -21,6 +21,7 @@ import torch
 from transformers import set_seed
 
 from dijiang.convert.families import one_line
+from dijiang.convert.library_calls import call_named
 
 from .harness_task import HarnessTask, prepare, strings
 
@@ -230,7 +231,8 @@ def harness_scores(
     for leaf in task.loaded["tasks"].values():
         leaf.set_fewshot_seed(seed=task.seed)
     with quiet():
-        lm = HFLM(
+        lm = call_named(
+            HFLM,
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),  # it is given a token for padding
             backend="causal",

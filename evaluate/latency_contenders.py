@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from dijiang.modeling import FEATURE_MAPS, DiJiangCache, DiJiangForCausalLM
 from dijiang.modeling.linear_layer import DiJiangLinearAttention, linear_layers
+from dijiang.modeling.transformers_compat import CACHE_NAME
 
 from .latency_models import LatencyPair
 
@@ -60,13 +61,13 @@ class Contender:
     def prefill(self, ids: torch.Tensor) -> tuple[list[int], Cache]:
         """The tokens that follow ids (B, T), known to the host, and the cache."""
         cache = self.new_cache(ids.shape[1] + 1)
-        logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = self.model(input_ids=ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1].argmax(-1).tolist(), cache
 
     @torch.no_grad()
     def step(self, ids: torch.Tensor, cache: Cache) -> list[int]:
         """The tokens that follow ids (B, 1), known to the host."""
-        return self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1).tolist()
+        return self.model(input_ids=ids, **{CACHE_NAME: cache}, use_cache=True).logits[:, -1].argmax(-1).tolist()
 
     @property
     def weights_bytes(self) -> int:

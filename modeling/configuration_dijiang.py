@@ -62,7 +62,7 @@ class DiJiangConfig(PretrainedConfig):
     """
 
     model_type = "dijiang"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 32000
     hidden_size: int = 768

@@ -22,6 +22,7 @@ from .linear_state import LinearState
 from .native_kernel import native_is_usable, native_linear_attention, native_supports
 from .native_step import native_step
 from .packing import PackedGroup
+from .transformers_compat import one_cache
 from .window_attention import merge_step
 
 logger = logging.get_logger(__name__)
@@ -326,11 +327,16 @@ class DiJiangLinearAttention(ProjectedAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | list[PackedGroup] | None = None,
         past_key_values=None,
+        cache=None,
         **kwargs,
     ) -> tuple[torch.Tensor, None]:
-        """hidden_states (B, T, hidden), attention_mask (B, T) bool, packed groups or None. Returns (B, T, hidden) and None."""
+        """
+        hidden_states (B, T, hidden), attention_mask (B, T) bool, packed groups or None. Returns (B, T, hidden) and None.
+        `kwargs` are the model's, which has checked them; a linear layer needs none of them.
+        """
         q, k, v = self.project(hidden_states, position_embeddings)
-        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        cache = one_cache(past_key_values, cache)
+        cache = None if cache is None else cache.layers[self.layer_idx]
         if isinstance(attention_mask, list):
             o = self.attend_packed(q, k, v, attention_mask)
         else:

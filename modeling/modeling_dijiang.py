@@ -23,6 +23,7 @@ from .feature_map_base import FeatureMap
 from .layers import DiJiangMLP, DiJiangRotaryEmbedding, ProjectedAttention, build_norm
 from .linear_layer import Decay, DiJiangLinearAttention, LogScale, OutputGate
 from .packing import group_sequences, sequence_bounds
+from .transformers_compat import CACHE_NAME, is_paged, one_cache, refuse_unknown_arguments, warn_of_untested_version
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling: float, dropout: float = 0.0, **kwargs):
@@ -49,11 +50,17 @@ class DiJiangSoftmaxAttention(ProjectedAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
+        cache=None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         q, k, v = (x.transpose(1, 2) for x in self.project(hidden_states, position_embeddings))
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        cache = one_cache(past_key_values, cache)
+        if is_paged(cache) and CACHE_NAME != "cache":
+            kwargs["cache"] = cache  # the attention function updates it
+        elif is_paged(cache):
+            k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
+        elif cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         o, weights = attention(
             self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, sliding_window=self.sliding_window, **kwargs
@@ -87,7 +94,7 @@ class DiJiangPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DiJiangDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _keep_in_fp32_modules_strict = ["feature_map_q", "feature_map_k", "branch_scale", "key_scale", "decay"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -114,6 +121,7 @@ class DiJiangModel(DiJiangPreTrainedModel):
         self.gradient_checkpointing = False
         # a state cannot be rolled back, so generate() must refuse modes that guess tokens and take them back
         self._is_stateful = config.has_linear_layers
+        warn_of_untested_version()
         self.post_init()
 
     @merge_with_config_defaults
@@ -126,6 +134,7 @@ class DiJiangModel(DiJiangPreTrainedModel):
         past_key_values: DiJiangCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        cache: DiJiangCache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
@@ -135,39 +144,44 @@ class DiJiangModel(DiJiangPreTrainedModel):
             position_ids: (B, T). Default: counted over real tokens, so padding does not shift them. Where they do not
                 rise by one, another sequence begins, which sees nothing of those before (packed rows; no cache is made then).
             past_key_values: a `DiJiangCache` of the tokens before; made here if `use_cache`.
+            cache: the name of past_key_values from transformers 5.24 on; either will do with any version.
             cu_seq_lens_q: (N + 1,), in place of position_ids: where the sequences packed into a single row begin and end.
+            kwargs: those of `EXTRA_ARGUMENTS` in transformers_compat.py.
 
         Raises:
+            TypeError: on any other keyword argument.
             ValueError: on neither or both inputs, a foreign cache, or inputs that linear layers cannot honour: masks that
-                are not (B, past + T), and packed rows with padding or a cache.
+                are not (B, past + T), is_causal=False, and packed rows with padding or a cache.
         """
+        refuse_unknown_arguments(self, kwargs)
+        cache = one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         B, T = inputs_embeds.shape[:2]
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if cache is None or is_paged(cache) else cache.get_seq_length()
         groups = None
         if self.config.has_linear_layers:
-            refuse_what_linear_layers_cannot_honour(past, T, attention_mask, past_key_values)
+            refuse_what_linear_layers_cannot_honour(past, T, attention_mask, cache, kwargs.get("is_causal"))
             cu_seqlens = kwargs.get("cu_seq_lens_q")
             if cu_seqlens is not None:
                 cu_seqlens = cu_seqlens.to(inputs_embeds.device, torch.long)
-            bounds = packed_bounds(B, T, attention_mask, position_ids, cu_seqlens, past_key_values)
+            bounds = packed_bounds(B, T, attention_mask, position_ids, cu_seqlens, cache)
             if bounds is not None:
                 groups, attention_mask = group_sequences(bounds, B * T), None
                 if position_ids is None:
                     starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
                     position_ids = (torch.arange(T, device=starts.device) - starts)[None]
-        if use_cache and past_key_values is None and groups is None:
-            past_key_values = DiJiangCache(self.config)
+        if use_cache and cache is None and groups is None:
+            cache = DiJiangCache(self.config)
 
         if position_ids is None and torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -T:]
         elif position_ids is None:
             position_ids = torch.arange(past, past + T, device=inputs_embeds.device).unsqueeze(0)
 
-        masks = self.masks_by_layer_type(inputs_embeds, attention_mask, past_key_values, position_ids, groups)
+        masks = self.masks_by_layer_type(inputs_embeds, attention_mask, cache, position_ids, groups)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
@@ -175,12 +189,13 @@ class DiJiangModel(DiJiangPreTrainedModel):
                 hidden_states,
                 attention_mask=masks[layer_type],
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                position_ids=position_ids,  # FlashAttention reads where packed sequences begin from them
+                **{CACHE_NAME: cache},  # by the name under which gradient checkpointing looks for it
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
-    def masks_by_layer_type(self, inputs_embeds, attention_mask, past_key_values, position_ids, groups) -> dict:
+    def masks_by_layer_type(self, inputs_embeds, attention_mask, cache, position_ids, groups) -> dict:
         """Masks by layer type: (B, T) bool or packed groups for linear layers, transformers' own for softmax ones."""
         if isinstance(attention_mask, dict):
             return attention_mask
@@ -188,7 +203,7 @@ class DiJiangModel(DiJiangPreTrainedModel):
             "config": self.config,
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            CACHE_NAME: None if is_paged(cache) and CACHE_NAME != "cache" else cache,
             "position_ids": position_ids,
         }
         masks = {}
@@ -204,16 +219,18 @@ class DiJiangModel(DiJiangPreTrainedModel):
         return masks
 
 
-def refuse_what_linear_layers_cannot_honour(past, T, attention_mask, past_key_values) -> None:
+def refuse_what_linear_layers_cannot_honour(past, T, attention_mask, cache, is_causal) -> None:
     """Raise ValueError on inputs that would silently give wrong results."""
-    if past_key_values is not None and not hasattr(past_key_values, "memory_bytes"):
-        raise ValueError(f"past_key_values is a {type(past_key_values).__name__}; linear layers need a DiJiangCache")
+    if is_causal is False:
+        raise ValueError("is_causal=False: linear layers are causal; leave it out")
+    if cache is not None and not hasattr(cache, "memory_bytes"):
+        raise ValueError(f"{CACHE_NAME} is a {type(cache).__name__}; linear layers need a DiJiangCache")
     if torch.is_tensor(attention_mask) and (attention_mask.dim() != 2 or attention_mask.shape[1] != past + T):
         found, expected = tuple(attention_mask.shape), f"(batch, {past + T}), {past} tokens of the past included"
         raise ValueError(f"attention_mask has shape {found}; linear layers need {expected}")
 
 
-def packed_bounds(B, T, attention_mask, position_ids, cu_seqlens, past_key_values) -> torch.Tensor | None:
+def packed_bounds(B, T, attention_mask, position_ids, cu_seqlens, cache) -> torch.Tensor | None:
     """
     Where the sequences packed into the rows begin, (N + 1,) with the rows laid end to end, or None if each row is one
     sequence: by position_ids (B, T) that restart, or by the `cu_seqlens` of a padding-free collator.
@@ -234,7 +251,7 @@ def packed_bounds(B, T, attention_mask, position_ids, cu_seqlens, past_key_value
         bounds = sequence_bounds(position_ids.expand(B, T), real)
     if bounds is None:
         return None
-    if past_key_values is not None:
+    if cache is not None:
         raise ValueError("a cache holds one sequence per row; packed rows need use_cache=False and no past_key_values")
     if real is not None and not bool(real.all()):
         raise ValueError("packed rows (position_ids that restart) with padding are not supported; leave the padding out")
@@ -264,16 +281,18 @@ class DiJiangForCausalLM(DiJiangPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: DiJiangCache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Arguments as `DiJiangModel`; labels (B, T) with -100 where no loss is wanted; logits (B, logits_to_keep or T, V)."""
+        refuse_unknown_arguments(self, kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=one_cache(past_key_values, cache),
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -284,18 +303,29 @@ class DiJiangForCausalLM(DiJiangPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
         )
 
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, past_key_values=None, cache=None, inputs_embeds=None, **kwargs
+    ) -> dict:
+        """What forward needs for the next tokens, the cache under the name that this version of transformers has for it."""
+        # generate looks for inputs_embeds in this signature before it accepts them
+        kwargs |= {CACHE_NAME: one_cache(past_key_values, cache), "inputs_embeds": inputs_embeds}
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        caches = [model_kwargs.pop(name, None) for name in ("past_key_values", "cache")]
+        if (cache := one_cache(*caches)) is not None:
+            model_kwargs[CACHE_NAME] = cache
+        elif generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise ValueError(
                     f"cache_implementation={generation_config.cache_implementation!r} is not supported; leave it unset"
                 )
-            model_kwargs["past_key_values"] = DiJiangCache(self.config)
+            model_kwargs[CACHE_NAME] = DiJiangCache(self.config)
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
@@ -320,6 +350,7 @@ class DiJiangForSequenceClassification(DiJiangPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: DiJiangCache | None = None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
         """
@@ -328,13 +359,14 @@ class DiJiangForSequenceClassification(DiJiangPreTrainedModel):
         Raises:
             ValueError: if rows cannot be told from their padding: several rows, no attention_mask and no pad_token_id.
         """
+        refuse_unknown_arguments(self, kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=one_cache(past_key_values, cache),
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -355,9 +387,9 @@ class DiJiangForSequenceClassification(DiJiangPreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
         )
 
 

@@ -65,7 +65,7 @@ class MetricsFile(TrainerCallback):
         draft.write_text("".join(kept), encoding="utf-8")
         os.replace(draft, self.path)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, logs, **kwargs):
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
@@ -81,7 +81,7 @@ class TensorBoardLog(TrainerCallback):
 
         self.writer = SummaryWriter(str(self.folder), purge_step=state.global_step + 1)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, logs, **kwargs):
         for name, value in logs.items():
             self.writer.add_scalar(name, value, state.global_step)
         self.writer.flush()
@@ -120,7 +120,7 @@ class ConsoleProgress(TrainerCallback):
         step = state.global_step
         self.bar.advance(self.tokens_after(step) - self.tokens_after(step - 1), loss=self.last_loss())
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, logs, **kwargs):
         if "eval_loss" in logs:
             perplexity, teacher = logs["eval_perplexity"], logs.get("eval_teacher_perplexity")
             said = f"held-out loss {logs['eval_loss']:.4f}, perplexity {perplexity:.3f}"

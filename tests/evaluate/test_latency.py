@@ -18,6 +18,7 @@ from dijiang.evaluate.latency_contenders import Contender, contenders
 from dijiang.evaluate.latency_figures import draw_latency
 from dijiang.evaluate.latency_models import LatencyPair, checkpoint_pair, shape_pair
 from dijiang.modeling import DiJiangForCausalLM
+from dijiang.modeling.transformers_compat import CACHE_NAME
 
 WINDOW, SINKS = 4, 2  # of the pair
 SIZES = {"vocab_size": 331, "hidden_size": 48, "intermediate_size": 70, "num_hidden_layers": 3, "num_attention_heads": 6}
@@ -80,7 +81,7 @@ def test_a_step_taken_back_leaves_the_cache_as_it_was(both, tokens, name):
     _, cache = side.prefill(tokens(21))
     step, other = tokens(1), tokens(1) + 1
     with torch.no_grad():
-        logits = lambda ids: side.model(input_ids=ids, past_key_values=cache, use_cache=True).logits  # noqa: E731
+        logits = lambda ids: side.model(input_ids=ids, **{CACHE_NAME: cache}, use_cache=True).logits  # noqa: E731
         first = logits(step)
         side.step_back(cache)
         assert int(cache.get_seq_length()) == 21
@@ -101,11 +102,11 @@ def test_a_repeated_cache_is_that_of_a_whole_batch(pair, tokens, tmp_path, monke
     step = tokens(1, rows=batch)
     with torch.no_grad():
         _, real = side.prefill(ids.expand(batch, -1))
-        expected = side.model(input_ids=step, past_key_values=real, use_cache=True).logits
+        expected = side.model(input_ids=step, **{CACHE_NAME: real}, use_cache=True).logits
         for _ in range(2):
             repeated = side.filled_cache(batch, 31)
             assert repeated.get_seq_length() == 31
-            found = side.model(input_ids=step, past_key_values=repeated, use_cache=True).logits
+            found = side.model(input_ids=step, **{CACHE_NAME: repeated}, use_cache=True).logits
             assert (found - expected).abs().max() < 1e-5
             assert (found[0] - found[1]).abs().max() > 0.1
 
