@@ -158,7 +158,8 @@ def read_results(folder: Path = RESULTS) -> list[dict]:
 def test(name: str, python: Path, *, generate: bool, checkpoint: Path | None, results: Path) -> bool:
     """Run the tests, write the result, and say whether all passed."""
     report = FOLDER / f"{name}.xml"
-    command = [python, "-m", "pytest", "-q", "-n", "2", f"--junitxml={report}", "-p", "no:cacheprovider"]
+    # not `python -m pytest`, which would find the checkout's folders before the wheel's packages
+    command = [python.with_name("pytest"), "-q", "-n", "2", f"--junitxml={report}", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*map(str, command), *(GENERATE if generate else TESTS)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

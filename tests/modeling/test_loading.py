@@ -116,7 +116,8 @@ STRANGER = """
         model = AutoModelForCausalLM.from_pretrained(folder, **trust).eval()
         assert type(model).__module__.startswith("transformers_modules."), type(model)
         assert torch.equal(model(ids).logits, expected["logits"])
-        assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False), expected["tokens"])
+        for cached in (True, False):
+            assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False, use_cache=cached), expected["tokens"])
         body = AutoModel.from_pretrained(folder, **trust).eval()
         assert torch.equal(body(ids).last_hidden_state, expected["hidden"])
         classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, **trust).eval()
@@ -138,7 +139,7 @@ def test_stranger_loads_saves_and_loads_again_without_the_package(tmp_path, feat
             "ids": ids,
             "logits": model(ids).logits,
             "hidden": model.model(ids).last_hidden_state,
-            "tokens": model.generate(ids, max_new_tokens=20, do_sample=False),
+            "tokens": model.generate(ids, max_new_tokens=20, do_sample=False, use_cache=False),
         }
     torch.save(expected, tmp_path / "expected.pt")
     done = subprocess.run(
@@ -161,6 +162,13 @@ def test_shipped_files_import_only_what_every_user_has(path):
     assert set(get_imports(path)) <= {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
     for name in get_relative_imports(path):
         assert (path.parent / f"{name}.py").is_file(), name
+
+
+def test_every_shipped_file_is_imported_by_those_that_transformers_begins_with():
+    """transformers 5.9 copies no others out of a folder."""
+    roots = [path for path in SHIPPED if path.name in ("modeling_dijiang.py", "configuration_dijiang.py")]
+    named = {name for path in roots for name in get_relative_imports(path)}
+    assert named | {path.stem for path in roots} == {path.stem for path in SHIPPED}
 
 
 def test_config_round_trip_and_equality(tmp_path):
