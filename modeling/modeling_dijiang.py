@@ -40,6 +40,7 @@ from .native_kernel import native_is_usable  # noqa: F401
 from .native_kernel_source import SOURCE  # noqa: F401
 from .native_step import native_step  # noqa: F401
 from .simple_maps import Identity  # noqa: F401
+from .triton_step import triton_step  # noqa: F401
 from .window_attention import near_and_far_attention  # noqa: F401
 
 
@@ -338,7 +339,9 @@ class DiJiangForCausalLM(DiJiangPreTrainedModel, GenerationMixin):
         if (cache := one_cache(*caches)) is not None:
             model_kwargs[CACHE_NAME] = cache
         elif generation_config.use_cache is not False:
-            if generation_config.cache_implementation not in (None, "dynamic"):
+            # the last one is what assisted decoding wants in transformers 5.9: layers that can be cropped
+            croppable = not {"linear_attention", "sliding_attention"} & set(self.config.layer_types)
+            if generation_config.cache_implementation not in (None, "dynamic", *(("dynamic_full",) if croppable else ())):
                 raise ValueError(
                     f"cache_implementation={generation_config.cache_implementation!r} is not supported; leave it unset"
                 )

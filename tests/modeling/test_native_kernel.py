@@ -262,7 +262,7 @@ def test_two_processes_may_compile_at_once(tmp_path):
         "assert native_is_usable() == (True, ''), native_is_usable()\n"
     )
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    running = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
+    running = [subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=tmp_path) for _ in range(2)]
     assert [process.wait(timeout=120) for process in running] == [0, 0]
     assert [path.suffix for path in (tmp_path / "dijiang").iterdir()] == [".so"]
 
