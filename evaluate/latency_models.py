@@ -71,18 +71,32 @@ def shape_pair(
     Raises:
         ValueError: on an unknown shape, preset, setting, dtype or device, and if the weights do not fit into memory.
     """
+    config = shape_config(shape)
+    return config_pair(shape, config, longest=longest, preset=preset, settings=settings, dtype=dtype, device=device)
+
+
+def config_pair(
+    name: str,
+    config: PreTrainedConfig,
+    *,
+    longest: int,
+    preset: str = "recommended",
+    settings: dict | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> LatencyPair:
+    """`shape_pair` of the softmax model of `config`, which is changed; arguments as there."""
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is unknown; choose from {', '.join(PRESETS)}")
     settings = settings or {}
     check_keys(settings)
-    config = shape_config(shape)
     config.max_position_embeddings = max(config.max_position_embeddings, longest + 1)
     device, dtype = placement(device, dtype)
     ours = dijiang_config(
         config, {"layer_types": "linear_attention"} | PRESETS[preset] | {"branch_scale_init": 0.0} | settings
     )
     check_effect(settings, ours)
-    refuse_too_large(shape, ours, dtype, device)
+    refuse_too_large(name, ours, dtype, device)
     with device:
         softmax, dijiang = (AutoModelForCausalLM.from_config(c, dtype=dtype).eval() for c in (config, ours))
     facts = {
@@ -91,7 +105,7 @@ def shape_pair(
         "settings": settings,
         "max_position_embeddings": config.max_position_embeddings,
     }
-    return LatencyPair(name=shape, shape=shape, softmax=softmax, dijiang=dijiang, facts=facts)
+    return LatencyPair(name=name, shape=name, softmax=softmax, dijiang=dijiang, facts=facts)
 
 
 def checkpoint_pair(

@@ -50,6 +50,18 @@ def gated_backward_is_refused(device: torch.device) -> bool:
     return (3, 4, 0) <= tuple(map(int, version[:3])) < (3, 7, 1)
 
 
+def takes_single_steps(q: torch.Tensor, log_decay: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> bool:
+    """
+    Whether `fla_linear_attention` of queries q (B, T, H, m) in training would go token by token, for want of a backward pass
+    in chunks.
+    """
+    if log_decay is None or not (torch.is_grad_enabled() and (q.requires_grad or log_decay.requires_grad)):
+        return False
+    constant = log_decay.dim() == 1 and not log_decay.requires_grad
+    whole_chunks = cu_seqlens is None and q.shape[1] % CHUNK_TOKENS == 0
+    return not (constant and whole_chunks) and gated_backward_is_refused(q.device)
+
+
 def fla_linear_attention(
     q: torch.Tensor,
     k: torch.Tensor,

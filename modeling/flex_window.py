@@ -13,10 +13,15 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers.utils import logging
 
 from .linear_attention import TINY
-from .window_attention import BLOCK_SIZE, near_and_far_attention
+from .window_attention import BLOCK_SIZE, HIDDEN, near_and_far_attention
 
 logger = logging.get_logger(__name__)
 
+# narrowest window that FlexAttention is used for: it computes tiles of 128 keys, whatever a query sees of them (by reading,
+# not measured)
+FLEX_FROM = 16
+# whether it is used at all; for a program that has measured otherwise on its machine
+use_flex = True
 # filled by the first failure, after which FlexAttention is not tried again
 flex_is_broken: list[Exception] = []
 
@@ -72,10 +77,37 @@ def merge_branches(
     return (near_weight / total).unsqueeze(-1) * near + (far_weight / total).unsqueeze(-1) * far
 
 
+def own_key_attention(
+    q, k, v, valid, sink_k, sink_v, sink_arrival, far, far_sum, far_log_scale, *, scale: float
+) -> torch.Tensor:
+    """
+    `near_and_far_attention`, whose arguments and result these are, for a window of 1: a query's own key is one product of two
+    rows, for which neither blocks of keys nor tiles are worth it.
+    """
+    (B, T, H, d), G = q.shape, k.shape[2]
+    q = (q.float() * scale).view(B, T, G, H // G, d)
+    own_k, own_v = (x[:, 1:].float().unsqueeze(3) for x in (k, v))
+    own = (q * own_k).sum(-1)
+    if valid is not None:
+        own = own.masked_fill(~valid[:, 1:, None, None], HIDDEN)
+    far_sum = far_sum.clamp_min(TINY)
+    far_score = torch.where(far_sum > TINY, far_sum.log() + far_log_scale, HIDDEN).view(B, T, G, H // G)
+    sinks = torch.einsum("btgrd,bsgd->btgrs", q, sink_k.float())
+    if sink_arrival is not None:
+        late = sink_arrival[:, None] > torch.arange(T, device=q.device)[:, None]
+        sinks = sinks.masked_fill(late[:, :, None, None], HIDDEN)
+    weights = torch.cat((own.unsqueeze(-1), far_score.unsqueeze(-1), sinks), dim=-1).softmax(-1)
+    o = weights[..., :1] * own_v + torch.einsum("btgrs,bsgd->btgrd", weights[..., 2:], sink_v.float())
+    return torch.addcmul(o.view(B, T, H, d), far, (weights[..., 1].reshape(B, T, H) / far_sum).unsqueeze(-1))
+
+
 def near_and_far(q, *args, **options) -> torch.Tensor:
     """`near_and_far_attention` by the form that suits q's device; says once which and why."""
+    if q.is_cuda and args[0].shape[1] - q.shape[1] == 1:
+        return own_key_attention(q, *args, **options)
     # a few queries are not worth a compilation for their number
-    if not q.is_cuda or q.shape[1] <= BLOCK_SIZE or torch.compiler.is_compiling() or flex_is_broken:
+    few = q.shape[1] <= BLOCK_SIZE or args[0].shape[1] - q.shape[1] < FLEX_FROM
+    if not (q.is_cuda and use_flex) or few or torch.compiler.is_compiling() or flex_is_broken:
         return near_and_far_attention(q, *args, **options)
     try:
         result = flex_near_and_far(q, *args, **options)

@@ -7,12 +7,15 @@ B batch, T tokens, H query heads, G key/value heads (G divides H; query head h r
 m features, d value size. State: S_t = exp(g_t) S_{t-1} + k_t v_t^T and o_t = q_t S_t, in float32 whatever the inputs are.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
 from .chunk_attention import chunk_linear_attention
-from .fla_backend import fla_is_usable, fla_linear_attention
+from .fla_backend import fla_is_usable, fla_linear_attention, takes_single_steps
 from .packing import group_sequences
 
 logger = logging.get_logger(__name__)
@@ -20,6 +23,19 @@ logger = logging.get_logger(__name__)
 # smaller than any sum of weights that carries information, larger than float32's smallest normal number
 TINY = 1e-30
 BACKENDS = ("auto", "torch", "fla")
+# what `auto` stands for, for a program that has measured which is faster on its machine; see `prefer_backend`
+preferred_backend = "auto"
+
+
+@contextmanager
+def prefer_backend(name: str) -> Iterator[None]:
+    """Within the block `backend="auto"` stands for `name`."""
+    global preferred_backend
+    before, preferred_backend = preferred_backend, name
+    try:
+        yield
+    finally:
+        preferred_backend = before
 
 
 def linear_attention(
@@ -53,7 +69,8 @@ def linear_attention(
         output_final_state: also return the state after the last token, or after the last token of each sequence.
         cu_seqlens: (N + 1,) integers, where the N sequences packed into the one row (B = 1) begin, and T at the end.
         mode: of torch's form: `naive`, `chunk` or `recurrent`.
-        backend: `torch`, `fla` (flash-linear-attention's Triton kernels) or `auto`: fla on a GPU where it is installed.
+        backend: `torch`, `fla` (flash-linear-attention's Triton kernels) or `auto`: fla on a GPU where it is installed, torch
+            where fla would train step by step.
         chunk_size: tokens per block of `chunk`. Default: CHUNK_SIZE of `chunk_attention.py`.
 
     Returns:
@@ -99,7 +116,8 @@ def weighted_sums(
         raise ValueError(f"initial_state is {tuple(state.shape)}, expected {(rows, G, m, d + sums)}")
     state, log_decay = state.float(), None if log_decay is None else log_decay.float()
 
-    if choose_backend(backend, mode, q) == "fla":
+    backend = preferred_backend if backend == "auto" else backend
+    if choose_backend(backend, mode, q, log_decay, cu_seqlens) == "fla":
         values = F.pad(v, (0, 1), value=1.0) if sums else v
         bounds = None if cu_seqlens is None else cu_seqlens.to(q.device, torch.long)
         o, state = fla_linear_attention(q, k, values, log_decay, state, bounds)
@@ -124,7 +142,7 @@ def weighted_sums(
     return o[None], total[None] if sums else None, final
 
 
-def choose_backend(backend: str, mode: str, q: torch.Tensor) -> str:
+def choose_backend(backend: str, mode: str, q: torch.Tensor, log_decay=None, cu_seqlens=None) -> str:
     """`torch` or `fla` for queries q; says once which was chosen and why."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
@@ -140,6 +158,8 @@ def choose_backend(backend: str, mode: str, q: torch.Tensor) -> str:
             logger.info_once("linear attention runs on torch's matrix products: no GPU, or a form asked for by name")
         return "torch"
     usable, reason = fla_is_usable(q.device)
+    if usable and takes_single_steps(q, log_decay, cu_seqlens):
+        usable, reason = False, "flash-linear-attention has no backward pass in chunks with a decay that trains here"
     if not torch.compiler.is_compiling():
         if usable:
             logger.info_once("linear attention runs on flash-linear-attention's Triton kernels")

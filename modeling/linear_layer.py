@@ -23,6 +23,7 @@ from .native_kernel import native_is_usable, native_linear_attention, native_sup
 from .native_step import native_step
 from .packing import PackedGroup
 from .transformers_compat import one_cache
+from .triton_step import triton_step
 from .window_attention import merge_step
 
 logger = logging.get_logger(__name__)
@@ -204,8 +205,9 @@ class DiJiangLinearAttention(ProjectedAttention):
 
     def attend_step(self, q, k, v, state: LinearState) -> tuple[torch.Tensor, LinearState]:
         """`attend` of one real token to a settled state, with as few operations as it takes."""
-        if (found := native_step(self, q, k, v, state)) is not None:
-            return found
+        for fused in (triton_step, native_step):
+            if (found := fused(self, q, k, v, state)) is not None:
+                return found
         S = self.sinks
         new = replace(state, tokens=state.tokens + 1, seen=state.seen + 1)
         if self.window:

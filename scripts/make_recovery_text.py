@@ -14,71 +14,20 @@ debian-handbook 11.20220922, of which anarchism_held.jsonl has a SHA-256 that be
 handbook_held.jsonl one with 1f03e16fc9880899.
 """
 
-import gzip
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
+from prose import MIN_PAGE, decoded, from_html, from_markdown
+
 HELD_OUT_ONE_IN = 10
-MIN_PARAGRAPH, MIN_PAGE = 80, 500  # characters; what is shorter is mostly headings, menus and stubs
-NO_PROSE = {"script", "style", "nav", "pre", "head", "table"}
-PARAGRAPHS = {"p", "li", "h1", "h2", "h3", "dd", "dt", "div", "section"}
-LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
-MARKUP = re.compile(r"[*_#>\\]")
 ABLATION = {  # file: (source, bytes)
     "ablation_anarchism.txt": ("anarchism_train.txt", 1_500_000),
     "ablation_python.txt": ("python_train.txt", 800_000),
     "ablation_held.txt": ("anarchism_held.txt", 300_000),
 }
-
-
-class Prose(HTMLParser):
-    """Collects the paragraphs of a page."""
-
-    def __init__(self):
-        super().__init__()
-        self.paragraphs, self.current, self.depth_without_prose = [], [], 0
-
-    def handle_starttag(self, tag, attrs):
-        self.depth_without_prose += tag in NO_PROSE
-        if tag in PARAGRAPHS:
-            self.end_paragraph()
-
-    def handle_endtag(self, tag):
-        if tag in NO_PROSE:
-            self.depth_without_prose = max(0, self.depth_without_prose - 1)
-        if tag in PARAGRAPHS:
-            self.end_paragraph()
-
-    def handle_data(self, data):
-        if not self.depth_without_prose:
-            self.current.append(data)
-
-    def end_paragraph(self):
-        text = " ".join("".join(self.current).split())
-        self.current = []
-        if len(text) >= MIN_PARAGRAPH:
-            self.paragraphs.append(text)
-
-
-def from_html(path: Path) -> str:
-    parser = Prose()
-    parser.feed(path.read_text(encoding="utf-8", errors="replace"))
-    parser.end_paragraph()
-    return "\n".join(parser.paragraphs)
-
-
-def from_markdown(path: Path) -> str:
-    with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
-        text = LINK.sub(r"\1", file.read())
-    paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
-    return "\n".join(MARKUP.sub("", part).strip() for part in paragraphs if len(part) >= MIN_PARAGRAPH)
-
-
 SOURCES = {
     "anarchism": ("anarchism/markdown/*.md.gz", from_markdown),
     "python": ("python3.11/html/**/*.html", from_html),
@@ -93,7 +42,7 @@ def pages(documentation: Path, name: str) -> Iterator[tuple[str, str]]:
     if not files:
         sys.exit(f"nothing matches {documentation / pattern}; is the package extracted there?")
     for path in files:
-        text = read(path)
+        text = read(decoded(path.read_bytes(), path.name))
         if len(text) > MIN_PAGE:
             yield path.name, text
 

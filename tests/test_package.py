@@ -136,7 +136,7 @@ def against_the_arrows(source: str, room: str, package: str) -> list[str]:
                 fine = flat and (ROOT / "modeling" / f"{node.module}.py").exists()
             else:
                 fine = top in {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names or (
-                    top == "fla" and tried
+                    top in {"fla", "triton"} and tried
                 )
             if not fine:
                 found.append(name)
@@ -163,6 +163,9 @@ def test_room_imports_along_the_arrows(room):
         ("modeling", "def f():\n    import numpy"),
         ("modeling", "import fla"),
         ("modeling", "try:\n    pass\nexcept ImportError:\n    import fla"),
+        ("modeling", "import triton.language as tl"),
+        ("modeling", "def f():\n    import triton"),
+        ("modeling", "try:\n    pass\nexcept ImportError:\n    from triton import jit"),
         ("convert", "from dijiang import __version__"),
         ("convert", "from dijiang import train"),
         ("convert", "from ..train.stages import recover"),

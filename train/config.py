@@ -49,7 +49,8 @@ class SourceConfig:
 
     Attributes:
         path: file, folder, glob (`books/**/*.txt`) or hub name. Text (.txt, .md), JSONL (.jsonl, .json) and Parquet files, the
-            first two also as .gz. What exists on disk is read from there, everything else is asked of the hub.
+            first two also as .gz; or a folder of tokens (tokens.bin, starts.bin, meta.json) as the cache of tokenised text
+            holds them. What exists on disk is read from there, everything else is asked of the hub.
         weight: share of the tokens among all sources; any scale.
         column: that holds the text, of JSONL, Parquet and hub rows.
         subset: name of a configuration of a hub data set.
@@ -115,6 +116,9 @@ class RunConfig:
         evaluate_every: steps between measurements of held-out perplexity, the teacher's beside it (not with
             distill.teacher_top_k or distill.kl_weight 0, where there is no teacher in memory); 0: at the end only.
         report_to: experiment trackers: tensorboard, wandb, trackio.
+        compile: run the distil stage's layers and its loss through torch.compile; null: on a GPU. A trial step comes first; if
+            it fails, the run goes on uncompiled and says so.
+        max_minutes: of a stage's training, after which it saves a checkpoint and stops; the same command goes on. 0: none.
     """
 
     device: str = "auto"
@@ -127,10 +131,12 @@ class RunConfig:
     log_every: int = 10
     evaluate_every: int = 0
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    compile: bool | None = None
+    max_minutes: float = 0.0
 
     def __post_init__(self):
         require_positive(self, "micro_batch_size", "log_every")
-        require_not_negative(self, "save_every", "evaluate_every")
+        require_not_negative(self, "save_every", "evaluate_every", "max_minutes")
         require(self.keep_checkpoints >= 2, f"keep_checkpoints={self.keep_checkpoints} must be at least 2")
         usual = self.device in ("auto", "cpu") or self.device.startswith("cuda")
         require(usual, f"device={self.device!r} is unknown; choose auto, cpu or cuda")

@@ -74,7 +74,7 @@ class DistillModel(RecoveryModel):
         elif config.kl_weight and self.teacher is None:
             raise ValueError("kl_weight needs a teacher, or batches with teacher_ids and teacher_logprobs")
         elif config.kl_weight:
-            with torch.no_grad():
+            with torch.no_grad(), self.compilation(self.teacher):
                 run = self.teacher.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
             targets = {"teacher_hidden": run.last_hidden_state.flatten(0, 1), "teacher_head": self.teacher.lm_head.weight}
         settings = {key: getattr(config, key) for key in ("kl_weight", "ce_weight", "temperature", "chunk_tokens")}

@@ -3,6 +3,8 @@ The distillation loss on hidden states: logits exist for a few tokens at a time,
 form instead of being recorded, so that neither (tokens, vocabulary) array is ever kept.
 """
 
+from collections.abc import Callable
+
 import torch
 
 IN_CACHE = 2**16  # float32 numbers per thread that a core's cache holds several times over
@@ -20,6 +22,7 @@ def distillation_loss(
     ce_weight: float = 0.0,
     temperature: float = 1.0,
     chunk_tokens: int = 256,
+    rows_of: Callable | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
     kl_weight * T^2 * KL(teacher || student), both at temperature T, plus ce_weight * cross-entropy, each summed over the
@@ -33,6 +36,7 @@ def distillation_loss(
         top_k: in their place, of the k tokens that the teacher finds most likely at temperature T, the ids (N, k), all
             different, and the log-probabilities (N, k). All other tokens count as one more outcome, in both models.
         chunk_tokens: logits are computed for so many tokens at a time.
+        rows_of: compiled form of `dense_rows`, for a teacher's whole distribution.
 
     Returns:
         The loss, a float32 scalar (float64 for such inputs), with gradients in hidden and head; and detached scalars: `ce`,
@@ -48,7 +52,7 @@ def distillation_loss(
         teacher = top_k
     if teacher is None and kl_weight:
         raise ValueError(f"kl_weight={kl_weight} needs a teacher: give teacher_hidden and teacher_head, or top_k")
-    settings = (top_k is not None, kl_weight, ce_weight, temperature, chunk_tokens)
+    settings = (top_k is not None, kl_weight, ce_weight, temperature, chunk_tokens, rows_of)
     with torch.autocast(device, enabled=False):
         loss, kl, ce = ChunkedLoss.apply(hidden, head, labels, teacher, settings, torch.is_grad_enabled())
     return loss, {"ce": ce} if teacher is None else {"kl": kl, "ce": ce}
@@ -59,7 +63,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, labels, teacher, settings, recording: bool):
-        sparse, kl_weight, ce_weight, temperature, chunk_tokens = settings
+        sparse, kl_weight, ce_weight, temperature, chunk_tokens, rows_of = settings
         N, V = len(hidden), len(head)
         wants_hidden, wants_head = (recording and wanted for wanted in ctx.needs_input_grad[:2])
         weight = head.to(hidden.dtype)
@@ -76,18 +80,22 @@ class ChunkedLoss(torch.autograd.Function):
             logits = torch.mm(hidden[chunk], weight.T, out=student_logits[: chunk.stop - start])
             if dense:
                 torch.mm(teacher[0][chunk], teacher[1].T, out=teacher_logits[: len(logits)])
-            # the many small passes of a softmax go over rows that stay in the cache; what they leave is the gradient
-            step = rows_at_once(V, logits)
-            for first in range(0, len(logits), step):
-                part = slice(first, min(first + step, len(logits)))
+            weights, wanted = (kl_weight, ce_weight, temperature), wants_hidden or wants_head
+            if dense and rows_of is not None:
+                there = teacher_logits[: len(logits)]
+                kl[chunk], ce[chunk], logits = rows_of(logits, there, labels[chunk], *weights, wanted)
+                parts = []
+            else:
+                # the many small passes of a softmax go over rows that stay in the cache; what they leave is the gradient
+                parts = slices(len(logits), rows_at_once(V, logits))
+            for part in parts:
                 rows = slice(start + part.start, start + part.stop)
                 s = logits[part].to(exact, copy=True)
                 if teacher is None:
                     target = None
                 else:
                     target = tuple(x[rows] for x in teacher) if sparse else (teacher_logits[part].to(exact, copy=True),)
-                weights = (kl_weight, ce_weight, temperature)
-                kl[rows], ce[rows], gradient = loss_of_rows(s, labels[rows], target, *weights, wants_hidden or wants_head)
+                kl[rows], ce[rows], gradient = loss_of_rows(s, labels[rows], target, *weights, wanted)
                 if gradient is not None:
                     logits[part] = gradient
             if wants_hidden:
@@ -111,6 +119,11 @@ class ChunkedLoss(torch.autograd.Function):
         if head_gradient is not None:
             head_gradient = (head_gradient * scale).to(ctx.head_dtype)
         return hidden_gradient, head_gradient, None, None, None, None
+
+
+def slices(size: int, step: int) -> list[slice]:
+    """0 .. size in parts of `step`."""
+    return [slice(first, min(first + step, size)) for first in range(0, size, step)]
 
 
 def rows_at_once(vocabulary: int, logits: torch.Tensor) -> int:
@@ -168,6 +181,29 @@ def loss_of_rows(s, labels, target, kl_weight: float, ce_weight: float, T: float
     if gradient is not None and ce_weight:
         gradient.scatter_add_(1, index, -ce_weight * chosen)
     return kl, (ce * chosen).squeeze(1), gradient
+
+
+def dense_rows(logits, teacher_logits, labels, kl_weight: float, ce_weight: float, T: float, wanted: bool):
+    """
+    `loss_of_rows` of the student's logits (r, V) and the teacher's (r, V), the gradient in the logits' dtype; nothing is
+    overwritten, and no pass is spared: torch.compile makes few of them.
+    """
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    s, t = logits.to(exact), teacher_logits.to(exact)
+    chosen, index = labels != -100, labels.clamp_min(0).unsqueeze(1)
+    log_q = s.log_softmax(-1)
+    ce = torch.where(chosen, -log_q.gather(1, index).squeeze(1), 0.0)
+    log_q_at_T = log_q if T == 1 else (s / T).log_softmax(-1)
+    log_p = (t / T).log_softmax(-1)
+    p = log_p.exp()
+    kl = T * T * (p * (log_p - log_q_at_T)).sum(-1)
+    if not wanted:
+        return kl, ce, None
+    gradient = T * kl_weight * (log_q_at_T.exp() - p)
+    if ce_weight:
+        one_hot = torch.arange(s.shape[1], device=s.device) == index
+        gradient = gradient + ce_weight * chosen.unsqueeze(1) * (log_q.exp() - one_hot.to(exact))
+    return kl, ce, gradient.to(logits.dtype)
 
 
 def normalise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ from dijiang.convert.mapping import dtype_named
 from dijiang.convert.overrides import as_number, check_keys
 
 from .config import AlignConfig, ConvertConfig, DataConfig, DistillConfig, Recipe, RunConfig, SourceConfig, StageConfig
+from .text_sources import is_token_folder
 
 SECTIONS = {
     "convert": ConvertConfig,
@@ -292,6 +293,10 @@ IDLE = (
         "align alone: one layer's graph exists at a time",
     ),
     ("run", ["evaluate_every"], lambda r, s: not r.data.held_out, "no data.held_out"),
+    ("run", ["compile"], lambda r, s: r.distill is None, "align alone, whose layers are compared one by one"),
+    ("run", ["compile"], lambda r, s: s.deepspeed is not None, "run.deepspeed"),
+    ("run", ["compile"], lambda r, s: s.gradient_checkpointing, "run.gradient_checkpointing"),
+    ("run", ["compile"], lambda r, s: r.data.respect_documents, "data.respect_documents, which makes shapes of every size"),
 )
 
 
@@ -311,6 +316,8 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
                 idle[f"{key}.weight"] = "a single source"
             if is_local(source.path):
                 idle |= {f"{key}.{part}": "a file or folder on disk" for part in ("subset", "split")}
+            if is_token_folder(source.path):
+                idle[f"{key}.column"] = "a folder of tokens"
             if source.path.lower().endswith(PLAIN_TEXT):
                 idle[f"{key}.column"] = "plain text"
     return idle

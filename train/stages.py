@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from .blocks import TrainingBlocks, held_out_blocks, training_blocks
 from .callbacks import StopSignals
 from .checkpoint import copy_with_parameters
 from .checkpoints import Checkpoints, read_manifest
+from .compiled import compile_model, wants_compilation
 from .config import Recipe
 from .distributed import (
     accumulation,
@@ -25,6 +27,7 @@ from .distributed import (
     forget_deepspeed,
     from_main,
     is_main,
+    micro_batch,
     prepare_process,
     rank,
     share_errors,
@@ -88,7 +91,7 @@ class StageRun:
                 print(f"dijiang: {self.folder.model} is already complete", file=sys.stderr)
             return self.folder.model
         with ExitStack() as held:
-            self.device = prepare_process(self.recipe.run)
+            self.device, self.precision = prepare_process(self.recipe.run), torch.get_float32_matmul_precision()
             with share_errors():
                 accumulation(self.config, self.recipe.run)
                 other_trackers(self.recipe.run.report_to)
@@ -110,6 +113,7 @@ class StageRun:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        torch.set_float32_matmul_precision(self.precision)
 
     def deepspeed(self, hidden_size: int) -> dict | None:
         run = self.recipe.run
@@ -123,12 +127,18 @@ class StageRun:
         # models come before TrainingArguments, which under ZeRO-3 would have them loaded in parts
         models = StageModels(self.recipe, self.stage, self.folder, self.dtype, self.device, self.shown)
         model, blocks = models.build(text)
+        if self.device.type == "cuda" and self.dtype == torch.bfloat16:
+            # float32 is what bfloat16 numbers are summed up in, so its products may be TF32's, which keep more digits
+            torch.set_float32_matmul_precision("high")
         settings = self.deepspeed(model.student.config.hidden_size)
         facts = {"dtype": str(self.dtype).removeprefix("torch."), "source": self.folder.fingerprint()}
         facts["text"] = text.fingerprint()
         if checkpoint is None and self.stage == "align" and self.config.calibrate_blocks:
             facts |= self.calibrate(model, blocks)
+        if wants_compilation(self.recipe, self.stage, self.device):
+            facts["compiled"] = compile_model(model.to(self.device), self.trial_batch(blocks))
         with StopSignals() as signals:
+            ends = time.monotonic() + 60 * (self.recipe.run.max_minutes or float("inf"))
             self.trainer = RecoveryTrainer(
                 model,
                 self.config,
@@ -140,7 +150,7 @@ class StageRun:
                 device=self.device,
                 title=TITLES[self.stage],
                 deepspeed=settings,
-                stop_wanted=lambda: signals.caught is not None,
+                stop_wanted=lambda: signals.caught is not None or time.monotonic() > ends,
                 progress=self.shown,
             )
             self.trainer.tally.facts = facts
@@ -181,6 +191,11 @@ class StageRun:
                     size = self.config.block_size
                     held_out = held_out_blocks(self.recipe.data, size, tokenizer, progress=self.shown)
         return blocks, held_out
+
+    def trial_batch(self, blocks: Dataset) -> dict[str, torch.Tensor]:
+        """A micro-batch as the model takes it."""
+        items = [blocks[i] for i in range(micro_batch(self.config, self.recipe.run))]
+        return {name: value.to(self.device) for name, value in collate_with_teacher(items).items()}
 
     def calibrate(self, model: nn.Module, blocks: Dataset) -> dict:
         """The closed-form start, alike in every process, on blocks of the full length; what the record says of it."""

@@ -9,25 +9,36 @@ from functools import cached_property
 from pathlib import Path
 
 from dijiang.convert import public_name
+from dijiang.convert.library_calls import call_named
 
 from .config import DataConfig, SourceConfig
 from .text_records import SUFFIXES, BadRecords, known_suffix, one_line, read_file, shortened
 
+TOKEN_FILES = ("tokens.bin", "starts.bin", "meta.json")  # of a folder of text that is tokenised already
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 HUB_SECONDS = 10.0  # to ask for the revision
+
+
+def is_token_folder(path: str) -> bool:
+    """Whether a source's path is a folder of tokens, as token_cache.py writes them."""
+    here = Path(path).expanduser()
+    return all((here / name).is_file() for name in TOKEN_FILES)
 
 
 def local_files(path: str) -> list[Path] | None:
     """
     The files that a source's path means, in order; None if it is the name of a hub data set.
 
-    Of a folder these are all files below it with a known suffix; hidden ones are left out.
+    Of a folder these are all files below it with a known suffix; hidden ones are left out. Of a folder of tokens it is the one
+    that holds them.
 
     Raises:
         ValueError: if there is no such file.
     """
     here = Path(path).expanduser()
-    if here.is_dir():
+    if is_token_folder(path):
+        found = [here / TOKEN_FILES[0]]
+    elif here.is_dir():
         found = [
             file
             for file in here.rglob("*")
@@ -93,7 +104,8 @@ def hub_rows(source: SourceConfig, revision: str | None) -> Iterator[dict]:
     name = source.path if source.subset is None else f"{source.path} (subset {source.subset})"
     number = 0
     try:
-        rows = datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True, revision=revision)
+        options = {"split": source.split, "streaming": True, "revision": revision}
+        rows = call_named(datasets.load_dataset, source.path, source.subset, **options)
         if source.column in (rows.column_names or []):
             rows = rows.select_columns([source.column])
         for number, row in enumerate(rows, 1):  # noqa: B007
@@ -164,6 +176,8 @@ class Documents:
 
         try:
             return HfApi().dataset_info(self.source.path, timeout=HUB_SECONDS).sha
+        except (TypeError, AttributeError):  # not the hub's doing: another version of its client
+            raise
         except Exception:  # reading it gives the reason
             return None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .config import DataConfig, SourceConfig
-from .text_sources import Documents, public_source
+from .text_sources import Documents, is_token_folder, public_source
 from .tokenise_progress import TokeniseProgress
 
 FORMAT = 1  # raised when what the files hold changes, so that older ones are not taken
@@ -35,6 +35,7 @@ class TokenFile:
         starts: (documents,) int64, ascending: where each document starts in `tokens`; mapped too.
         skipped: records that were left out, by kind.
         fingerprint: of the text, the tokenizer and how it was used.
+        tokenizer: `tokenizer_hash` of the tokenizer; None in folders of older versions, which did not note it.
 
     Raises:
         OSError, ValueError, KeyError: if the folder does not hold what it should.
@@ -43,6 +44,7 @@ class TokenFile:
     def __init__(self, folder: Path):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.folder, self.skipped, self.fingerprint = folder, meta["skipped"], meta["fingerprint"]
+        self.tokenizer = meta.get("tokenizer")
         # a shape that the file is too short for is an error of memmap's
         self.tokens = np.memmap(folder / "tokens.bin", mode="r", dtype=meta["dtype"], shape=(meta["tokens"],))
         self.starts = np.memmap(folder / "starts.bin", mode="r", dtype="<i8", shape=(meta["documents"],))
@@ -59,7 +61,8 @@ def tokenise(
 ) -> TokenFile:
     """
     The tokens of all documents of a source, each followed by the tokenizer's end-of-text token if it has one. They are taken
-    from the cache folder if they are there, else put there; several processes may do so at once.
+    from the cache folder if they are there, else put there; several processes may do so at once. A source that is a folder of
+    tokens is taken as it is.
 
     Args:
         source: of the text.
@@ -69,8 +72,11 @@ def tokenise(
         progress: tell on stderr how far it is.
 
     Raises:
-        ValueError: if there is no text, the source cannot be read, or the cache folder cannot be written.
+        ValueError: if there is no text, the source cannot be read, its tokens are another tokenizer's, or the cache folder
+            cannot be written.
     """
+    if is_token_folder(source.path):
+        return tokenised_source(Path(source.path).expanduser(), tokenizer)
     documents = Documents(source, data.bad_records)
     limit = tokens_needed if data.streaming else None
     parts = [FORMAT, documents.fingerprint(), tokenizer_hash(tokenizer), tokenizer.eos_token_id, data.bad_records, limit]
@@ -93,6 +99,25 @@ def tokenise(
         raise ValueError(f"cannot write tokens to {cache} ({reason}); make room or set cache to another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already if it was published
+
+
+def tokenised_source(folder: Path, tokenizer) -> TokenFile:
+    """
+    The tokens in `folder`, which the user named as a source.
+
+    Raises:
+        ValueError: if they are damaged, or not those of `tokenizer`.
+    """
+    try:
+        file = TokenFile(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} is not a whole folder of tokens ({error}); write it again from its text") from None
+    if file.tokenizer != tokenizer_hash(tokenizer):
+        whose = "does not say by which tokenizer" if file.tokenizer is None else "is of another tokenizer than the model's"
+        raise ValueError(f"{folder} {whose}; tokenise its text with the model's, or name the text")
+    if not len(file) or not len(file.starts):
+        raise ValueError(f"{folder} holds no tokens; name another source")
+    return file
 
 
 def cache_folder(data: DataConfig) -> Path:
@@ -173,6 +198,7 @@ def write_tokens(folder: Path, documents: Documents, tokenizer, *, limit: int | 
         "tokens": done,
         "documents": n_documents,
         "dtype": dtype.str,
+        "tokenizer": tokenizer_hash(tokenizer),
         "skipped": documents.skipped | without_tokens,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ from .optimizer import adamw, learning_rate_factor
 from .recovery_model import next_token_labels
 from .saving_trainer import SavingTrainer, read_tally
 from .tally import Tally
+from .trainer_hooks import refuse_renamed_hooks
 
 
 class RecoveryTrainer(SavingTrainer):
@@ -60,6 +61,7 @@ class RecoveryTrainer(SavingTrainer):
         stop_wanted: Callable[[], bool] = lambda: False,
         progress: bool = True,
     ):
+        refuse_renamed_hooks()
         self.stage, self.stop_wanted, self.stopping = stage, stop_wanted, False
         self.groups = [group for group in model.parameter_groups() if group["params"]]
         self.takes = set(inspect.signature(model.forward).parameters)

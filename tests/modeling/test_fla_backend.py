@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dijiang.modeling import fla_backend
-from dijiang.modeling.fla_backend import fla_linear_attention, gated_backward_is_refused
+from dijiang.modeling.fla_backend import fla_linear_attention, gated_backward_is_refused, takes_single_steps
 from dijiang.modeling.linear_attention import naive_linear_attention
 
 ARGUMENTS = ("q", "k", "v", "log_decay", "state")
@@ -169,6 +169,19 @@ def test_which_kernel_is_chosen(expected, T, decay, options, monkeypatch):
         )
     assert calls == [expected]
     assert o.shape == (1, T, 4, 17) and final.shape == tensors["state"].shape
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_decay_that_trains_is_left_to_torch_where_fla_would_go_token_by_token(refused, monkeypatch):
+    monkeypatch.setattr(fla_backend, "gated_backward_is_refused", lambda device: refused)
+    q = torch.zeros(1, 128, 2, 4, requires_grad=True)
+    fixed, trained, bounds = -torch.ones(2), (-torch.ones(2)).requires_grad_(), torch.tensor([0, 64, 128])
+    assert takes_single_steps(q, trained, None) is takes_single_steps(q, fixed.expand(1, 128, 2), None) is refused
+    assert takes_single_steps(q, fixed, bounds) is takes_single_steps(q[:, :100], fixed, None) is refused
+    assert not takes_single_steps(q, None, None) and not takes_single_steps(q, fixed, None)
+    assert not takes_single_steps(q.detach(), fixed.expand(1, 128, 2), None)
+    with torch.no_grad():
+        assert not takes_single_steps(q, trained, None)
 
 
 @pytest.mark.parametrize(

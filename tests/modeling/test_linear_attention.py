@@ -1,4 +1,5 @@
 import logging
+import sys
 from functools import partial
 
 import pytest
@@ -273,3 +274,14 @@ def test_autocast_leaves_sums_and_states_in_float32(mode, grad):
     for name, x, y in zip(("o", "final state"), found, expected, strict=True):
         assert x.dtype == torch.float32
         assert_close(x, y, name, tolerance=2e-2)
+
+
+def test_what_auto_stands_for_can_be_said(monkeypatch):
+    module, asked = sys.modules["dijiang.modeling.linear_attention"], []
+    monkeypatch.setattr(module, "choose_backend", lambda backend, *args: asked.append(backend) or "torch")
+    x = torch.rand(1, 4, 1, 2)
+    with module.prefer_backend("torch"):
+        linear_attention(x, x, x)
+        linear_attention(x, x, x, backend="fla")
+    linear_attention(x, x, x)
+    assert asked == ["torch", "fla", "auto"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from helpers import assert_close
 
-from dijiang.modeling.flex_window import flex_near_and_far, merge_branches
+from dijiang.modeling.flex_window import flex_near_and_far, merge_branches, own_key_attention
 from dijiang.modeling.window_attention import merge_step, near_and_far_attention
 
 
@@ -187,6 +187,22 @@ def test_flex_attention_equals_the_blocks(shape, hidden):
         tensors |= {"valid": None, "sink_arrival": None}
     found = flex_near_and_far(**tensors, **far, scale=0.7, attention=flex_attention)
     assert_close(found, near_and_far_attention(**tensors, **far, scale=0.7), "o")
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+@pytest.mark.parametrize("shape", [(2, 29, 6, 2, 8, 1, 3), (1, 17, 2, 2, 5, 1, 0)], ids=str)
+def test_a_window_of_one_equals_the_blocks_with_every_gradient(shape, hidden):
+    B, T, H, _, d, _, _ = shape
+    tensors, far = inputs(*shape, seed=sum(shape)), far_inputs(B, T, H, d, seed=16)
+    if not hidden:
+        tensors |= {"valid": None, "sink_arrival": None}
+    leaves = [x.requires_grad_() for name, x in (tensors | far).items() if name not in ("valid", "sink_arrival") and x.numel()]
+    pairs = []
+    for form in (own_key_attention, near_and_far_attention):
+        o = form(**tensors, **far, scale=0.7)
+        pairs.append((o, *torch.autograd.grad((o * torch.linspace(-1, 1, o.numel()).view_as(o)).sum(), leaves)))
+    for i, (found, expected) in enumerate(zip(*pairs, strict=True)):
+        assert_close(found, expected, f"o and gradients, {i}", tolerance=1e-4)
 
 
 @pytest.mark.gpu

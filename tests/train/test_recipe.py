@@ -260,6 +260,8 @@ IDLE = [
     ("distill: {kl_weight: 0, ce_weight: 1, teacher_top_k: 0}", "distill.teacher_top_k", "distill.kl_weight: 0"),
     ("convert: {settings: {decay_spans: [4, 64]}}\nalign: {}", "convert.settings.decay_spans", "decay: none"),
     ("align: {}\nrun: {evaluate_every: 10}", "run.evaluate_every", "no data.held_out"),
+    ("align: {}\nrun: {compile: true}", "run.compile", "data.respect_documents"),
+    ("distill: {}\nrun: {compile: false}", "run.compile", "data.respect_documents"),
     (
         "convert: {settings: {attention_window: 0, attention_sinks: 0}}\nalign: {window_dropout: 0.5}",
         "align.window_dropout",
@@ -292,6 +294,32 @@ def test_a_key_with_effect_passes(recipe, text):
 def test_a_key_without_effect_is_refused_from_the_command_line_too(complains, recipe):
     complains(BOTH, r"align\.quiet has no effect with align\.calibrate_blocks: 0", "align.quiet=1", "align.calibrate_blocks=0")
     assert load_recipe(recipe(BOTH), ["align.quiet=1", "align.calibrate_blocks=3"]).align.quiet == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("distill: {}\nrun: {compile: true}", None),
+        ("align: {}\nrun: {compile: true}", "align alone"),
+        ("distill: {}\nrun: {compile: true, deepspeed: zero1}", "run.deepspeed"),
+        ("distill: {}\nrun: {compile: true, gradient_checkpointing: true}", "run.gradient_checkpointing"),
+    ],
+)
+def test_what_compilation_is_for(recipe, complains, text, reason):
+    text = HEAD + "data: {train: [a.txt], respect_documents: false}\n" + text + "\n"
+    if reason is None:
+        assert load_recipe(recipe(text)).run.compile is True
+    else:
+        complains(text, f"run.compile has no effect with {reason}")
+
+
+def test_the_column_of_a_folder_of_tokens(complains, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokens").mkdir()
+    for name in ("tokens.bin", "starts.bin", "meta.json"):
+        (tmp_path / "tokens" / name).touch()
+    text = HEAD + "data: {train: [{path: tokens, column: body}, b]}\nalign: {tokens: 4096}\n"
+    complains(text, r"data\.train\.0\.column has no effect with a folder of tokens")
 
 
 def test_source_keys_without_effect(complains, recipe, tmp_path, monkeypatch):
@@ -422,7 +450,8 @@ def test_a_stored_recipe_may_hold_keys_without_effect(recipe, complains):
 def test_without_effect_knows_defaults_too():
     plain = Recipe(source="s", output="o", data=DataConfig(train=[SourceConfig(path="a/b")]), distill=DistillConfig())
     idle = set(without_effect(plain))
-    assert {"data.held_out_tokens", "run.evaluate_every", "data.train.0.weight", "convert.settings.decay_spans"} == idle
+    unread = {"data.held_out_tokens", "run.evaluate_every", "run.compile", "data.train.0.weight"}
+    assert unread | {"convert.settings.decay_spans"} == idle
 
 
 @pytest.mark.parametrize(

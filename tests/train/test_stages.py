@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dijiang.convert import convert_model, load_source, read_provenance
+from dijiang.train import compiled
 from dijiang.train.attention_transfer import kernel_parameters
 from dijiang.train.recipe import load_recipe
 from dijiang.train.saving_trainer import SavingTrainer
@@ -228,6 +229,30 @@ def begun(recipe, monkeypatch):
             run_stage(recipe(stages=("distill",)), "distill", progress=False)
     assert saved
     return recipe
+
+
+def test_a_run_whose_minutes_are_over_is_gone_on_with(recipe, tmp_path):
+    job = recipe(stages=("distill",))
+    expected = run_stage(job, "distill", progress=False).rename(tmp_path / "expected")
+    shutil.rmtree(tmp_path / "out" / "distill")
+    with pytest.raises(KeyboardInterrupt, match="distill was stopped after step 1 of 8, with a checkpoint; run"):
+        run_stage(recipe("run.max_minutes=1e-9", stages=("distill",)), "distill", progress=False)
+    run_stage(recipe("run.max_minutes=60", stages=("distill",)), "distill", progress=False)
+    assert not changed(expected, tmp_path / "out" / "distill" / "model")
+
+
+def test_compilation_changes_no_weight_by_more_than_rounding(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    torch._dynamo.reset()
+    weights = []
+    for wanted in ("false", "true"):
+        job = recipe("data.respect_documents=false", f"run.compile={wanted}", stages=("distill",))
+        model = run_stage(job, "distill", progress=False)
+        assert read_provenance(model)["stages"][-1].get("compiled") == (True if wanted == "true" else None)
+        weights.append(load_file(model / WEIGHTS))
+        shutil.rmtree(tmp_path / "out" / "distill")
+    for name, weight in weights[0].items():
+        assert (weight - weights[1][name]).abs().max() <= 1e-4 * weight.abs().max(), name
 
 
 def test_another_recipe(begun):

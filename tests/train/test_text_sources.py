@@ -232,8 +232,8 @@ def hub(monkeypatch):
     calls = []
 
     def serve(rows):
-        def load_dataset(path, subset, **keywords):
-            calls.append((path, subset, keywords))
+        def load_dataset(path, subset, split, streaming, revision):
+            calls.append((path, subset, {"split": split, "streaming": streaming, "revision": revision}))
             return rows
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import signal
 import time
 
@@ -14,6 +15,7 @@ import pytest
 
 from dijiang.train import token_cache
 from dijiang.train.config import DataConfig, SourceConfig
+from dijiang.train.text_sources import refuse_leaks
 from dijiang.train.token_cache import tokenise, tokenizer_hash
 
 fork = multiprocessing.get_context("fork")
@@ -287,3 +289,54 @@ def test_a_killed_process_leaves_a_folder_that_is_removed_in_time(run, tmp_path,
     os.utime(left / "tokens.bin", (time.time() - 90_000,) * 2)
     newest = run(source, Letters(None)).folder
     assert sorted((tmp_path / "cache").iterdir()) == sorted([folder, kept, newest])
+
+
+# --- folders of tokens as sources ---
+
+
+@pytest.fixture
+def folder(run, tmp_path):
+    """A folder of tokens that `Letters()` made, outside the cache."""
+    made = run(write_documents(tmp_path / "a.jsonl", words(0)), Letters())
+    shutil.copytree(made.folder, tmp_path / "tokens")
+    return tmp_path / "tokens"
+
+
+def test_a_folder_of_tokens_is_a_source(run, folder):
+    calls = Letters()
+    found = run(SourceConfig(path=str(folder)), calls)
+    assert found.folder == folder and calls.calls == 0
+    assert found.tokenizer == tokenizer_hash(Letters()) == json.loads((folder / "meta.json").read_text())["tokenizer"]
+    assert documents_of(found)[0] == [*map(ord, words(0)[0]), 1]
+
+
+def test_a_folder_of_another_tokenizer_is_refused(run, folder):
+    class Others(Letters):
+        pass
+
+    with pytest.raises(ValueError, match="tokens is of another tokenizer than the model's; tokenise its text"):
+        run(SourceConfig(path=str(folder)), Others())
+
+
+def test_a_folder_that_does_not_say_by_which_tokenizer_is_no_source_but_a_cache(run, folder, tmp_path):
+    cached = next((tmp_path / "cache").iterdir())
+    for place in (folder, cached):
+        meta = json.loads((place / "meta.json").read_text())
+        del meta["tokenizer"]
+        (place / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="tokens does not say by which tokenizer; tokenise its text"):
+        run(SourceConfig(path=str(folder)), Letters())
+    unused = Letters()
+    assert run(SourceConfig(path=str(tmp_path / "a.jsonl")), unused).folder == cached and not unused.calls
+
+
+def test_a_damaged_folder_of_tokens_is_refused(run, folder):
+    (folder / "tokens.bin").write_bytes(b"12")
+    with pytest.raises(ValueError, match=r"is not a whole folder of tokens .*; write it again from its text$"):
+        run(SourceConfig(path=str(folder)), Letters())
+
+
+def test_a_folder_of_tokens_is_not_trained_on_and_held_out(folder):
+    source = SourceConfig(path=str(folder))
+    with pytest.raises(ValueError, match="is held out and also trained on"):
+        refuse_leaks(DataConfig(train=[source], held_out=[source]))

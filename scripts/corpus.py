@@ -1,0 +1,175 @@
+"""The corpus: what is held out, what is left of the rest without repeated paragraphs, and the tokens of both."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from make_recovery_text import held_out
+from prose import MIN_PAGE
+
+HELD_TOKENS = 60_000  # of a held-out source that are stored; its other pages are in no set
+MAX_CHARACTERS = {"anarchism": 12_000_000, "others": 5_000_000}  # of a source
+MAX_DOCUMENT = 50_000  # characters; longer pages are cut between paragraphs, so that the sources mix
+MIN_LETTERS = 0.65  # share of a paragraph's characters
+MIN_COMMON_WORDS = 0.12  # share of a paragraph's words; in English prose it is 0.3 to 0.4
+COMMON_WORDS = frozenset(
+    "the of and to a in is that for it as with be on this by are or not can if an from you at was which will have has we he "
+    "his they but all one when use used".split()
+)
+WORD = re.compile(r"[^\W\d_]+")
+NOT_WORD = re.compile(r"\W+")
+CLEAN = str.maketrans(dict.fromkeys("\u00ad\u00b6\uf0c1\ufffd", ""))  # marks of page tools, and of bytes that are no text
+
+
+@dataclass(kw_only=True, slots=True)
+class Source:
+    """
+    Text of one package.
+
+    Attributes:
+        name: of the package.
+        pages: path and text, one paragraph a line.
+        held: name of the held-out source that one in ten of its pages goes to; empty: none is held out.
+        facts: what the table says of it: version, licence and so on.
+    """
+
+    name: str
+    pages: list[tuple[str, str]]
+    held: str = ""
+    facts: dict = field(default_factory=dict)
+
+
+def fingerprint(paragraph: str) -> bytes:
+    """Hash of a paragraph that case, punctuation and spaces do not change."""
+    return hashlib.blake2b(NOT_WORD.sub("", paragraph.casefold()).encode(), digest_size=12).digest()
+
+
+def is_english_prose(paragraph: str) -> bool:
+    letters = sum(map(str.isalpha, paragraph)) + paragraph.count(" ")
+    words = WORD.findall(paragraph.lower())
+    common = sum(word in COMMON_WORDS for word in words)
+    return letters >= MIN_LETTERS * len(paragraph) and common >= MIN_COMMON_WORDS * max(len(words), 1)
+
+
+def held_pages(source: Source) -> list[str]:
+    """Texts of the pages that are held out, as the readers gave them."""
+    return [text for path, text in source.pages if source.held and held_out(PurePosixPath(path).name)]
+
+
+def training_documents(sources: list[Source], also_held: Iterable[str] = ()) -> Iterator[tuple[str, str, str]]:
+    """
+    Source name, page and text of each training document: prose of which no paragraph is in another one or is held out.
+
+    Args:
+        sources: the earlier one keeps a paragraph that two have.
+        also_held: held-out texts besides the sources' own.
+    """
+    seen = {fingerprint(line) for text in also_held for line in text.split("\n")}
+    for source in sources:
+        seen |= {fingerprint(line) for text in held_pages(source) for line in text.split("\n")}
+    for source in sources:
+        for path, text in source.pages:
+            if source.held and held_out(PurePosixPath(path).name):
+                continue
+            kept = []
+            for line in text.translate(CLEAN).split("\n"):
+                if is_english_prose(line) and (mark := fingerprint(line)) not in seen:
+                    seen.add(mark)
+                    kept.append(line)
+            for number, document in enumerate(cut(kept)):
+                if len(document) > MIN_PAGE:
+                    yield source.name, f"{path}#{number}", document
+
+
+def cut(paragraphs: list[str]) -> Iterator[str]:
+    """Documents of at most about `MAX_DOCUMENT` characters."""
+    document, size = [], 0
+    for paragraph in paragraphs:
+        if document and size + len(paragraph) > MAX_DOCUMENT:
+            yield "\n".join(document)
+            document, size = [], 0
+        document.append(paragraph)
+        size += len(paragraph) + 1
+    if document:
+        yield "\n".join(document)
+
+
+def shuffled(documents: Iterable[tuple[str, str, str]]) -> list[tuple[str, str]]:
+    """
+    Source and text in an order that a hash of their names gives, so that any beginning is a mixture.
+
+    Of a source that has more than `MAX_CHARACTERS` the documents after those are left out, so that none rules the mixture.
+    """
+    keyed = [(hashlib.sha256(f"{source}/{page}".encode()).digest(), source, text) for source, page, text in documents]
+    taken: Counter[str] = Counter()
+    found = []
+    for _, source, text in sorted(keyed):
+        if taken[source] < MAX_CHARACTERS.get(source, MAX_CHARACTERS["others"]):
+            taken[source] += len(text)
+            found.append((source, text))
+    return found
+
+
+@dataclass(slots=True)
+class Texts:
+    """Documents as `dijiang.train.token_cache.write_tokens` takes them."""
+
+    name: str
+    texts: list[str]
+    skipped: Counter = field(default_factory=Counter)
+
+    @property
+    def source(self) -> "Texts":
+        return self
+
+    @property
+    def path(self) -> str:  # what meta.json calls the source
+        return self.name
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.texts)
+
+    def describe_skipped(self) -> str:
+        return ""
+
+
+class Silent:
+    """Takes the place of a progress bar."""
+
+    def update(self, tokens: int, documents: int) -> None: ...
+
+
+def write_token_folder(folder: Path, texts: list[str], tokenizer, *, limit: int | None = None) -> list[int]:
+    """
+    Tokenise documents into a folder of the training's token cache.
+
+    Args:
+        limit: the document that completes so many tokens is the last one.
+
+    Returns:
+        Tokens of each document.
+    """
+    import numpy as np
+
+    from dijiang.train.token_cache import TokenFile, write_tokens
+
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "/".join(folder.parts[folder.parts.index("corpus") :]) if "corpus" in folder.parts else folder.name
+    write_tokens(folder, Texts(name, texts), tokenizer, limit=limit, fingerprint="", bar=Silent())
+    set_fingerprint(folder)
+    file = TokenFile(folder)
+    return np.diff([*file.starts, len(file)]).tolist()
+
+
+def set_fingerprint(folder: Path) -> None:
+    """Put a hash of the tokens into meta.json."""
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    content = hashlib.sha256()
+    for name in ("tokens.bin", "starts.bin"):
+        content.update((folder / name).read_bytes())
+    meta["fingerprint"] = content.hexdigest()[:32]
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
