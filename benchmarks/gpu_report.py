@@ -1,18 +1,23 @@
 """
-Tables and the plot of docs/gpu.md, from benchmarks/results/gpu/<card>/<step>.json.
+Tables and the plot of docs/gpu.md, from benchmarks/results/gpu/<card>/<step>.json, and the table of docs/corpus.md.
 
-    python benchmarks/gpu_report.py    # writes them into docs/gpu.md, and docs/gpu_op.png where the op was measured
+    python benchmarks/gpu_report.py    # writes them into the pages, and docs/gpu_op.png where the op was measured
 """
 
 import json
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from corpus_licences import corpus_table
 from gpu_recovery_tables import recall_table, recovery_table, recovery_targets, speed_table
 from recovery_report import between_marks, table
 
 RESULTS = Path(__file__).parent / "results" / "gpu"
 PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
-STEPS = ("tests", "op", "model", "recovery_linear", "recovery_window")
+CORPUS_PAGE = PAGE.with_name("corpus.md")
+BEFORE = "model_without_triton_step"  # of the same programme, before the kernel was there
+STEPS = ("tests", "op", "model", BEFORE, "recovery_linear", "recovery_window")
 NOTHING = "Not measured yet."
 MAIN = 16384  # tokens at which all variants of the op are compared
 CONTEXT = 2048  # of the paper's Table 1
@@ -77,10 +82,11 @@ def tests_table(results: dict) -> str:
     rows, lines = [], []
     for card, steps in results.items():
         if found := steps.get("tests"):
-            rows.append([card, *(str(found[key]) for key in ("collected", "passed", "failed", "errors", "skipped"))])
+            counts = [str(found[key]) for key in ("passed", "failed", "errors", "skipped")]
+            rows.append([card, *counts, "yes" if found.get("complete") else "no, stopped at its limit"])
             wrong = [x for x in found["details"] if x["outcome"] != "skipped"]
             lines += [f"* {card}: `{x['test']}`: {x['reason'].replace('|', ' ').replace('`', '')}" for x in wrong[:20]]
-    shown = drawn(["card", "collected", "passed", "failed", "errors", "skipped"], rows)
+    shown = drawn(["card", "passed", "failed", "errors", "skipped", "finished"], rows)
     return "\n".join([shown, *([""] if lines else []), *lines])
 
 
@@ -230,10 +236,31 @@ def plot(results: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
+def lengths_measured(results: dict) -> bool:
+    """Whether the op was measured at several lengths, so that there is something to plot."""
+    return any(len({row["tokens"] for row in rows if "median_s" in row}) > 1 for _, rows in rows_of(results, "op"))
+
+
 def figure_line(results: dict) -> str:
-    return (
-        "![Forward time of the op against tokens](gpu_op.png)" if any(rows for _, rows in rows_of(results, "op")) else NOTHING
-    )
+    return "![Forward time of the op against tokens](gpu_op.png)" if lengths_measured(results) else NOTHING
+
+
+def step_table(results: dict) -> str:
+    """Decoding steps, milliseconds, without and with the Triton kernel of the linear layer."""
+    rows = []
+    for card, steps in results.items():
+        if not {"model", BEFORE} <= steps.keys():
+            continue
+        before, after = (
+            {(r["shape"], r["batch"], r["contender"]): r["median_s"] for r in steps[name].get("rows", []) if "median_s" in r}
+            for name in (BEFORE, "model")
+        )
+        for key in (key for key in after if key in before and key[2] in ("dijiang", "dijiang graph")):
+            shape, batch, contender = key
+            times = [number(1e3 * found[key]) for found in (before, after)]
+            way = "CUDA graph" if contender.endswith("graph") else "eager"
+            rows.append([card, shape, str(batch), way, *times, ratio(before[key], after[key])])
+    return drawn(["card", "shape", "batch", "step", "by torch, ms", "by the Triton kernel, ms", "times faster"], rows)
 
 
 def fill(page: str, results: dict) -> str:
@@ -246,6 +273,7 @@ def fill(page: str, results: dict) -> str:
         "op-variants": variants_table(results),
         "op-figure": figure_line(results),
         "decode": decode_table(results),
+        "step": step_table(results),
         "lengths": lengths_table(results),
         "prefill": prefill_table(results),
         "targets": targets_table(results),
@@ -256,10 +284,17 @@ def fill(page: str, results: dict) -> str:
     return between_marks(page, tables)
 
 
+def fill_corpus(page: str) -> str:
+    """docs/corpus.md with its table."""
+    facts = json.loads((RESULTS / "corpus.json").read_text(encoding="utf-8"))
+    return between_marks(page, {"corpus": corpus_table(facts)})
+
+
 def main() -> None:
+    CORPUS_PAGE.write_text(fill_corpus(CORPUS_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     results = load()
     PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
-    if any(rows for _, rows in rows_of(results, "op")):
+    if lengths_measured(results):
         plot(results, PAGE.with_name("gpu_op.png"))
 
 

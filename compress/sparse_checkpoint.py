@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dijiang.convert.code_files import with_newest_code
 from dijiang.convert.provenance import FILE_NAME, add_stage, read_provenance, write_provenance
 from dijiang.convert.source import Source
 from dijiang.convert.weights import SafetensorsFile
@@ -47,7 +48,8 @@ def write_sparse_checkpoint(
             if path.name not in STALE:
                 shutil.copyfile(path, folder / path.name)
         if (source.folder / FILE_NAME).is_file():
-            write_provenance(folder, add_stage(read_provenance(source.folder), "prune", **facts))
+            provenance = with_newest_code(folder, read_provenance(source.folder))
+            write_provenance(folder, add_stage(provenance, "prune", **facts))
     names = {(file, stored): name for name, (file, stored) in decoder.dense_places.items()}
     writer = ShardWriter(folder)
     for file in decoder.files:

@@ -1,6 +1,6 @@
 """Turns pretrained softmax checkpoints into DiJiang checkpoints."""
 
-from .code_files import refresh_code
+from .code_files import before_refreshing, refresh_code, with_newest_code
 from .converter import convert_model
 from .folders import new_folder
 from .lineage import refuse_other_source
@@ -13,6 +13,7 @@ from .provenance import add_stage, public_name, read_provenance, write_provenanc
 __all__ = [
     "PRESETS",
     "add_stage",
+    "before_refreshing",
     "convert_model",
     "fastest_dtype",
     "load_source",
@@ -22,5 +23,6 @@ __all__ = [
     "read_provenance",
     "refresh_code",
     "refuse_other_source",
+    "with_newest_code",
     "write_provenance",
 ]

@@ -35,8 +35,13 @@ def write_provenance(folder: str | Path, provenance: dict) -> None:
     """Write `provenance` into `folder`, replacing the file at once."""
     path = Path(folder) / FILE_NAME
     draft = path.with_suffix(".partial")
-    draft.write_text(json.dumps(provenance, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.write_text(provenance_text(provenance), encoding="utf-8")
     draft.replace(path)
+
+
+def provenance_text(provenance: dict) -> str:
+    """What `write_provenance` writes."""
+    return json.dumps(provenance, indent=2, ensure_ascii=False) + "\n"
 
 
 def add_stage(provenance: dict, stage: str, **facts) -> dict:

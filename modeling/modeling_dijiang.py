@@ -329,10 +329,12 @@ class DiJiangForCausalLM(DiJiangPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, *args, past_key_values=None, cache=None, inputs_embeds=None, **kwargs
     ) -> dict:
-        """What forward needs for the next tokens, the cache under the name that this version of transformers has for it."""
+        """What forward needs for the next tokens; the cache under both its names, of which PEFT reads the old one."""
+        cache = one_cache(past_key_values, cache)
         # generate looks for inputs_embeds in this signature before it accepts them
-        kwargs |= {CACHE_NAME: one_cache(past_key_values, cache), "inputs_embeds": inputs_embeds}
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        kwargs |= {CACHE_NAME: cache, "inputs_embeds": inputs_embeds}
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return inputs if cache is None else inputs | {"past_key_values": cache, "cache": cache}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         caches = [model_kwargs.pop(name, None) for name in ("past_key_values", "cache")]

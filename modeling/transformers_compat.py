@@ -4,6 +4,7 @@ reach `forward`. The code travels in checkpoints, so it meets versions that are 
 """
 
 import inspect
+import re
 from collections.abc import Iterable
 from dataclasses import fields
 
@@ -12,7 +13,8 @@ import transformers
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+# below transformers' own logger, whose verbosity it follows; the copies of this code in several checkpoints share it
+logger = logging.get_logger("transformers.dijiang")
 
 # oldest and newest minor version whose tests pass: `make test-versions` runs them, docs/versions.md shows the result
 TESTED_TRANSFORMERS = ("5.9", "5.24")
@@ -28,6 +30,7 @@ EXTRA_ARGUMENTS = {
     "return_dict": "generate and PEFT; transformers' decorators act on it",
     "output_attentions": "generate and PEFT; transformers' decorators act on it",
     "output_hidden_states": "generate and PEFT; transformers' decorators act on it",
+    "output_router_logits": "callers that serve all models; no layer has a router, so it is ignored",
     "num_items_in_batch": "Trainer, with gradient accumulation; the loss is divided by it",
     "shift_labels": "Trainer, with sequences split over devices; the loss uses them in place of labels",
     "ignore_index": "callers of the loss; the label without a loss",
@@ -38,6 +41,7 @@ EXTRA_ARGUMENTS = {
     "seq_idx": PACKED_ROWS,
     "token_type_ids": "tokenizers that tell segments apart; a decoder has one segment, so they are ignored",
     "is_causal": "transformers' decorators; linear layers accept nothing but True",
+    "kernel_options": "callers of FlexAttention, which is an attention of softmax layers",
     "debug_io": DEBUGGING,
     "debug_io_dir": DEBUGGING,
     "prune_layers": DEBUGGING,
@@ -85,8 +89,8 @@ def is_paged(cache) -> bool:
 
 def warn_of_untested_version(version: str = transformers.__version__) -> None:
     """Say once if this version of transformers is outside TESTED_TRANSFORMERS."""
-    oldest, newest = (minor_version(tested) for tested in TESTED_TRANSFORMERS)
-    if not oldest <= minor_version(version) <= newest:
+    oldest, newest, installed = map(minor_version, (*TESTED_TRANSFORMERS, version))
+    if installed is None or not oldest <= installed <= newest:
         logger.warning_once(
             f"this DiJiang code was tested with transformers {' to '.join(TESTED_TRANSFORMERS)}, and {version} is installed: "
             "compare a generated text with the one under use_cache=False, or install a tested version; "
@@ -94,6 +98,7 @@ def warn_of_untested_version(version: str = transformers.__version__) -> None:
         )
 
 
-def minor_version(version: str) -> tuple[int, ...]:
-    """(5, 24) of `5.24.1.dev0`."""
-    return tuple(int(part) for part in version.split(".")[:2])
+def minor_version(version: str) -> tuple[int, int] | None:
+    """(5, 24) of `5.24.1.dev0` or `5.24rc1`; None if it does not begin with a number."""
+    found = re.match(r"(\d+)(?:\.(\d+))?", version)
+    return (int(found[1]), int(found[2] or 0)) if found else None

@@ -59,7 +59,8 @@ def run(*command, **options) -> None:
 
 
 def build_wheel() -> Path:
-    shutil.rmtree(FOLDER / "wheel", ignore_errors=True)
+    for leftover in (FOLDER / "wheel", ROOT / "build" / "lib"):  # of an earlier build, with modules that may be gone
+        shutil.rmtree(leftover, ignore_errors=True)
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", FOLDER / "wheel", ".")
     (wheel,) = (FOLDER / "wheel").glob("dijiang-*.whl")
     return wheel
@@ -136,7 +137,7 @@ def table(results: list[dict]) -> str:
     """The table of docs/versions.md."""
     columns = ("environment", "Python", "transformers", "torch", "tests", "passed", "failed", "skipped", "README's text")
     lines = [columns, ("---",) * len(columns)]
-    for x in sorted(results, key=lambda x: [int(part) for part in x["versions"]["transformers"].split(".")]):
+    for x in sorted(results, key=lambda x: [int(part) for part in re.findall(r"\d+", x["versions"]["transformers"])]):
         same = {True: "the same without a cache", False: "**another** without a cache", None: "not tried"}
         name = x["name"] if x["name"] in ("oldest", "newest") else "between"
         versions = (x["versions"][key] for key in ("python", "transformers", "torch"))

@@ -78,9 +78,17 @@ def part(page: str, mark: str) -> str:
     return page.split(f"<!-- {mark}:start -->\n")[1].split(f"\n<!-- {mark}:end -->")[0]
 
 
+def test_corpus_page_is_that_of_the_corpus(report):
+    page = report.CORPUS_PAGE.read_text(encoding="utf-8")
+    assert report.fill_corpus(page) == page
+    facts = json.loads((report.RESULTS / "corpus.json").read_text(encoding="utf-8"))
+    assert facts["tokens"] == sum(entry["tokens"] for entry in facts["sources"]) > 30_000_000
+    assert all(entry["licence"] and entry["version"] for entry in facts["sources"])
+
+
 def test_tables_are_those_of_the_results(report):
     assert report.fill(PAGE, report.load()) == PAGE
-    assert len(MARKS) == len(set(MARKS)) == 13
+    assert len(MARKS) == len(set(MARKS)) == 14
 
 
 def test_without_results_every_table_says_so(report):
@@ -92,7 +100,7 @@ def test_results_that_were_cut_short_are_drawn(report, tmp_path):
     results = made_up(report, tmp_path)
     page = report.fill(PAGE, results)
     assert "| Some GPU | 700 | 3.00 | 2.11 | 3.6 | 5.17 | none |" in part(page, "cards")
-    assert "| Some GPU | 3 | 1 | 1 | 0 | 1 |" in part(page, "gpu-tests")
+    assert "| Some GPU | 1 | 1 | 0 | 1 | no, stopped at its limit |" in part(page, "gpu-tests")
     assert "* Some GPU: `tests/x.py::y`: assert 1 == 2" in part(page, "gpu-tests")
     forward = "| Some GPU | 16,384 | 1 | 128 | 1.80 | 0.50 | - | - | - | 3.60 | 10.00 | dijiang |"
     assert forward in part(page, "op-forward")

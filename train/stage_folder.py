@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dijiang.convert import convert_model, read_provenance, refuse_other_source
+from dijiang.convert import before_refreshing, convert_model, read_provenance, refuse_other_source
+from dijiang.convert.provenance import provenance_text
 
 from .config import Recipe
 from .recipe import NOT_LEARNT, differences, dump_recipe, load_recipe
@@ -111,5 +112,8 @@ class StageFolder:
                 )
 
     def fingerprint(self) -> str:
-        """Of the checkpoint that the stage starts from, by its record."""
-        return hashlib.sha256((self.source / "provenance.json").read_bytes()).hexdigest()
+        """Of the checkpoint that the stage starts from, by its record; newer code in it makes it no other checkpoint."""
+        path, provenance = self.source / "provenance.json", read_provenance(self.source)
+        before = before_refreshing(provenance)
+        content = path.read_bytes() if before is provenance else provenance_text(before).encode()
+        return hashlib.sha256(content).hexdigest()

@@ -11,7 +11,15 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from dijiang.convert import add_stage, fastest_dtype, new_folder, public_name, read_provenance, write_provenance
+from dijiang.convert import (
+    add_stage,
+    fastest_dtype,
+    new_folder,
+    public_name,
+    read_provenance,
+    with_newest_code,
+    write_provenance,
+)
 from dijiang.convert.source import load_tokenizer, open_source
 
 from .adapters import merged_state
@@ -224,4 +232,5 @@ class StageRun:
                 }
                 with new_folder(self.folder.model) as new:
                     copy_with_parameters(self.folder.source, new, merged_state(model.student, values))
-                    write_provenance(new, add_stage(read_provenance(self.folder.source), self.stage, **record))
+                    provenance = with_newest_code(new, read_provenance(self.folder.source))
+                    write_provenance(new, add_stage(provenance, self.stage, **record))

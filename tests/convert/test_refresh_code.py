@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -12,8 +13,16 @@ import torch
 from typer.testing import CliRunner
 
 from dijiang.cli import app
-from dijiang.convert import convert_model, read_provenance, refresh_code
+from dijiang.convert import (
+    before_refreshing,
+    convert_model,
+    read_provenance,
+    refresh_code,
+    with_newest_code,
+    write_provenance,
+)
 from dijiang.convert.code_files import code_files
+from dijiang.convert.provenance import provenance_text
 from dijiang.modeling import DiJiangForCausalLM
 from dijiang.modeling.transformers_compat import TESTED_TRANSFORMERS
 
@@ -105,7 +114,7 @@ def test_checkpoint_without_provenance_gets_none(checkpoint):
     """As `save_pretrained` leaves it."""
     make_old(checkpoint)
     (checkpoint / "provenance.json").unlink()
-    with pytest.raises(ValueError, match=r"modeling_dijiang.py in .* is not as recorded"):
+    with pytest.raises(ValueError, match=r"has no provenance.json, so edits of modeling_dijiang.py cannot be told from older"):
         refresh_code(checkpoint)
     assert sorted(refresh_code(checkpoint, overwrite=True)) == ["modeling_dijiang.py", "transformers_compat.py"]
     assert not (checkpoint / "provenance.json").exists()
@@ -126,6 +135,58 @@ def test_provenance_cannot_name_files_elsewhere(checkpoint, refused, name):
     record["code"][name] = "0" * 64
     (checkpoint / "provenance.json").write_text(json.dumps(record))
     refused(checkpoint, lambda: refresh_code(checkpoint, overwrite=True), "as code, which is no Python file beside it")
+
+
+def test_damaged_records_are_refused_before_anything_is_written(checkpoint, refused):
+    make_old(checkpoint)
+    record, config = (json.loads((checkpoint / f"{name}.json").read_text()) for name in ("provenance", "config"))
+    (checkpoint / "config.json").write_text(json.dumps(config | {"auto_map": "x"}))
+    before = files_of(checkpoint)
+    refused(checkpoint, lambda: refresh_code(checkpoint), "auto_map that is no mapping")
+    (checkpoint / "config.json").write_text(json.dumps(config | {"auto_map": None}))
+    (checkpoint / "provenance.json").write_text(json.dumps(record | {"code": [1]}))
+    refused(checkpoint, lambda: refresh_code(checkpoint), "has no record of its code")
+    assert (checkpoint / "modeling_dijiang.py").read_bytes() == before["modeling_dijiang.py"]
+    (checkpoint / "provenance.json").write_text(json.dumps(record | {"code": None}))
+    refused(checkpoint, lambda: refresh_code(checkpoint), "is not as recorded")
+    assert "config.json" in refresh_code(checkpoint, overwrite=True)
+
+
+def test_refreshed_files_can_be_read_by_those_who_could_before(checkpoint):
+    make_old(checkpoint)
+    for path in checkpoint.iterdir():
+        path.chmod(0o644)
+    before = os.umask(0o077)
+    try:
+        refresh_code(checkpoint)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in checkpoint.iterdir()} == {0o644}
+
+
+def test_record_from_before_refreshing_is_found_again_to_the_byte(checkpoint):
+    """A run goes on only from the checkpoint it began with, by its record; newer code is no other checkpoint."""
+    make_old(checkpoint)
+    record = read_provenance(checkpoint)
+    write_provenance(checkpoint, record)
+    before = (checkpoint / "provenance.json").read_text()
+    assert before_refreshing(record) is record
+    refresh_code(checkpoint)
+    (checkpoint / "layers.py").write_text("# mine\n")
+    refresh_code(checkpoint, overwrite=True)
+    after = read_provenance(checkpoint)
+    assert [stage["stage"] for stage in after["stages"]][-2:] == ["refresh-code"] * 2
+    assert provenance_text(before_refreshing(after)) == before
+
+
+def test_new_checkpoint_made_of_an_old_one_gets_the_installed_code(checkpoint):
+    make_old(checkpoint)
+    record = with_newest_code(checkpoint, read_provenance(checkpoint))
+    assert record["code"] == {name: digest(content) for name, content in CODE.items()}
+    assert {name: content for name, content in files_of(checkpoint).items() if name.endswith(".py")} == CODE
+    (checkpoint / "layers.py").write_text("# mine\n")
+    assert with_newest_code(checkpoint, record) is record
+    assert (checkpoint / "layers.py").read_text() == "# mine\n"
 
 
 def test_what_is_no_dijiang_checkpoint_is_refused(make_source, tmp_path, refused):

@@ -36,6 +36,15 @@ def test_every_method_of_ours_that_trainer_has_is_listed():
     assert {name for name in own if hasattr(Trainer, name)} - {"__init__"} == set(HOOKS)
 
 
+def test_a_trainer_looks_for_them(monkeypatch):
+    def refuse():
+        raise ValueError("renamed")
+
+    monkeypatch.setattr("dijiang.train.trainer.refuse_renamed_hooks", refuse)
+    with pytest.raises(ValueError, match="renamed"):
+        RecoveryTrainer(None, None, None, blocks=None, held_out=None, collate=None, folder=None, device=None, title="")
+
+
 def test_trainer_without_one_of_them_is_refused():
     refuse_renamed_hooks()
     methods = {name: None for name in HOOKS if name != "_get_train_sampler"}
