@@ -340,6 +340,7 @@ def run_small(folder: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_small_run_of_one_step_from_a_parcel(tmp_path):
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "note.txt").write_text("brought along", encoding="utf-8")

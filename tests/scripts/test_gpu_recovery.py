@@ -27,7 +27,7 @@ def inputs(tmp_path_factory):
     return made_up_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-@pytest.mark.parametrize("recipe", ["smollm2-135m-linear", "smollm2-135m"])
+@pytest.mark.parametrize("recipe", ["smollm2-135m-linear", pytest.param("smollm2-135m", marks=pytest.mark.slow)])
 def test_small(recipe, tmp_path):
     command = [sys.executable, str(STEPS / "recovery.py"), "--small", "--recipe", recipe, "--seconds", "150"]
     done = subprocess.run(
