@@ -20,14 +20,15 @@ import torch
 from measure import console, machine, versions, write_json
 
 from dijiang.bundled import packaged_model
-from dijiang.convert import fastest_dtype, load_source
+from dijiang.common.precision import fastest_dtype
+from dijiang.convert import load_source
 from dijiang.evaluate import linear_only, perplexity
 from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
-from dijiang.modeling.linear_layer import linear_layers
+from dijiang.modeling.linear_attention_layer import linear_layers
 from dijiang.train import AlignConfig, token_blocks
-from dijiang.train.align_model import AlignModel
-from dijiang.train.attention_transfer import TeacherPass, kernel_parameters, run_teacher
-from dijiang.train.optimizer import adamw, learning_rate_factor
+from dijiang.train.stages.align import AlignModel
+from dijiang.train.stages.teacher_pass import TeacherPass, kernel_parameters, run_teacher
+from dijiang.train.trainer.optimizer import adamw, learning_rate_factor
 
 LAYERS = (4, 11, 18, 25)
 BLOCK = 1024

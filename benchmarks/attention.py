@@ -161,7 +161,8 @@ def memory_of_one(tokens: int, features: int, dtype: str) -> dict[str, int]:
 @torch.no_grad()
 def try_pieces(dtype: str, tokens: int, rounds: int) -> list[dict]:
     """Time against tokens per piece and per block, which are constants of the modules."""
-    from dijiang.modeling import chunk_attention, linear_layer
+    from dijiang.modeling import linear_attention_chunk as chunk_attention
+    from dijiang.modeling import linear_attention_layer as linear_layer
 
     inputs, rows, usual = random_inputs(tokens, getattr(torch, dtype)), [], (chunk_attention.PIECE, chunk_attention.CHUNK_SIZE)
 

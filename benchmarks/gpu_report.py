@@ -149,7 +149,7 @@ def decode_rows(results: dict, wanted) -> list[list[str]]:
 
 def decode_table(results: dict) -> str:
     """The paper's Table 1: tokens/s at 2,048 tokens."""
-    from dijiang.evaluate.latency import PAPER_SPEEDS
+    from dijiang.evaluate.latency.measure import PAPER_SPEEDS
 
     rows = []
     for line in decode_rows(results, lambda row: row["context"] == CONTEXT):

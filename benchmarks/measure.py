@@ -1,6 +1,6 @@
 """
-What the benchmarks share beside `dijiang.evaluate.timing`: the floor of the op, which backend runs, peak memory of a fresh
-process, tables, and results in a file.
+Helpers of the benchmarks, next to `dijiang.evaluate.latency.timing`: the floor of the op, which backend runs, peak memory
+of a fresh process, tables, and results in a file.
 """
 
 import argparse
@@ -17,16 +17,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dijiang.evaluate.timing import (  # noqa: F401, the scripts' own
-    PeakMemory,
-    alternate,
-    available_bytes,
+from dijiang.evaluate.latency.timing import (
     command,
-    floor_seconds,
     machine,
-    machine_limits,
     ratios,
-    summary,
 )
 
 NATIVE = ("native_linear_attention", "native_step")  # the functions of dijiang.modeling that run code of our own

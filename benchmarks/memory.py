@@ -57,7 +57,7 @@ def main() -> None:
             rows.append({"pass": kind, "tokens": tokens} | found)
             peak, state = found["peak_bytes"], found["state_bytes"]
             print(f"{kind:8} {tokens:6} tokens: peak {peak:13,} B ({peak / tokens:6,.0f} B/token), state {state:,} B")
-    from dijiang.convert.provenance import versions
+    from dijiang.checkpoint.provenance import versions
 
     result = {"command": "python benchmarks/memory.py", "machine": platform.processor() or platform.machine(), "shape": SHAPE,
               "versions": versions(), "rows": rows}  # fmt: skip

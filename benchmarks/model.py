@@ -19,7 +19,7 @@ import measure
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dijiang.evaluate.latency_contenders import SoftmaxContender
+from dijiang.evaluate.latency.contenders import SoftmaxContender
 from dijiang.modeling import DiJiangConfig
 from dijiang.modeling.transformers_compat import CACHE_NAME
 

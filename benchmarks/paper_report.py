@@ -14,10 +14,10 @@ from pathlib import Path
 
 from recovery_report import RESULTS, between_marks, mean, table
 
-from dijiang.evaluate import tables
-from dijiang.evaluate.kernel_report import pick
-from dijiang.evaluate.latency import PAPER_CONTEXT, PAPER_SPEEDS, PEERS
-from dijiang.evaluate.latency_figures import draw_latency
+from dijiang.evaluate.feature_map_study.report import pick
+from dijiang.evaluate.latency.measure import PAPER_CONTEXT, PAPER_SPEEDS, PEERS
+from dijiang.evaluate.report import tables
+from dijiang.evaluate.report.latency_figures import draw_latency
 
 DOCS = Path(__file__).parents[1] / "docs"
 EXAMPLE, LINEAR_EXAMPLE = "window/evaluation", "linear/evaluation"  # the runs `window` and `linear` of recovery.json

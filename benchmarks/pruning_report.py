@@ -10,7 +10,7 @@ from pathlib import Path
 
 from recovery_report import between_marks, table
 
-from dijiang.evaluate.tables import number
+from dijiang.evaluate.report.tables import number
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "pruning.md"

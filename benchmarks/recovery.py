@@ -19,11 +19,13 @@ from pathlib import Path
 import torch
 from measure import console, machine, versions, write_json
 
-from dijiang.convert import fastest_dtype, load_source, read_provenance
+from dijiang.checkpoint.provenance import read_provenance
+from dijiang.common.precision import fastest_dtype
+from dijiang.convert import load_source
 from dijiang.evaluate import linear_only, perplexity, window_only
 from dijiang.train import DataConfig, Recipe, SourceConfig, load_recipe
-from dijiang.train.blocks import held_out_blocks
-from dijiang.train.recovery_model import RecoveryModel, next_token_labels
+from dijiang.train.data.blocks import held_out_blocks
+from dijiang.train.stages.base import RecoveryModel, next_token_labels
 
 LENGTHS = {1024: 12_288, 4096: 24_576}  # tokens of held-out text at each length
 STAGES = {"converted": "converted", "align": "align/model", "distill": "distill/model"}

@@ -25,9 +25,9 @@ import torch
 def build(shape: dict, dtype: torch.dtype, arguments: argparse.Namespace):
     """A softmax model to fine-tune, in float32, and a `DistillModel` and an `AlignModel` whose teacher has its weights."""
     from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
-    from dijiang.train.align_model import AlignModel
-    from dijiang.train.config import AlignConfig, DistillConfig
-    from dijiang.train.distill_model import DistillModel
+    from dijiang.train.recipe.schema import AlignConfig, DistillConfig
+    from dijiang.train.stages.align import AlignModel
+    from dijiang.train.stages.distill import DistillModel
 
     full = ["full_attention"] * shape["num_hidden_layers"]
     plain = DiJiangForCausalLM(DiJiangConfig(**shape, layer_types=full))
@@ -47,8 +47,8 @@ def build(shape: dict, dtype: torch.dtype, arguments: argparse.Namespace):
 
 def attention_alone(align, ids: torch.Tensor):
     """A call that runs all linear layers forward and backward, on queries, keys and values that are known."""
-    from dijiang.modeling.linear_layer import linear_layers
-    from dijiang.train.attention_transfer import run_teacher
+    from dijiang.modeling.linear_attention_layer import linear_layers
+    from dijiang.train.stages.teacher_pass import run_teacher
 
     kept, inputs = run_teacher(align.teacher, ids), []
     for i, layer in linear_layers(align.student).items():

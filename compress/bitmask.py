@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dijiang.checkpoint.files import companions
+from dijiang.checkpoint.shard_writer import ShardWriter
+from dijiang.checkpoint.source import read_json
+from dijiang.checkpoint.weights import FLOAT_TYPES, SafetensorsFile, weight_paths
+from dijiang.common.outputs import new_folder
 from dijiang.convert.converter import progress_bar
-from dijiang.convert.folders import new_folder
-from dijiang.convert.source import read_json
-from dijiang.convert.weights import FLOAT_TYPES, SafetensorsFile, weight_paths
-from dijiang.convert.writer import ShardWriter
 
-from .companions import companions
-from .counts import parse_pattern
+from .oneshot.masks import parse_pattern
 
 KEY = "dijiang_compression"  # in config.json; a name that no loader takes for a quantiser it knows
 FORMAT = "sparse-bitmask"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dijiang.convert.text_files import read_tokens
+from dijiang.common.text import read_tokens
 
 
 def calibration_blocks(tokenizer, texts: Sequence[Path], *, samples: int, length: int, seed: int) -> torch.Tensor:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from dijiang.convert.code_files import with_newest_code
-from dijiang.convert.provenance import FILE_NAME, add_stage, read_provenance, write_provenance
-from dijiang.convert.source import Source
-from dijiang.convert.weights import SafetensorsFile
-from dijiang.convert.writer import ShardWriter
+from dijiang.checkpoint.code_files import with_newest_code
+from dijiang.checkpoint.files import companions
+from dijiang.checkpoint.provenance import FILE_NAME, add_stage, read_provenance, write_provenance
+from dijiang.checkpoint.shard_writer import ShardWriter
+from dijiang.checkpoint.source import Source
+from dijiang.checkpoint.weights import SafetensorsFile
 
-from .companions import companions
 from .streamed_decoder import StreamedDecoder
 
 STALE = ("README.md", "evaluation.json", "latency.json", "pruning_plan.png")  # they speak of the model that was given

@@ -10,10 +10,10 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from dijiang.checkpoint.weights import SafetensorsFile, WeightFile
 from dijiang.convert.families import one_line
-from dijiang.convert.weights import SafetensorsFile, WeightFile
 
-from .targets import find_layers, layer_targets
+from .prunable_layers import find_layers, layer_targets
 
 COMPUTE = torch.float32  # Hessians, their inverses and the updates need it
 OTHER_NAMES = {"lm_head.weight": "embed_out.weight"}  # of GPT-NeoX in files, and up to transformers 5.16 in the model too

@@ -1,14 +1,15 @@
 """Turns pretrained softmax checkpoints into DiJiang checkpoints."""
 
-from .code_files import before_refreshing, refresh_code, with_newest_code
+from dijiang.checkpoint.code_files import before_refreshing, refresh_code, with_newest_code
+from dijiang.checkpoint.lineage import refuse_other_source
+from dijiang.checkpoint.provenance import add_stage, public_name, read_provenance, write_provenance
+from dijiang.common.outputs import new_folder
+from dijiang.common.precision import fastest_dtype
+
 from .converter import convert_model
-from .folders import new_folder
-from .lineage import refuse_other_source
+from .layer_settings import parse_overrides
 from .loader import load_source
-from .overrides import parse_overrides
-from .precision import fastest_dtype
 from .presets import PRESETS
-from .provenance import add_stage, public_name, read_provenance, write_provenance
 
 __all__ = [
     "PRESETS",

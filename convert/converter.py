@@ -8,16 +8,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .code_files import code_record, copy_code
+from dijiang.checkpoint.code_files import code_record, copy_code
+from dijiang.checkpoint.provenance import add_stage, hash_files, public_name, versions, write_provenance
+from dijiang.checkpoint.shard_writer import ShardWriter
+from dijiang.checkpoint.source import Source, load_tokenizer, open_source
+from dijiang.checkpoint.weights import DequantisedFile, SafetensorsFile, WeightFile, open_weights
+from dijiang.common.outputs import new_folder
+
 from .families import dijiang_config
-from .folders import new_folder
+from .layer_settings import check_effect, check_keys
 from .mapping import MappedWeights, build_on_meta, check_shapes, dtype_named, fill_new_modules
-from .overrides import check_effect, check_keys
 from .presets import PRESETS
-from .provenance import add_stage, hash_files, public_name, versions, write_provenance
-from .source import Source, load_tokenizer, open_source
-from .weights import DequantisedFile, SafetensorsFile, WeightFile, open_weights
-from .writer import ShardWriter
 
 # files of a source that decide what its model says, besides the weights
 HASHED = (

@@ -6,13 +6,13 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from dijiang.checkpoint.source import Source, load_tokenizer, open_source
+from dijiang.checkpoint.weights import DequantisedFile, no_library_bars, open_weights
 from dijiang.modeling import DiJiangForCausalLM
 
 from .families import dijiang_config, one_line
+from .layer_settings import check_keys
 from .mapping import MappedWeights, build_on_meta, dtype_named, fill_new_modules
-from .overrides import check_keys
-from .source import Source, load_tokenizer, open_source
-from .weights import DequantisedFile, no_library_bars, open_weights
 
 
 def load_source(

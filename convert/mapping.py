@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import torch
 
+from dijiang.checkpoint.source import Source
+from dijiang.checkpoint.weights import WeightFile
 from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
-from dijiang.modeling.layers import ProjectedAttention
-from dijiang.modeling.linear_layer import DiJiangLinearAttention
+from dijiang.modeling.decoder_modules import ProjectedAttention
+from dijiang.modeling.linear_attention_layer import DiJiangLinearAttention
 
 from .families import FAMILIES, one_line
-from .source import Source
-from .weights import WeightFile
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -15,17 +15,18 @@ from rich.console import Console
 from rich.markup import escape
 
 from dijiang.bundled import HELD_OUT_TEXT, TRAIN_TEXT, packaged_model
+from dijiang.checkpoint.source import open_source
+from dijiang.common.outputs import refuse_occupied
+from dijiang.common.text import read_tokens
 from dijiang.convert import convert_model, load_source
-from dijiang.convert.folders import refuse_occupied
-from dijiang.convert.source import open_source
-from dijiang.convert.text_files import read_tokens
-from dijiang.evaluate import EvaluationConfig, logits_without_package, run_evaluation, run_latency, tables
-from dijiang.evaluate.drawing import refuse_missing_packages
-from dijiang.evaluate.evaluation_config import refuse_long
-from dijiang.evaluate.model_card import write_model_card
-from dijiang.evaluate.page import write_results
+from dijiang.evaluate import EvaluationConfig, logits_without_package, run_evaluation, run_latency
+from dijiang.evaluate.quality.config import refuse_long
+from dijiang.evaluate.report import tables
+from dijiang.evaluate.report.html import write_results
+from dijiang.evaluate.report.model_card import write_model_card
+from dijiang.evaluate.report.style import refuse_missing_packages
 from dijiang.train import Recipe, load_recipe, run_stage
-from dijiang.train.recipe import bundled_recipes
+from dijiang.train.recipe.load import bundled_recipes
 
 STAGES = ("align", "distill")
 # what is measured, by tokens and samples: some minutes of the demo

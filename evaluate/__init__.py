@@ -1,10 +1,10 @@
 """Measures what a conversion kept: quality beside the teacher's and the controls', latency, memory, attention maps."""
 
-from .controls import linear_only, no_attention, window_only
-from .evaluation import EvaluationConfig, evaluate_model, run_evaluation
-from .latency_run import run_latency
-from .perplexity import perplexity
-from .reload import logits_without_package
+from .latency.run import run_latency
+from .quality.ablations import linear_only, no_attention, window_only
+from .quality.perplexity import perplexity
+from .quality.reload import logits_without_package
+from .quality.run import EvaluationConfig, evaluate_model, run_evaluation
 
 __all__ = [
     "EvaluationConfig",

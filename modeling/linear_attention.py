@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
-from .chunk_attention import chunk_linear_attention
-from .fla_backend import fla_is_usable, fla_linear_attention, takes_single_steps
+from .linear_attention_chunk import chunk_linear_attention
+from .linear_attention_fla import fla_is_usable, fla_linear_attention, takes_single_steps
 from .packing import group_sequences
 
 logger = logging.get_logger(__name__)

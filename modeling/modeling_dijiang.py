@@ -19,29 +19,29 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_dijiang import DiJiangCache
 from .configuration_dijiang import DiJiangConfig
+from .decoder_modules import DiJiangMLP, DiJiangRotaryEmbedding, ProjectedAttention, build_norm
 from .feature_map_base import FeatureMap
-from .layers import DiJiangMLP, DiJiangRotaryEmbedding, ProjectedAttention, build_norm
-from .linear_layer import Decay, DiJiangLinearAttention, LogScale, OutputGate
+from .linear_attention_layer import Decay, DiJiangLinearAttention, LogScale, OutputGate
 from .packing import group_sequences, sequence_bounds
 from .transformers_compat import CACHE_NAME, is_paged, one_cache, refuse_unknown_arguments, warn_of_untested_version
 
 # transformers 5.9 copies out of a checkpoint in a folder only the files that this one imports, so all others are named here
 # isort: split
-from .chunk_attention import CHUNK_SIZE  # noqa: F401
+from .decode_step_native import native_step  # noqa: F401
+from .decode_step_triton import triton_step  # noqa: F401
 from .exponential_maps import ExponentialMap  # noqa: F401
 from .feature_maps import build_feature_map  # noqa: F401
-from .fla_backend import fla_is_usable  # noqa: F401
-from .flex_window import near_and_far  # noqa: F401
 from .frequency import dct  # noqa: F401
 from .linear_attention import linear_attention  # noqa: F401
+from .linear_attention_chunk import CHUNK_SIZE  # noqa: F401
+from .linear_attention_fla import fla_is_usable  # noqa: F401
+from .linear_attention_native import native_is_usable  # noqa: F401
+from .linear_attention_native_source import SOURCE  # noqa: F401
 from .linear_state import LinearState  # noqa: F401
 from .native_build import load_library  # noqa: F401
-from .native_kernel import native_is_usable  # noqa: F401
-from .native_kernel_source import SOURCE  # noqa: F401
-from .native_step import native_step  # noqa: F401
 from .simple_maps import Identity  # noqa: F401
-from .triton_step import triton_step  # noqa: F401
 from .window_attention import near_and_far_attention  # noqa: F401
+from .window_attention_flex import near_and_far  # noqa: F401
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling: float, dropout: float = 0.0, **kwargs):

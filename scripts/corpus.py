@@ -116,7 +116,7 @@ def shuffled(documents: Iterable[tuple[str, str, str]]) -> list[tuple[str, str]]
 
 @dataclass(slots=True)
 class Texts:
-    """Documents as `dijiang.train.token_cache.write_tokens` takes them."""
+    """Documents as `dijiang.train.data.token_cache.write_tokens` takes them."""
 
     name: str
     texts: list[str]
@@ -155,7 +155,7 @@ def write_token_folder(folder: Path, texts: list[str], tokenizer, *, limit: int 
     """
     import numpy as np
 
-    from dijiang.train.token_cache import TokenFile, write_tokens
+    from dijiang.train.data.token_cache import TokenFile, write_tokens
 
     folder.mkdir(parents=True, exist_ok=True)
     name = "/".join(folder.parts[folder.parts.index("corpus") :]) if "corpus" in folder.parts else folder.name

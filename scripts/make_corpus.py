@@ -48,7 +48,7 @@ def bundled_source() -> tuple[corpus.Source, str]:
 
 def build(listed: Path, output: Path, model: Path, cache: Path) -> dict:
     """Write the corpus and return what sources.json says."""
-    from dijiang.convert.source import load_tokenizer, open_source
+    from dijiang.checkpoint.source import load_tokenizer, open_source
 
     packages = corpus_packages.read_list(listed)
     if loose := [package.name for package in packages if corpus_packages.UNPINNED in (package.version, package.sha256)]:

@@ -39,7 +39,7 @@ def test_a_target_is_met_from_the_right_side(measure):
 
 
 def test_a_backend_can_be_chosen_at_any_time(measure, monkeypatch):
-    from dijiang.modeling.native_kernel import native_is_usable
+    from dijiang.modeling.linear_attention_native import native_is_usable
 
     monkeypatch.setenv("DIJIANG_NATIVE", "1")  # put back at the end
     measure.choose_backend("torch")

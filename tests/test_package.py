@@ -61,7 +61,8 @@ def test_unknown_name():
 
 def test_names_of_training():
     import dijiang
-    from dijiang.train import recipe, stages
+    from dijiang.train.recipe import load as recipe
+    from dijiang.train.stages import run as stages
 
     assert {"load_recipe", "recover", "run_stage"} <= {*dijiang.__all__} and "align" not in dijiang.__all__
     assert (dijiang.load_recipe, dijiang.recover, dijiang.run_stage) == (recipe.load_recipe, stages.recover, stages.run_stage)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dijiang.evaluate.kernel_report import pick
+from dijiang.evaluate.feature_map_study.report import pick
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")

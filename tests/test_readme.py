@@ -7,7 +7,7 @@ import sys
 from doc_commands import LAUNCHERS, ROOT, blocks, run, run_without_package, shell_lines, write_text
 
 from dijiang import cli
-from dijiang.evaluate import tables
+from dijiang.evaluate.report import tables
 from dijiang.train import load_recipe
 from dijiang.train.__main__ import parse_arguments
 

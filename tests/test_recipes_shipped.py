@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dijiang.convert.shapes import SHAPES
-from dijiang.train.estimate import BUCKET, LEVELS, LIVE, estimate
-from dijiang.train.recipe import load_recipe
+from dijiang.checkpoint.shapes import SHAPES
+from dijiang.train.estimate.estimate import BUCKET, LEVELS, LIVE, estimate
+from dijiang.train.recipe.load import load_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EVERY = sorted((CONFIGS / "recipes").glob("*.yaml"))

@@ -1,8 +1,8 @@
 """Recovers a converted model's quality from its teacher."""
 
-from .config import AlignConfig, ConvertConfig, DataConfig, DistillConfig, Recipe, RunConfig, SourceConfig
-from .data import token_blocks
-from .recipe import load_recipe
+from .recipe.load import load_recipe
+from .recipe.schema import AlignConfig, ConvertConfig, DataConfig, DistillConfig, Recipe, RunConfig, SourceConfig
+from .token_blocks import token_blocks
 
 __all__ = [
     "AlignConfig",
@@ -21,7 +21,7 @@ __all__ = [
 
 def __getattr__(name: str):
     if name in ("recover", "run_stage"):  # theirs is transformers' Trainer, which needs more packages than the rest
-        from .stages import recover, run_stage
+        from .stages.run import recover, run_stage
 
         globals().update(recover=recover, run_stage=run_stage)
         return globals()[name]

@@ -35,9 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn about it, wherever transformers imports it
 
-    from .distributed import is_main
-    from .recipe import load_recipe
-    from .stages import recover, run_stage
+    from .recipe.load import load_recipe
+    from .stages.run import recover, run_stage
+    from .trainer.distributed import is_main
 
     def say(text: str) -> None:
         if is_main():

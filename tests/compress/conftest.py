@@ -2,7 +2,8 @@
 
 import pytest
 
-from dijiang.compress import PruneConfig, plan, prune, pruning
+from dijiang.compress import PruneConfig, plan, prune
+from dijiang.compress.oneshot import run as pruning
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from dijiang.compress.allocation import BUDGETS, allocate
+from dijiang.compress.oneshot.allocate import BUDGETS, allocate
 
 pytestmark = pytest.mark.parametrize("budget", BUDGETS)
 

@@ -230,9 +230,9 @@ def test_shards_come_back_with_their_logits(make_source, tmp_path, tokens, monke
     (source / "sparsities.json").write_text('{"kept": 1}')
     (source / "pytorch_model.bin").write_bytes(b"stale")
     # cuts between the parts of one weight, too
-    monkeypatch.setattr("dijiang.convert.writer.SHARD_BYTES", 3000)
+    monkeypatch.setattr("dijiang.checkpoint.shard_writer.SHARD_BYTES", 3000)
     box = write_bitmask(source, tmp_path / "box", progress=False)
-    monkeypatch.setattr("dijiang.convert.writer.SHARD_BYTES", 9000)
+    monkeypatch.setattr("dijiang.checkpoint.shard_writer.SHARD_BYTES", 9000)
     back = read_bitmask(box, tmp_path / "back", progress=False)
     places = json.loads((box / f"{PACKED}.index.json").read_text())["weight_map"]
     split = {name.rpartition(".")[0] for name in places if name.endswith(".bitmask")}

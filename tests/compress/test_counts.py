@@ -6,11 +6,11 @@ import pytest
 import torch
 from oracles import make_inputs, normal
 
-from dijiang.compress import counts
-from dijiang.compress.counts import ExactCount, below_threshold, smallest, smallest_in_groups
-from dijiang.compress.hessian import LocalHessian
-from dijiang.compress.quantiser import RowGrid
-from dijiang.compress.uncompensated import prune_uncompensated
+from dijiang.compress.oneshot import masks as counts
+from dijiang.compress.oneshot.hessian import LocalHessian
+from dijiang.compress.oneshot.masks import ExactCount, below_threshold, smallest, smallest_in_groups
+from dijiang.compress.oneshot.quantize import RowGrid
+from dijiang.compress.oneshot.wanda import prune_uncompensated
 
 
 def draw_scores(rows, columns, levels):

@@ -8,15 +8,17 @@ import torch
 from oracles import relative
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dijiang.compress import PruneConfig, fisher, layer_statistics, sensitivity
-from dijiang.compress import gradients as gradients_module
-from dijiang.compress.gradients import Gradients, measure_gradients
-from dijiang.compress.hessian_trace import finite_difference, hutchinson
-from dijiang.compress.layer_pruning import gathered, input_groups
+from dijiang.checkpoint.source import open_source
+from dijiang.checkpoint.weights import open_weights
+from dijiang.common.result_cache import ResultCache
+from dijiang.compress import PruneConfig
+from dijiang.compress.oneshot.prune_layer import gathered, input_groups
+from dijiang.compress.oneshot.sensitivity import fisher, layer_statistics
+from dijiang.compress.oneshot.sensitivity import gradients as gradients_module
+from dijiang.compress.oneshot.sensitivity import measure as sensitivity
+from dijiang.compress.oneshot.sensitivity.gradients import Gradients, measure_gradients
+from dijiang.compress.oneshot.sensitivity.hessian_trace import finite_difference, hutchinson
 from dijiang.compress.streamed_decoder import StreamedDecoder
-from dijiang.convert.result_cache import ResultCache
-from dijiang.convert.source import open_source
-from dijiang.convert.weights import open_weights
 
 SIZED = ("fisher", "reversed", "hutchinson", "finite-difference", "owl", "local")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import damp, first_of_trailing_inverses, make_problem, normal, relative
 
-from dijiang.compress.hessian import LocalHessian, factorise
+from dijiang.compress.oneshot.hessian import LocalHessian, factorise
 
 DTYPES = [(torch.float64, 1e-11), (torch.float32, 2e-3)]
 

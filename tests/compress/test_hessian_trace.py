@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dijiang.compress.hessian_trace import (
+from dijiang.compress.oneshot.sensitivity.hessian_trace import (
     DISTRIBUTIONS,
     default_step,
     draw,

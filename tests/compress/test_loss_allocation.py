@@ -8,12 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dijiang.compress import PruneConfig
-from dijiang.compress.hessian import LocalHessian
-from dijiang.compress.loss_allocation import POINTS, allocate_by_loss, curve
-from dijiang.compress.plan import make_plan
-from dijiang.compress.pruning import PruningRun
-from dijiang.compress.sensitivity import Sensitivities
-from dijiang.compress.sweep import sweep
+from dijiang.compress.oneshot.hessian import LocalHessian
+from dijiang.compress.oneshot.loss_allocation import POINTS, allocate_by_loss, curve
+from dijiang.compress.oneshot.obs import sweep
+from dijiang.compress.oneshot.plan import make_plan
+from dijiang.compress.oneshot.run import PruningRun
+from dijiang.compress.oneshot.sensitivity.measure import Sensitivities
 
 
 def powers(scale, power):

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dijiang.compress import gradients
+from dijiang.checkpoint.provenance import read_provenance
 from dijiang.compress.calibration import calibration_blocks
-from dijiang.convert import convert_model, read_provenance
+from dijiang.compress.oneshot.sensitivity import gradients
+from dijiang.convert import convert_model
 
 # --- a plain SparseGPT of the whole model in memory ---
 

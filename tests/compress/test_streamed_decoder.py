@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
+from dijiang.checkpoint.source import open_source
+from dijiang.checkpoint.weights import open_weights
 from dijiang.compress.streamed_decoder import StreamedDecoder
 from dijiang.convert import convert_model
-from dijiang.convert.source import open_source
-from dijiang.convert.weights import open_weights
 
 WEIGHTS = "model.safetensors"
 SIZES = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 1}

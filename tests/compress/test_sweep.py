@@ -5,11 +5,11 @@ import pytest
 import torch
 from oracles import damp, least_squares, make_inputs, make_problem, normal, plain_sparsegpt, relative
 
-from dijiang.compress.allocation import BUDGETS, allocate
-from dijiang.compress.hessian import factorise
-from dijiang.compress.quantiser import RowGrid
-from dijiang.compress.saliency import SWEPT, column_weights
-from dijiang.compress.sweep import COMPARISONS, sweep
+from dijiang.compress.oneshot.allocate import BUDGETS, allocate
+from dijiang.compress.oneshot.hessian import factorise
+from dijiang.compress.oneshot.obs import COMPARISONS, sweep
+from dijiang.compress.oneshot.quantize import RowGrid
+from dijiang.compress.oneshot.scores import SWEPT, column_weights
 
 SHAPES = [(5, 7, 3), (1, 24, 8), (17, 33, 8), (12, 130, 128), (6, 40, 40), (9, 1, 128), (3, 576, 128)]  # R, C, block
 

@@ -11,7 +11,9 @@ import torch
 from checkpoints import MAGNITUDE, UNIFORM, WEIGHTS, same_bytes
 from safetensors.torch import load_file, save_file
 
-from dijiang.compress import gradients, layer_pruning, pruning
+from dijiang.compress.oneshot import prune_layer as layer_pruning
+from dijiang.compress.oneshot import run as pruning
+from dijiang.compress.oneshot.sensitivity import gradients
 
 # --- interruptions ---
 

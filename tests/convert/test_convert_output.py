@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import dijiang.modeling
-from dijiang.convert import PRESETS, add_stage, convert_model, load_source, parse_overrides, read_provenance, write_provenance
-from dijiang.convert.overrides import OVERRIDABLE
+from dijiang.checkpoint.provenance import add_stage, read_provenance, write_provenance
+from dijiang.convert import PRESETS, convert_model, load_source, parse_overrides
+from dijiang.convert.layer_settings import OVERRIDABLE
 from dijiang.modeling import FEATURE_MAPS, DiJiangForCausalLM
 
 # parts of a linear layer that its source's attention has not

@@ -152,7 +152,7 @@ def test_sharded_equals_single(make_source, tokens, tmp_path, monkeypatch):
     assert merged.keys() == expected.keys() and all(torch.equal(merged[name], expected[name]) for name in expected)
     assert_converts(sharded, model, tmp_path / "out3", tokens(40))
 
-    monkeypatch.setattr("dijiang.convert.writer.SHARD_BYTES", 20_000)  # a big single file is cut
+    monkeypatch.setattr("dijiang.checkpoint.shard_writer.SHARD_BYTES", 20_000)  # a big single file is cut
     convert_model(single, tmp_path / "out4", progress=False)
     assert len(list((tmp_path / "out4").glob("*.safetensors"))) > 2
     assert torch.equal(

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from dijiang.convert import convert_model, load_source, new_folder, parse_overrides
+from dijiang.common.outputs import new_folder
+from dijiang.convert import convert_model, load_source, parse_overrides
 
 WEIGHTS = "model.safetensors"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dijiang.convert.library_calls import call_named
+from dijiang.common.library_calls import call_named
 
 
 def swallow(first, *, second=2, **others):
@@ -19,7 +19,7 @@ def test_renamed_arguments_are_refused():
 
 
 def test_what_lm_eval_and_datasets_are_given_is_named_by_them():
-    """The libraries swallow all else: these are the calls of evaluate/harness.py and train/text_sources.py."""
+    """The libraries swallow all else: these are the calls of evaluate/quality/lm_eval_runner.py and train/data/sources.py."""
     datasets = pytest.importorskip("datasets")
     HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
     given = {"pretrained", "tokenizer", "backend", "batch_size", "max_length", "softmax_dtype"}

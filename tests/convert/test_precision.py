@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dijiang.convert import fastest_dtype, precision
+from dijiang.common import precision
+from dijiang.common.precision import fastest_dtype
 
 
 @pytest.mark.parametrize(("half_takes", "expected"), [(0.5, torch.bfloat16), (2.0, torch.float32), (1.0, torch.float32)])

@@ -12,17 +12,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from dijiang.checkpoint.code_files import before_refreshing, code_files, refresh_code, with_newest_code
+from dijiang.checkpoint.provenance import provenance_text, read_provenance, write_provenance
 from dijiang.cli import app
-from dijiang.convert import (
-    before_refreshing,
-    convert_model,
-    read_provenance,
-    refresh_code,
-    with_newest_code,
-    write_provenance,
-)
-from dijiang.convert.code_files import code_files
-from dijiang.convert.provenance import provenance_text
+from dijiang.convert import convert_model
 from dijiang.modeling import DiJiangForCausalLM
 from dijiang.modeling.transformers_compat import TESTED_TRANSFORMERS
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dijiang.convert.result_cache import ResultCache, hash_of
+from dijiang.common.result_cache import ResultCache, hash_of
 
 FACTS = {"kind": "perplexity", "settings": {"length": 8, "hash": "ab"}, "model": {"weights": {"model.safetensors": "cd"}}}
 

@@ -11,10 +11,11 @@ import sys
 import pytest
 import yaml
 
-from dijiang.convert import convert_model, read_provenance
+from dijiang.checkpoint.provenance import read_provenance
+from dijiang.convert import convert_model
 from dijiang.train import AlignConfig, load_recipe
-from dijiang.train.estimate import estimate, render
-from dijiang.train.recipe import bundled_recipes
+from dijiang.train.estimate.estimate import estimate, render
+from dijiang.train.recipe.load import bundled_recipes
 
 COMMANDS = (
     *("convert", "align", "distill", "recover", "estimate", "demo", "evaluate", "report", "card", "benchmark kernels"),
@@ -288,7 +289,7 @@ def test_a_full_disk_is_one_line_too(command, pair, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dijiang.convert.writer.save_file", full)
+    monkeypatch.setattr("dijiang.checkpoint.shard_writer.save_file", full)
     code, _, err = command("convert", pair.teacher, tmp_path / "out")
     assert (code, err) == (1, "dijiang: [Errno 28] No space left on device\n")
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 from dijiang.bundled import HELD_OUT_TEXT, TRAIN_TEXT
-from dijiang.compress import PruneConfig, pruning
+from dijiang.compress import PruneConfig
+from dijiang.compress.oneshot import run as pruning
 
 
 @pytest.fixture

@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import dijiang.demo
-from dijiang.convert import load_source, read_provenance
+from dijiang.checkpoint.provenance import read_provenance
+from dijiang.convert import load_source
 from dijiang.demo import demo_recipe, packaged_model, run_demo
-from dijiang.evaluate import linear_only, tables, window_only
-from dijiang.evaluate.perplexity import perplexity_scores
+from dijiang.evaluate import linear_only, window_only
+from dijiang.evaluate.quality.perplexity import perplexity_scores
+from dijiang.evaluate.report import tables
 from dijiang.train import AlignConfig, DistillConfig, load_recipe, run_stage
 
 CONTEXTS = [64, 128]

@@ -46,7 +46,7 @@ def other_words(make_source):
 def undrawn(request, monkeypatch):
     """No report, which takes a second or two, unless the test is about it."""
     if "drawn" not in request.keywords:
-        monkeypatch.setattr("dijiang.evaluate.page.write_report", lambda results, folder: None)
+        monkeypatch.setattr("dijiang.evaluate.report.html.write_report", lambda results, folder: None)
 
 
 @pytest.fixture

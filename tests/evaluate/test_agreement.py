@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dijiang.convert import load_source
-from dijiang.evaluate.agreement import agreement_scores, greedy, prompts
+from dijiang.evaluate.quality.agreement import agreement_scores, greedy, prompts
 
 NEW = 9
 

@@ -11,8 +11,9 @@ from matplotlib import image as images
 from transformers import AutoModelForCausalLM
 
 from dijiang.convert import load_source
-from dijiang.evaluate import map_figures
-from dijiang.evaluate.attention_maps import (
+from dijiang.evaluate.feature_map_study.inputs import capture
+from dijiang.evaluate.quality.ablations import linear_only, window_only
+from dijiang.evaluate.quality.attention_maps import (
     attention_map,
     effective_context,
     map_distance,
@@ -24,10 +25,9 @@ from dijiang.evaluate.attention_maps import (
     unpack_map,
     visible,
 )
-from dijiang.evaluate.controls import linear_only, window_only
-from dijiang.evaluate.kernel_inputs import capture
+from dijiang.evaluate.report import map_figures
 from dijiang.modeling import DiJiangConfig
-from dijiang.modeling.linear_layer import DiJiangLinearAttention
+from dijiang.modeling.linear_attention_layer import DiJiangLinearAttention
 
 B, T, H, G, D = 2, 37, 6, 2, 8  # T is a multiple of neither the head size nor any window below
 

@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dijiang.convert import convert_model, load_source
-from dijiang.evaluate import evaluation, quality_figures
-from dijiang.evaluate.agreement import agreement_scores, prompts
-from dijiang.evaluate.drawing import CONTROL_COLOUR, STUDENT_COLOUR, TEACHER_COLOUR, THIRD_COLOUR
-from dijiang.evaluate.model_card import model_card
-from dijiang.evaluate.page import make_report
-from dijiang.evaluate.subjects import Comparison
-from dijiang.evaluate.tables import score_table
+from dijiang.evaluate.quality import run as evaluation
+from dijiang.evaluate.quality.agreement import agreement_scores, prompts
+from dijiang.evaluate.quality.variants import Comparison
+from dijiang.evaluate.report import quality_figures
+from dijiang.evaluate.report.html import make_report
+from dijiang.evaluate.report.model_card import model_card
+from dijiang.evaluate.report.style import CONTROL_COLOUR, STUDENT_COLOUR, TEACHER_COLOUR, THIRD_COLOUR
+from dijiang.evaluate.report.tables import score_table
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 OWN = ["teacher", "window_sinks", "student", "window_only", "linear_only", "no_attention"]

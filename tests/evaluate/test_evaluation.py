@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dijiang.convert import convert_model, load_source, read_provenance, write_provenance
-from dijiang.evaluate import evaluation, linear_only, no_attention, window_only
-from dijiang.evaluate.page import make_report
-from dijiang.evaluate.perplexity import perplexity_scores
-from dijiang.evaluate.subjects import Comparison
+from dijiang.checkpoint.provenance import read_provenance, write_provenance
+from dijiang.convert import convert_model, load_source
+from dijiang.evaluate import linear_only, no_attention, window_only
+from dijiang.evaluate.quality import run as evaluation
+from dijiang.evaluate.quality.perplexity import perplexity_scores
+from dijiang.evaluate.quality.variants import Comparison
+from dijiang.evaluate.report.html import make_report
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 CONTROLS = {"window_only": window_only, "linear_only": linear_only, "no_attention": no_attention}

@@ -18,8 +18,8 @@ import lm_eval.evaluator
 import lm_eval.tasks
 
 from dijiang.convert import load_source
-from dijiang.evaluate import harness
-from dijiang.evaluate.harness import TASK_SETS, harness_scores, load_tasks, resolve_tasks
+from dijiang.evaluate.quality import lm_eval_runner as harness
+from dijiang.evaluate.quality.lm_eval_runner import TASK_SETS, harness_scores, load_tasks, resolve_tasks
 
 FILES = Path(__file__).parent / "tasks"
 CONTEXT = 64  # of the models of `pair`

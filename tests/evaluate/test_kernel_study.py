@@ -15,9 +15,9 @@ from scipy.stats import qmc
 
 from dijiang import cli
 from dijiang.convert import load_source
-from dijiang.evaluate import kernel_report
-from dijiang.evaluate.kernel_inputs import Case, gaussian_inputs, normal_radius_limit, real_inputs
-from dijiang.evaluate.kernel_maps import (
+from dijiang.evaluate.feature_map_study import report as kernel_report
+from dijiang.evaluate.feature_map_study.inputs import Case, gaussian_inputs, normal_radius_limit, real_inputs
+from dijiang.evaluate.feature_map_study.maps import (
     FITS,
     MAPS,
     POINTS,
@@ -27,7 +27,7 @@ from dijiang.evaluate.kernel_maps import (
     normal_equations,
     squared_error,
 )
-from dijiang.evaluate.kernel_study import (
+from dijiang.evaluate.feature_map_study.study import (
     QUICK,
     KernelStudyConfig,
     band,
@@ -37,7 +37,7 @@ from dijiang.evaluate.kernel_study import (
     run_kernel_study,
     summary,
 )
-from dijiang.train.attention_transfer import run_teacher
+from dijiang.train.stages.teacher_pass import run_teacher
 
 ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((ROOT / "benchmarks" / "results" / "kernels.json").read_text(encoding="utf-8"))

@@ -11,12 +11,16 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig
 
-from dijiang.convert import convert_model, load_source, shapes
-from dijiang.evaluate import latency, latency_figures, latency_models, timing
-from dijiang.evaluate.latency import measure_latency, show_latency
-from dijiang.evaluate.latency_contenders import Contender, contenders
-from dijiang.evaluate.latency_figures import draw_latency
-from dijiang.evaluate.latency_models import LatencyPair, checkpoint_pair, shape_pair
+from dijiang.checkpoint import shapes
+from dijiang.convert import convert_model, load_source
+from dijiang.evaluate.latency import measure as latency
+from dijiang.evaluate.latency import models as latency_models
+from dijiang.evaluate.latency import timing
+from dijiang.evaluate.latency.contenders import Contender, contenders
+from dijiang.evaluate.latency.measure import measure_latency, show_latency
+from dijiang.evaluate.latency.models import LatencyPair, checkpoint_pair, shape_pair
+from dijiang.evaluate.report import latency_figures
+from dijiang.evaluate.report.latency_figures import draw_latency
 from dijiang.modeling import DiJiangForCausalLM
 from dijiang.modeling.transformers_compat import CACHE_NAME
 

@@ -3,14 +3,14 @@
 import re
 from pathlib import Path
 
-from dijiang.evaluate import measuring_code
-from dijiang.evaluate.measuring_code import code_hash
+from dijiang.evaluate.quality import measuring_code
+from dijiang.evaluate.quality.measuring_code import code_hash
 
 
 def test_code_is_hashed_by_what_it_says(monkeypatch, tmp_path):
     (tmp_path / "perplexity.py").write_text("a = 1", encoding="utf-8")
     (tmp_path / "drawing.py").write_text("b = 1", encoding="utf-8")
-    monkeypatch.setattr("dijiang.evaluate.measuring_code.__file__", str(tmp_path / "measuring_code.py"))
+    monkeypatch.setattr("dijiang.evaluate.quality.measuring_code.__file__", str(tmp_path / "measuring_code.py"))
     before = code_hash()
     (tmp_path / "drawing.py").write_text("b = 2", encoding="utf-8")  # which measures nothing
     assert code_hash() == before

@@ -16,9 +16,10 @@ from huggingface_hub import ModelCard, constants, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
 
-from dijiang.convert import add_stage, convert_model, load_source, read_provenance, write_provenance
-from dijiang.evaluate import model_card as module
-from dijiang.evaluate.model_card import MARKER, model_card, write_model_card
+from dijiang.checkpoint.provenance import add_stage, read_provenance, write_provenance
+from dijiang.convert import convert_model, load_source
+from dijiang.evaluate.report import model_card as module
+from dijiang.evaluate.report.model_card import MARKER, model_card, write_model_card
 from dijiang.modeling import DiJiangCache
 
 SUBJECTS = {

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from dijiang.convert import load_source
 from dijiang.evaluate import perplexity
-from dijiang.evaluate.perplexity import perplexity_scores, token_losses, windows
+from dijiang.evaluate.quality.perplexity import perplexity_scores, token_losses, windows
 
 
 class Fixed(torch.nn.Module):
@@ -137,5 +137,7 @@ def test_positions_add_up_to_the_whole(pair, tokens):
 def test_losses_do_not_depend_on_how_many_rows_meet_the_head(pair, tokens, monkeypatch):
     model, text = load_source(pair.checkpoint)[0], tokens(50, rows=1)[0]
     whole = token_losses(model, text, start=3)
-    monkeypatch.setattr(sys.modules["dijiang.evaluate.perplexity"], "LOGIT_ROWS", 7)  # the package has a function of that name
+    monkeypatch.setattr(
+        sys.modules["dijiang.evaluate.quality.perplexity"], "LOGIT_ROWS", 7
+    )  # the package has a function of that name
     assert whole.shape == (47,) and torch.allclose(token_losses(model, text, start=3), whole, atol=1e-5)

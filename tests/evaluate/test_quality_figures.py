@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from dijiang.evaluate import quality_figures
-from dijiang.evaluate.quality_figures import NEAR_TEACHER, STYLE, draw_quality
+from dijiang.evaluate.report import quality_figures
+from dijiang.evaluate.report.quality_figures import NEAR_TEACHER, STYLE, draw_quality
 
 SUBJECTS = {key: key.upper() for key in STYLE}
 

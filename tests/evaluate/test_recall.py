@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dijiang.convert import load_source
-from dijiang.evaluate.recall import (
+from dijiang.evaluate.quality.recall import (
     CITIES,
     DEPTHS,
     PAIRS,
@@ -292,12 +292,12 @@ def test_a_tokenizer_without_words_is_refused(tokenizer, refused, tmp_path):
 
 
 def test_words_for_the_pairs_and_one_more_are_enough(wordy, refused, tmp_path, monkeypatch):
-    monkeypatch.setattr("dijiang.evaluate.recall.WORDS", 2 * PAIRS)
+    monkeypatch.setattr("dijiang.evaluate.quality.recall.WORDS", 2 * PAIRS)
     message = (
         "^the tokenizer has 64 words of one token and associative recall needs more than 64; leave it out for this model$"
     )
     refused(tmp_path, lambda: associative_samples(wordy, length=500, samples=1, seed=0), message)
-    monkeypatch.setattr("dijiang.evaluate.recall.WORDS", 2 * PAIRS + 1)
+    monkeypatch.setattr("dijiang.evaluate.quality.recall.WORDS", 2 * PAIRS + 1)
     (sample,) = associative_samples(wordy, length=500, samples=1, seed=0)
     pairs, _, others = parts(wordy, sample)
     assert len(pairs) == PAIRS and len({*pairs, *pairs.values(), *others.split()} - {"#"}) == 2 * PAIRS + 1

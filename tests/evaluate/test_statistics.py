@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from dijiang.evaluate.statistics import RESAMPLES, interval, recovered_share, resampled_means
+from dijiang.evaluate.quality.bootstrap import RESAMPLES, interval, recovered_share, resampled_means
 
 
 def scores(totals, weights=None) -> dict:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from dijiang.evaluate import timing
+from dijiang.evaluate.latency import timing
 
 
 class Clock:

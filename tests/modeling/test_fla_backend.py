@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dijiang.modeling import fla_backend
-from dijiang.modeling.fla_backend import fla_linear_attention, gated_backward_is_refused, takes_single_steps
+from dijiang.modeling import linear_attention_fla as fla_backend
 from dijiang.modeling.linear_attention import naive_linear_attention
+from dijiang.modeling.linear_attention_fla import fla_linear_attention, gated_backward_is_refused, takes_single_steps
 
 ARGUMENTS = ("q", "k", "v", "log_decay", "state")
 DECAYS = ("none", "constant", "constant learned", "per token")

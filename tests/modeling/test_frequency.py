@@ -7,7 +7,15 @@ import torch
 from helpers import assert_close, rows
 
 from dijiang.modeling import frequency
-from dijiang.modeling.frequency import dct, dct_by_fft, dct_by_matrix, dct_matrix, frequency_matrix, orthogonal_rows, radii
+from dijiang.modeling.frequency import (
+    dct,
+    dct_by_fft,
+    dct_by_matrix,
+    dct_matrix,
+    frequency_matrix,
+    orthogonal_rows,
+    radii,
+)
 
 DIRECTIONS = {"forward": scipy.fft.dct, "inverse": scipy.fft.idct}
 FORMS = [dct_by_matrix, dct_by_fft]

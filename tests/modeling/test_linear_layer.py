@@ -6,7 +6,7 @@ import torch
 from helpers import EVERY, MAPS, WINDOWS, assert_close, features, tiny_config, tiny_model
 
 from dijiang.modeling.configuration_dijiang import SIGNED_MAPS
-from dijiang.modeling.linear_layer import Decay, DiJiangLinearAttention
+from dijiang.modeling.linear_attention_layer import Decay, DiJiangLinearAttention
 
 
 def random_qkv(B, T, H=6, G=2, d=8, seed=0):
@@ -105,7 +105,7 @@ def test_long_inputs_in_pieces_equal_one_piece(monkeypatch, window):
     q, k, v = random_qkv(2, 50)
     valid = torch.arange(50) >= torch.tensor([[0], [17]])
     expected, _ = layer.attend(q, k, v, valid)
-    monkeypatch.setattr("dijiang.modeling.linear_layer.PIECE", 7)
+    monkeypatch.setattr("dijiang.modeling.linear_attention_layer.PIECE", 7)
     found, _ = layer.attend(q, k, v, valid)
     assert_close(found[valid], expected[valid], "o")
 

@@ -7,10 +7,15 @@ import pytest
 import torch
 
 from dijiang.modeling import native_build
+from dijiang.modeling.decode_step_native import SOURCE
 from dijiang.modeling.exponential_maps import ExponentialMap
 from dijiang.modeling.linear_attention import TINY, weighted_sums
-from dijiang.modeling.native_kernel import native_is_usable, native_linear_attention, native_supports, plan_tasks
-from dijiang.modeling.native_step import SOURCE
+from dijiang.modeling.linear_attention_native import (
+    native_is_usable,
+    native_linear_attention,
+    native_supports,
+    plan_tasks,
+)
 
 needs_compiler = pytest.mark.skipif(native_build.find_compiler() is None, reason="no C compiler")
 NAMES = ("numerator", "state", "sums")
@@ -258,7 +263,7 @@ def test_a_cache_that_is_not_writable(monkeypatch, tmp_path):
 @needs_compiler
 def test_two_processes_may_compile_at_once(tmp_path):
     code = (
-        "from dijiang.modeling.native_kernel import native_is_usable\n"
+        "from dijiang.modeling.linear_attention_native import native_is_usable\n"
         "assert native_is_usable() == (True, ''), native_is_usable()\n"
     )
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}

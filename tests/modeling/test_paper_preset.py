@@ -12,8 +12,8 @@ from torch import nn
 
 from dijiang.convert import PRESETS, convert_model
 from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
-from dijiang.modeling.layers import DiJiangRotaryEmbedding
-from dijiang.modeling.linear_layer import DiJiangLinearAttention
+from dijiang.modeling.decoder_modules import DiJiangRotaryEmbedding
+from dijiang.modeling.linear_attention_layer import DiJiangLinearAttention
 
 TOLERANCE = 1e-5
 HEADS = (3, 4)  # the decay tables of an odd and an even number

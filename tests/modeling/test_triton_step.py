@@ -19,7 +19,7 @@ import pytest
 import torch
 from helpers import DECAYS, WINDOWS, random_ids, tiny_model
 
-from dijiang.modeling import triton_step
+from dijiang.modeling import decode_step_triton as triton_step
 
 MAPS_IN_TRITON = ("wdcf", "ldcf", "wpff", "pff", "prf", "hedgehog")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

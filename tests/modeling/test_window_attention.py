@@ -2,8 +2,8 @@ import pytest
 import torch
 from helpers import assert_close
 
-from dijiang.modeling.flex_window import flex_near_and_far, merge_branches, own_key_attention
 from dijiang.modeling.window_attention import merge_step, near_and_far_attention
+from dijiang.modeling.window_attention_flex import flex_near_and_far, merge_branches, own_key_attention
 
 
 def inputs(B, T, H, G, d, W, S, seed):

@@ -12,7 +12,7 @@ from corpus_licences import corpus_table, licence_names
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
-from dijiang.train.token_cache import TokenFile
+from dijiang.train.data.token_cache import TokenFile
 
 
 def sentence(number: int) -> str:

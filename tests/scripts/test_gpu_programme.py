@@ -288,9 +288,9 @@ def test_targets_compare_with_flash_attention_and_with_the_default_cache(load):
 
 
 def test_steps_in_place_decode_as_steps_do(pair, load):
-    from dijiang.evaluate.latency_contenders import contenders
-    from dijiang.evaluate.latency_graphs import InPlaceStep, agreement, graphed_step, short_cache
-    from dijiang.evaluate.latency_models import checkpoint_pair
+    from dijiang.evaluate.latency.contenders import contenders
+    from dijiang.evaluate.latency.graphs import InPlaceStep, agreement, graphed_step, short_cache
+    from dijiang.evaluate.latency.models import checkpoint_pair
 
     sides = contenders(checkpoint_pair(pair.checkpoint, pair.teacher, longest=60, device="cpu", dtype="float32"))
     side = sides["dijiang"]

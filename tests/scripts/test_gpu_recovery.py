@@ -19,7 +19,7 @@ from recovery_speed import disagreement  # noqa: E402
 from recovery_watch import Watch  # noqa: E402
 
 from dijiang.convert import load_source  # noqa: E402
-from dijiang.train.token_cache import TokenFile, tokenizer_hash  # noqa: E402
+from dijiang.train.data.token_cache import TokenFile, tokenizer_hash  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
-from dijiang.train.blocks import collate
-from dijiang.train.config import RunConfig, StageConfig
-from dijiang.train.distributed import choose_device, deepspeed_settings
-from dijiang.train.trainer import RecoveryTrainer
+from dijiang.train.data.blocks import collate
+from dijiang.train.recipe.schema import RunConfig, StageConfig
+from dijiang.train.trainer.distributed import choose_device, deepspeed_settings
+from dijiang.train.trainer.trainer import RecoveryTrainer
 
 VOCAB, WIDTH, LENGTH = 31, 12, 9
 

@@ -7,7 +7,7 @@ import torch
 from helpers import random_ids, tiny_config, tiny_model
 
 from dijiang.modeling import DiJiangForCausalLM
-from dijiang.train.adapters import add_adapters, merged_state
+from dijiang.train.stages.adapters import add_adapters, merged_state
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"]
 

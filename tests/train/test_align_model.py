@@ -7,10 +7,10 @@ import torch
 
 from dijiang.convert import PRESETS, load_source
 from dijiang.evaluate import perplexity
-from dijiang.modeling.linear_layer import linear_layers
-from dijiang.train.align_model import AlignModel, linear_branch_alone
-from dijiang.train.attention_transfer import kernel_parameters, run_teacher
-from dijiang.train.config import AlignConfig
+from dijiang.modeling.linear_attention_layer import linear_layers
+from dijiang.train.recipe.schema import AlignConfig
+from dijiang.train.stages.align import AlignModel, linear_branch_alone
+from dijiang.train.stages.teacher_pass import kernel_parameters, run_teacher
 
 WINDOWLESS = {"layer_types": "linear_attention", "attention_window": 0, "attention_sinks": 0}
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dijiang.convert import load_source
-from dijiang.modeling.linear_layer import linear_layers
-from dijiang.train.attention_transfer import kernel_parameters, run_teacher
+from dijiang.modeling.linear_attention_layer import linear_layers
+from dijiang.train.stages.teacher_pass import kernel_parameters, run_teacher
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from dijiang.train.block_order import Mixture, Shuffle, whole_weights
-from dijiang.train.blocks import collate, held_out_blocks, training_blocks
-from dijiang.train.config import DataConfig, SourceConfig, StageConfig
+from dijiang.train.data.blocks import collate, held_out_blocks, training_blocks
+from dijiang.train.data.mixture import Mixture, Shuffle, whole_weights
+from dijiang.train.recipe.schema import DataConfig, SourceConfig, StageConfig
 
 
 class Letters:

@@ -7,9 +7,9 @@ import torch
 
 from dijiang.modeling import DiJiangConfig
 from dijiang.modeling.feature_maps import build_feature_map
-from dijiang.modeling.linear_layer import DiJiangLinearAttention
-from dijiang.train import calibrate
-from dijiang.train.calibrate import calibrate_layer, far_log_sum, linear_log_sum
+from dijiang.modeling.linear_attention_layer import DiJiangLinearAttention
+from dijiang.train.stages import calibrate
+from dijiang.train.stages.calibrate import calibrate_layer, far_log_sum, linear_log_sum
 
 HEADS, GROUPS, DIM = 4, 2, 8
 

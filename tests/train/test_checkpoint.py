@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dijiang.train.checkpoint import copy_with_parameters
+from dijiang.checkpoint.patch_weights import copy_with_parameters
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from dijiang.train.checkpoints import MANIFEST, Checkpoints, damage, read_manifest
+from dijiang.train.trainer.checkpoints import MANIFEST, Checkpoints, damage, read_manifest
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from helpers import assert_close, random_ids, tiny_model
 from torch._dynamo.testing import CompileCounter
 
 from dijiang.convert.presets import PRESETS
-from dijiang.train import compiled
-from dijiang.train.compiled import compile_model, wants_compilation
-from dijiang.train.config import DataConfig, DistillConfig, Recipe, RunConfig, SourceConfig
-from dijiang.train.distill_model import DistillModel
-from dijiang.train.distillation_loss import dense_rows, loss_of_rows
-from dijiang.train.recipe import differences
+from dijiang.train.recipe.load import differences
+from dijiang.train.recipe.schema import DataConfig, DistillConfig, Recipe, RunConfig, SourceConfig
+from dijiang.train.stages import compiled
+from dijiang.train.stages.compiled import compile_model, wants_compilation
+from dijiang.train.stages.distill import DistillModel
+from dijiang.train.stages.distillation_loss import dense_rows, loss_of_rows
 
 WINDOW = PRESETS["linear"] | {"attention_window": 5, "attention_sinks": 2}
 

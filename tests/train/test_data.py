@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dijiang.convert.text_files import read_text
+from dijiang.common.text import read_text
 from dijiang.train import token_blocks
 
 TEXT = "the cat sat on the mat, naïve as a café\nand the rat sat\n"

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close, random_ids, tiny_model
 
-from dijiang.train.adapters import merged_state
-from dijiang.train.attention_transfer import kernel_parameters
-from dijiang.train.config import DistillConfig
-from dijiang.train.distill_model import DistillModel
-from dijiang.train.recovery_model import next_token_labels
+from dijiang.train.recipe.schema import DistillConfig
+from dijiang.train.stages.adapters import merged_state
+from dijiang.train.stages.base import next_token_labels
+from dijiang.train.stages.distill import DistillModel
+from dijiang.train.stages.teacher_pass import kernel_parameters
 
 FULL = ["full_attention", "full_attention"]
 HYBRID = ["full_attention", "linear_attention"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dijiang.train import distillation_loss as module
-from dijiang.train.distillation_loss import distillation_loss
+from dijiang.train.stages import distillation_loss as module
+from dijiang.train.stages.distillation_loss import distillation_loss
 
 WEIGHTS = {"kl": (1.0, 0.0), "both": (0.7, 0.4), "ce": (0.0, 1.3)}
 

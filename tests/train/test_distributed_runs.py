@@ -19,8 +19,9 @@ import yaml
 from run_helpers import FakeModel, build_trainer, metrics, run_config, stage_config
 from safetensors.torch import load_file, save_file
 
-from dijiang.train import distributed, load_recipe, recover
-from dijiang.train.stage_models import gathered_parameters
+from dijiang.train import load_recipe, recover
+from dijiang.train.stages.build import gathered_parameters
+from dijiang.train.trainer import distributed
 
 WEIGHTS = "model.safetensors"
 PLAIN, ZERO = "plain", ("zero0", "zero1", "zero2", "zero3")
@@ -226,11 +227,11 @@ def test_killed_runs_end_in_the_bits_of_one_left_alone(job, tmp_path):
 
     out = tmp_path / "out" / "distill"
     names = lambda: sorted(path.name for path in (out / "checkpoints").iterdir())  # noqa: E731
-    killed("dijiang.train.trainer", "RecoveryTrainer.compute_loss", "10")  # in step 5: two micro-batches each
+    killed("dijiang.train.trainer.trainer", "RecoveryTrainer.compute_loss", "10")  # in step 5: two micro-batches each
     assert names() == ["checkpoint-3"]
     killed("torch", "save", "5")  # in the second save after that
     assert names() == [".partial-9", "checkpoint-3", "checkpoint-6"]
-    killed("dijiang.train.stages", "write_provenance", "1")  # in writing the result
+    killed("dijiang.train.stages.run", "write_provenance", "1")  # in writing the result
     assert names() == ["checkpoint-10", "checkpoint-9"] and not (out / "model").exists()
     done = call([sys.executable, "-m", "dijiang.train", *command])
     assert done.returncode == 0, done.stderr[-3000:]

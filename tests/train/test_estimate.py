@@ -9,15 +9,23 @@ from helpers import tiny_config
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
+from dijiang.checkpoint.shapes import SHAPES
 from dijiang.convert import PRESETS, convert_model
 from dijiang.convert.families import dijiang_config
-from dijiang.convert.shapes import SHAPES
 from dijiang.modeling import DiJiangForCausalLM
-from dijiang.train.attention_transfer import kernel_parameters
-from dijiang.train.config import AlignConfig, ConvertConfig, DataConfig, DistillConfig, Recipe, RunConfig, SourceConfig
-from dijiang.train.distill_model import prepare
-from dijiang.train.estimate import GIB, LEVELS, estimate, layer_bytes, render
-from dijiang.train.hardware import DEVICES
+from dijiang.train.estimate.estimate import GIB, LEVELS, estimate, layer_bytes, render
+from dijiang.train.estimate.hardware import DEVICES
+from dijiang.train.recipe.schema import (
+    AlignConfig,
+    ConvertConfig,
+    DataConfig,
+    DistillConfig,
+    Recipe,
+    RunConfig,
+    SourceConfig,
+)
+from dijiang.train.stages.distill import prepare
+from dijiang.train.stages.teacher_pass import kernel_parameters
 
 PUBLISHED = {
     "HuggingFaceTB/SmolLM2-135M": 134_515_008,

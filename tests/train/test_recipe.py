@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dijiang.train.config import (
+from dijiang.train.recipe.load import bundled_recipes, differences, dump_recipe, load_recipe, without_effect
+from dijiang.train.recipe.schema import (
     AlignConfig,
     ConvertConfig,
     DataConfig,
@@ -15,7 +16,6 @@ from dijiang.train.config import (
     RunConfig,
     SourceConfig,
 )
-from dijiang.train.recipe import bundled_recipes, differences, dump_recipe, load_recipe, without_effect
 
 HEAD = "source: a/model\noutput: out\n"
 DATA = "data: {train: [a.txt]}\n"

@@ -12,12 +12,13 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dijiang.convert import convert_model, load_source, read_provenance
-from dijiang.train import compiled
-from dijiang.train.attention_transfer import kernel_parameters
-from dijiang.train.recipe import load_recipe
-from dijiang.train.saving_trainer import SavingTrainer
-from dijiang.train.stages import recover, run_stage
+from dijiang.checkpoint.provenance import read_provenance
+from dijiang.convert import convert_model, load_source
+from dijiang.train.recipe.load import load_recipe
+from dijiang.train.stages import compiled
+from dijiang.train.stages.run import recover, run_stage
+from dijiang.train.stages.teacher_pass import kernel_parameters
+from dijiang.train.trainer.saving import SavingTrainer
 
 WEIGHTS = "model.safetensors"
 CONVERT = {"attention_window": 4, "attention_sinks": 2, "branch_scale_init": 0.5}
@@ -181,9 +182,9 @@ def test_a_signal_saves_and_the_same_call_goes_on(recipe, tmp_path, monkeypatch,
             signal.raise_signal(number)
         return finish(self)
 
-    finish = __import__("dijiang.train.trainer", fromlist=["x"]).RecoveryTrainer.finish_loss
+    finish = __import__("dijiang.train.trainer.trainer", fromlist=["x"]).RecoveryTrainer.finish_loss
     with monkeypatch.context() as patch:
-        patch.setattr("dijiang.train.trainer.RecoveryTrainer.finish_loss", interrupt)
+        patch.setattr("dijiang.train.trainer.trainer.RecoveryTrainer.finish_loss", interrupt)
         with pytest.raises(
             KeyboardInterrupt, match=r"^distill was stopped after step 5 of 8, with a checkpoint; run the same"
         ):
@@ -197,7 +198,7 @@ def test_a_signal_saves_and_the_same_call_goes_on(recipe, tmp_path, monkeypatch,
 def test_an_error_while_the_result_is_written_leaves_none(recipe, tmp_path, monkeypatch):
     job = recipe(stages=("align",))
     with monkeypatch.context() as patch:
-        patch.setattr("dijiang.train.stages.write_provenance", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr("dijiang.train.stages.run.write_provenance", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             run_stage(job, "align", progress=False)
     assert not (tmp_path / "out" / "align" / "model").exists()

@@ -16,10 +16,10 @@ import torch
 from helpers import random_ids, tiny_model
 from torch.utils.data import Dataset
 
-from dijiang.train import teacher_logits
-from dijiang.train.config import DistillConfig
-from dijiang.train.distill_model import DistillModel
-from dijiang.train.teacher_logits import (
+from dijiang.train.recipe.schema import DistillConfig
+from dijiang.train.stages import teacher_logits
+from dijiang.train.stages.distill import DistillModel
+from dijiang.train.stages.teacher_logits import (
     WithTeacherLogits,
     bytes_needed,
     collate_with_teacher,

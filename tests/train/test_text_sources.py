@@ -10,8 +10,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from dijiang.train.config import DataConfig, SourceConfig
-from dijiang.train.text_sources import Documents, local_files, public_source, refuse_leaks
+from dijiang.train.data.sources import Documents, local_files, public_source, refuse_leaks
+from dijiang.train.recipe.schema import DataConfig, SourceConfig
 
 TEXTS = ["the cat", "naïve café\nsecond line", "  “quoted” \U0001f600"]
 

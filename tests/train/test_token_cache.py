@@ -13,10 +13,10 @@ import time
 import numpy as np
 import pytest
 
-from dijiang.train import token_cache
-from dijiang.train.config import DataConfig, SourceConfig
-from dijiang.train.text_sources import refuse_leaks
-from dijiang.train.token_cache import tokenise, tokenizer_hash
+from dijiang.train.data import token_cache
+from dijiang.train.data.sources import refuse_leaks
+from dijiang.train.data.token_cache import tokenise, tokenizer_hash
+from dijiang.train.recipe.schema import DataConfig, SourceConfig
 
 fork = multiprocessing.get_context("fork")
 

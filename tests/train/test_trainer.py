@@ -10,9 +10,9 @@ import torch
 from run_helpers import LENGTH, WIDTH, FakeBlocks, FakeModel, build_trainer, metrics, run_config, stage_config
 from safetensors.torch import load_file
 
-from dijiang.train.callbacks import StopSignals
-from dijiang.train.checkpoints import Checkpoints
-from dijiang.train.distributed import (
+from dijiang.train.trainer.callbacks import StopSignals
+from dijiang.train.trainer.checkpoints import Checkpoints
+from dijiang.train.trainer.distributed import (
     accumulation,
     choose_device,
     deepspeed_settings,
@@ -20,9 +20,9 @@ from dijiang.train.distributed import (
     prepare_process,
     share_errors,
 )
-from dijiang.train.optimizer import adamw, learning_rate_factor
-from dijiang.train.saving_trainer import WEIGHTS, refuse_other_writer
-from dijiang.train.trainer import other_trackers
+from dijiang.train.trainer.optimizer import adamw, learning_rate_factor
+from dijiang.train.trainer.saving import WEIGHTS, refuse_other_writer
+from dijiang.train.trainer.trainer import other_trackers
 
 
 @pytest.fixture(autouse=True)
@@ -342,7 +342,7 @@ def test_trackers_that_are_not_there(monkeypatch):
     assert other_trackers(["tensorboard"]) == []
     with pytest.raises(ValueError, match=r"^report_to names 'excel', which is unknown; choose from .*wandb"):
         other_trackers(["excel"])
-    monkeypatch.setattr("dijiang.train.trainer.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr("dijiang.train.trainer.trainer.get_available_reporting_integrations", lambda: ["tensorboard"])
     with pytest.raises(ValueError, match=r"^report_to names 'wandb', which is not installed; pip install wandb, or leave it"):
         other_trackers(["tensorboard", "wandb"])
 

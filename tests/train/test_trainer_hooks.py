@@ -8,9 +8,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from dijiang.modeling import DiJiangForCausalLM
 from dijiang.modeling.cache_dijiang import LinearStateLayer
-from dijiang.train.saving_trainer import SavingTrainer
-from dijiang.train.trainer import RecoveryTrainer
-from dijiang.train.trainer_hooks import HOOKS, refuse_renamed_hooks
+from dijiang.train.trainer.library_hooks import HOOKS, refuse_renamed_hooks
+from dijiang.train.trainer.saving import SavingTrainer
+from dijiang.train.trainer.trainer import RecoveryTrainer
 
 CACHE_METHODS = ("get_seq_length", "get_mask_sizes", "reorder_cache", "batch_repeat_interleave", "batch_select_indices")
 REPLACED = [
@@ -40,7 +40,7 @@ def test_a_trainer_looks_for_them(monkeypatch):
     def refuse():
         raise ValueError("renamed")
 
-    monkeypatch.setattr("dijiang.train.trainer.refuse_renamed_hooks", refuse)
+    monkeypatch.setattr("dijiang.train.trainer.trainer.refuse_renamed_hooks", refuse)
     with pytest.raises(ValueError, match="renamed"):
         RecoveryTrainer(None, None, None, blocks=None, held_out=None, collate=None, folder=None, device=None, title="")
 

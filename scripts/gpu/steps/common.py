@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dijiang.evaluate import timing
+from dijiang.evaluate.latency import timing
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -10,16 +10,16 @@ are those of its Figure 4.
 """
 
 import torch
-from common import Record, arguments, card_rates, device_of, measure, one_line
 from transformers import PreTrainedConfig
 
-from dijiang.convert.shapes import shape_config
-from dijiang.evaluate.latency import PAPER_CONTEXT, PAPER_SPEEDS
-from dijiang.evaluate.latency_contenders import Contender, contenders
-from dijiang.evaluate.latency_graphs import InPlaceStep, agreement, graphed_step, short_cache
-from dijiang.evaluate.latency_models import SPARE_BYTES, config_pair, shortage
-from dijiang.evaluate.timing import PeakMemory, alternate, floor_seconds, trim, waiting_for
-from dijiang.modeling.flex_window import flex_is_broken
+from common import Record, arguments, card_rates, device_of, measure, one_line
+from dijiang.checkpoint.shapes import shape_config
+from dijiang.evaluate.latency.contenders import Contender, contenders
+from dijiang.evaluate.latency.graphs import InPlaceStep, agreement, graphed_step, short_cache
+from dijiang.evaluate.latency.measure import PAPER_CONTEXT, PAPER_SPEEDS
+from dijiang.evaluate.latency.models import SPARE_BYTES, config_pair, shortage
+from dijiang.evaluate.latency.timing import PeakMemory, alternate, floor_seconds, trim, waiting_for
+from dijiang.modeling.window_attention_flex import flex_is_broken
 
 SHAPES = (*PAPER_SPEEDS, "smollm2-135m")
 LONGEST = 65536

@@ -19,15 +19,15 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import Record, arguments, card_rates, device_of, measure, seconds_per_call
 from op_oracle import expected, features_of, oracle, precision, relative_error  # noqa: F401, the tests' too
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dijiang.evaluate.latency_graphs import capture
-from dijiang.evaluate.timing import floor_seconds
+from common import Record, arguments, card_rates, device_of, measure, seconds_per_call
+from dijiang.evaluate.latency.graphs import capture
+from dijiang.evaluate.latency.timing import floor_seconds
 from dijiang.modeling import DiJiangConfig, DiJiangModel
-from dijiang.modeling.fla_backend import fla_is_usable
 from dijiang.modeling.linear_attention import linear_attention, prefer_backend
+from dijiang.modeling.linear_attention_fla import fla_is_usable
 
 HEADS, SMALL_HEADS, HEAD_DIM, DTYPE = 16, 2, 64, torch.bfloat16
 PAIRS = {128: True, 64: False}  # by features M, whether they come in pairs

@@ -17,18 +17,18 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import Record, arguments, card_rates, device_of, one_line
 from recovery_data import Inputs, made_up_inputs, prepare_inputs
 from recovery_quality import Judge
 from recovery_speed import Speed, checkpoint_seconds, note
 from recovery_watch import Watch
 
-from dijiang.convert import fastest_dtype
-from dijiang.modeling import flex_window
+from common import Record, arguments, card_rates, device_of, one_line
+from dijiang.common.precision import fastest_dtype
+from dijiang.modeling import window_attention_flex as flex_window
 from dijiang.modeling.linear_attention import prefer_backend
 from dijiang.train import Recipe, load_recipe, run_stage
-from dijiang.train.checkpoints import Checkpoints
-from dijiang.train.stage_folder import StageFolder
+from dijiang.train.stages.job_folder import StageFolder
+from dijiang.train.trainer.checkpoints import Checkpoints
 
 STEPS = {"smollm2-135m-linear": "recovery_linear", "smollm2-135m": "recovery_window"}
 # on top of the recipes, which are made for two processor cores and one sequence per step

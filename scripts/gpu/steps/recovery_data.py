@@ -12,11 +12,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dijiang.checkpoint.source import load_tokenizer, open_source
 from dijiang.convert import load_source
-from dijiang.convert.source import load_tokenizer, open_source
 from dijiang.modeling import DiJiangForCausalLM
 from dijiang.train import DataConfig, SourceConfig
-from dijiang.train.token_cache import TokenFile, tokenise, tokenizer_hash
+from dijiang.train.data.token_cache import TokenFile, tokenise, tokenizer_hash
 
 SAME_NAMES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),

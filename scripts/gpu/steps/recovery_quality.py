@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from dijiang.convert import load_source
-from dijiang.evaluate.recall import associative_samples, chance, needle_samples, recall_scores
-from dijiang.train.token_cache import TokenFile
+from dijiang.evaluate.quality.recall import associative_samples, chance, needle_samples, recall_scores
+from dijiang.train.data.token_cache import TokenFile
 
 BLOCKS = {1024: 16, 4096: 4}  # of each held-out source, by length
 SMALL_BLOCKS = {64: 2, 128: 1}

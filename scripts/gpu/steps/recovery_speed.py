@@ -8,20 +8,20 @@ import traceback
 from pathlib import Path
 
 import torch
-from common import one_line
 
-from dijiang.evaluate.timing import waiting_for
-from dijiang.modeling import flex_window
-from dijiang.modeling.fla_backend import fla_is_usable
+from common import one_line
+from dijiang.evaluate.latency.timing import waiting_for
+from dijiang.modeling import window_attention_flex as flex_window
 from dijiang.modeling.linear_attention import prefer_backend
+from dijiang.modeling.linear_attention_fla import fla_is_usable
 from dijiang.train import Recipe
-from dijiang.train import compiled as compiling
-from dijiang.train.blocks import training_blocks
-from dijiang.train.estimate import model_size, stage_flops
-from dijiang.train.optimizer import adamw
-from dijiang.train.stage_folder import StageFolder
-from dijiang.train.stage_models import StageModels
-from dijiang.train.teacher_logits import collate_with_teacher
+from dijiang.train.data.blocks import training_blocks
+from dijiang.train.estimate.estimate import model_size, stage_flops
+from dijiang.train.stages import compiled as compiling
+from dijiang.train.stages.build import StageModels
+from dijiang.train.stages.job_folder import StageFolder
+from dijiang.train.stages.teacher_logits import collate_with_teacher
+from dijiang.train.trainer.optimizer import adamw
 
 EAGER = {"name": "eager, torch"}
 COMPILED = {"name": "compiled, torch", "compile": True}

@@ -1,0 +1,1 @@
+"""How much the loss depends on each matrix, by several measures."""

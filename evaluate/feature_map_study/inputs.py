@@ -1,0 +1,167 @@
+"""
+Inputs of the kernel study: Gaussian queries and keys, and those of a real model; the errors of an estimated kernel on them.
+
+n queries, T keys, d head size. Everything is float64.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.special import hyp1f1, logsumexp
+
+from dijiang.common.text import read_tokens
+from dijiang.convert import load_source
+
+
+@dataclass
+class Case:
+    """
+    Queries and keys of one head with what is to be approximated.
+
+    Attributes:
+        q, k: (n, d), (T, d).
+        v: (T, d) values; None where only the kernel is of interest.
+        positions: (n,), the last key that each query sees.
+        log_weight: (T,), added to q.k of each key in attention, without approximation.
+        log_sum: (n,), log of the sum of exp(q.k) over all keys. Kernels are divided by this sum, so that every query counts
+            alike, as in attention.
+        kernel: (n, T), exp(q.k - log_sum).
+    """
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray | None = None
+    positions: np.ndarray | None = None
+    log_weight: np.ndarray | None = None
+    log_sum: np.ndarray = field(init=False)
+    kernel: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        scores = self.q @ self.k.T
+        self.log_sum = logsumexp(scores, axis=1)
+        self.kernel = np.exp(scores - self.log_sum[:, None])
+
+    def mix(self, kernel: np.ndarray, *, drop_norm: bool = False) -> np.ndarray:
+        """
+        Causal attention output (n, d) with `kernel` (n, T) in place of exp(q.k); `drop_norm` leaves out each key's factor
+        exp(-|k|^2 / 2), as the paper does. The factor of a query cancels in any case.
+        """
+        log_weight = np.zeros(len(self.k)) if self.log_weight is None else self.log_weight
+        if drop_norm:
+            log_weight = log_weight + np.square(self.k).sum(1) / 2
+        visible = np.arange(len(self.k)) <= self.positions[:, None]
+        weights = np.where(visible, kernel * np.exp(log_weight - log_weight.max()), 0.0)
+        return weights @ self.v / weights.sum(1, keepdims=True)
+
+    def plain_mean(self) -> float:
+        """Error of the attention output if every visible key weighs the same."""
+        return relative(replace(self, log_weight=None).mix(np.ones_like(self.kernel)), self.mix(self.kernel))
+
+    def key_weights_alone(self) -> float:
+        """Error of the attention output if every visible key has its `log_weight` alone."""
+        return relative(self.mix(np.ones_like(self.kernel)), self.mix(self.kernel))
+
+    def errors(self, kernel: np.ndarray) -> dict[str, float]:
+        """
+        Of an estimate (n, T) of `self.kernel`: `rmse`, root mean square relative to that of the kernel; `median` of the
+        relative errors; `attention` and `attention_dropped`, of the causal output with and without the keys' norm factor.
+        """
+        found = {
+            "rmse": relative(kernel, self.kernel),
+            "median": float(np.median(np.abs(kernel / self.kernel - 1.0))),
+        }
+        if self.v is not None:
+            target = self.mix(self.kernel)
+            found["attention"] = relative(self.mix(kernel), target)
+            found["attention_dropped"] = relative(self.mix(kernel, drop_norm=True), target)
+        return found
+
+
+def relative(found: np.ndarray, target: np.ndarray) -> float:
+    return float(np.linalg.norm(found - target) / np.linalg.norm(target))
+
+
+def normal_radius_limit(case: Case) -> np.ndarray:
+    """
+    What the features with a normal radius tend to in place of the kernel, (n, T), as m grows. Along a uniform direction u,
+    E exp(t u.s) = E exp((u.s)^2 / 2) for normal t, and (u.s)^2 / |s|^2 follows Beta(1/2, (d - 1)/2), whose moment generating
+    function is 1F1(1/2; d/2; .); s = q + k.
+    """
+    square_q, square_k = np.square(case.q).sum(1)[:, None], np.square(case.k).sum(1)
+    half_square = (square_q + square_k) / 2 + case.q @ case.k.T
+    moment = hyp1f1(0.5, case.q.shape[1] / 2, half_square)
+    return moment * np.exp(-(square_q + square_k) / 2 - case.log_sum[:, None])
+
+
+@dataclass
+class InputSet:
+    """Cases to measure on, and one for each to fit weights on."""
+
+    name: str
+    cases: list[Case]
+    calibration: list[Case]
+
+    @property
+    def head_dim(self) -> int:
+        return self.cases[0].q.shape[1]
+
+
+def gaussian_inputs(norm: float, d: int, pairs: int) -> InputSet:
+    """Queries and keys of this norm in uniform directions of R^d."""
+    rng = np.random.default_rng((int(1000 * norm), d))
+
+    def case() -> Case:
+        x = rng.standard_normal((2, pairs, d))
+        return Case(*(norm * x / np.linalg.norm(x, axis=-1, keepdims=True)))
+
+    return InputSet(f"gaussian-{norm:g}-d{d}", [case()], [case()])
+
+
+def real_inputs(source: str | Path, text: Path, *, tokens: int, query_every: int, heads: int) -> list[InputSet]:
+    """
+    Queries, keys and values of heads spread over the layers of `source`, after rotary positions and scaled by d^-1/4: as they
+    are (`real`), and less the head's mean on the calibration block (`centred`), where q.k = (q - m_q).(k - m_k) + m_q.k + a
+    part that cancels in attention.
+    """
+    model, tokenizer = load_source(source, dtype=torch.float32)
+    ids = read_tokens(tokenizer, text)
+    if len(ids) < 2 * tokens:
+        raise ValueError(f"{text.name} gives {len(ids)} tokens and the study needs {2 * tokens}; give more text")
+    captured = capture(model, torch.tensor(ids[: 2 * tokens]).view(2, -1))
+    count, num_heads = min(heads, len(captured)), captured[0][0].shape[2]
+    positions = np.arange(query_every - 1, tokens, query_every)
+    raw, centred = InputSet("real", [], []), InputSet("centred", [], [])
+    for i in range(count):
+        layer, head = (2 * i + 1) * len(captured) // (2 * count), i * (num_heads // 2 + 1) % num_heads
+        q, k, v = captured[layer]
+        group = head * k.shape[2] // num_heads
+        # (2, tokens, d): the block for calibration and the one to measure on
+        q, k, v = (x[:, :, index].double().numpy() for x, index in ((q, head), (k, group), (v, group)))
+        q, k = q * q.shape[-1] ** -0.25, k * k.shape[-1] ** -0.25
+        mean_q, mean_k = q[0].mean(0), k[0].mean(0)
+        for block, part in ((0, "calibration"), (1, "cases")):
+            rows = q[block, positions]
+            getattr(raw, part).append(Case(rows, k[block], v[block], positions))
+            centred_case = Case(rows - mean_q, k[block] - mean_k, v[block], positions, log_weight=k[block] @ mean_q)
+            getattr(centred, part).append(centred_case)
+    return [raw, centred]
+
+
+@torch.no_grad()
+def capture(model, input_ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """By layer, q (B, T, H, d), k and v (B, T, G, d) of the softmax model on input_ids (B, T), after rotary positions."""
+    found, handles = [], []
+    for layer in model.model.layers:
+
+        def keep(module, args, kwargs):
+            found.append(module.project(args[0], kwargs["position_embeddings"]))
+
+        handles.append(layer.self_attn.register_forward_pre_hook(keep, with_kwargs=True))
+    try:
+        model.model(input_ids=input_ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -1,0 +1,1 @@
+"""Time and memory of prefill and decoding beside softmax models."""

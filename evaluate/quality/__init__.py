@@ -1,0 +1,1 @@
+"""Quality of a student beside its teacher, baselines and ablations."""

@@ -1,0 +1,1 @@
+"""From text files and hub data to blocks of tokens."""

@@ -1,0 +1,217 @@
+"""The align stage's model: the student, its teacher, and every layer's loss between them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dijiang.modeling import DiJiangForCausalLM
+from dijiang.modeling.linear_attention_layer import DiJiangLinearAttention, linear_layers
+from dijiang.modeling.packing import PackedGroup, group_sequences, sequence_bounds
+
+from ..recipe.schema import AlignConfig
+from .base import RecoveryModel
+from .calibrate import calibrate_layer
+from .teacher_pass import PROJECTIONS, TeacherPass, kernel_parameters, run_teacher
+
+
+class AlignModel(RecoveryModel):
+    """
+    A student whose linear layers learn to give what the teacher's attention gives on the teacher's own hidden states (LoLCATs,
+    arXiv 2410.10254; RADLADS, arXiv 2505.03005). Layers do not depend on one another, so one teacher pass trains all of them.
+
+    Args:
+        student: made ready for training here: what trains becomes float32 and requires gradients, nothing else does.
+        teacher: the softmax model in our decoder, in the dtype in which it is to run, on the student's device.
+        config: of the stage.
+        dtype: of computations and frozen weights, bfloat16 or float32.
+
+    Raises:
+        ValueError: if the student has nothing to align, or outputs that cannot be compared with the teacher's.
+    """
+
+    def __init__(
+        self,
+        student: DiJiangForCausalLM,
+        teacher: DiJiangForCausalLM,
+        config: AlignConfig,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__(student, teacher, dtype)
+        refuse_what_cannot_be_aligned(student, config)
+        self.stage = config
+        self.parameters_of = trained_parameters(student, config)
+        student.requires_grad_(False)
+        for parameters in self.parameters_of.values():
+            for parameter in parameters:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+
+    def parameter_groups(self) -> list[dict]:
+        """What trains, by learning rate: dicts of `name` (kernel or attention), `params` and `lr`."""
+        rates = {"kernel": self.stage.kernel_learning_rate, "attention": self.stage.attention_learning_rate}
+        groups = self.parameters_of.items()
+        return [{"name": name, "params": params, "lr": rates[name]} for name, params in groups if params]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            input_ids: (B, T).
+            position_ids: (B, T); where they do not rise by one, another document begins.
+            places: (B,), numbers of the sequences; that of their step decides whether it is one of window dropout.
+            num_items_in_batch: brought along by trainers; the loss, a mean, does not depend on it.
+
+        Returns:
+            In training `loss`, the mean over layers, and each layer's own, detached, as `layer_00`, ... In eval mode `loss`
+            alone: the mean cross-entropy of the next tokens.
+        """
+        if not self.training:
+            return {"loss": self.text_loss(input_ids, position_ids)}
+        return self.losses(run_teacher(self.teacher, input_ids, position_ids), input_ids, position_ids, places)
+
+    def losses(self, kept: TeacherPass, input_ids, position_ids=None, places=None) -> dict[str, torch.Tensor]:
+        """`forward` in training, with what the teacher did on these inputs."""
+        bounds = None if position_ids is None else sequence_bounds(position_ids)
+        groups = None if bounds is None else group_sequences(bounds, input_ids.numel())
+        alone = self.drops_window(places)
+        layers = linear_layers(self.student)
+        losses = {}
+        if any(hasattr(parameter, "ds_id") for parameter in self.student.parameters()):
+            # ZeRO-3 takes a layer's weights away after its forward pass and brings them back for its backward pass
+            for i, attention in layers.items():
+                losses[i] = checkpoint(self.layer_loss, i, attention, kept, groups, alone, use_reentrant=False)
+            total = torch.stack(list(losses.values())).mean()
+        else:
+            total = self.loss_with_gradients(layers, kept, groups, alone, losses)
+        return {"loss": total} | {f"layer_{i:02d}": loss.detach() for i, loss in losses.items()}
+
+    def drops_window(self, places: torch.Tensor | None) -> bool:
+        """
+        Whether the step of these sequences trains the linear branch alone: a function of its number, so that all processes and
+        resumed runs agree.
+        """
+        if not self.stage.window_dropout:
+            return False
+        generator = torch.Generator().manual_seed(self.stage.seed * 1_000_003 + int(places[0]) // self.stage.batch_size)
+        return torch.rand((), generator=generator).item() < self.stage.window_dropout
+
+    def loss_with_gradients(self, layers, kept: TeacherPass, groups, alone: bool, losses: dict) -> torch.Tensor:
+        """The mean of the layers' losses. Gradients are taken layer by layer, so that one layer's graph exists at a time."""
+        parameters = [p for group in self.parameter_groups() for p in group["params"]]
+        gradients = dict.fromkeys(parameters)
+        for i, attention in layers.items():
+            own = [p for p in attention.parameters() if p.requires_grad]
+            loss = self.layer_loss(i, attention, kept, groups, alone)
+            losses[i] = loss.detach()
+            if torch.is_grad_enabled():
+                # zeros, for data-parallel training waits for every parameter's gradient
+                found = torch.autograd.grad(loss, own, allow_unused=True, materialize_grads=True)
+                gradients.update(zip(own, found, strict=True))
+        total = torch.stack(list(losses.values())).mean()
+        return WithGradients.apply(total, len(layers), list(gradients.values()), *parameters)
+
+    def layer_loss(self, i: int, attention: DiJiangLinearAttention, kept: TeacherPass, groups, alone: bool) -> torch.Tensor:
+        """
+        The squared error of a layer's attention over the squared target, summed over the combined output and the linear
+        branch by their weights. With `trains: attention` outputs are compared after the output projection, whose weights
+        train too, else before it.
+        """
+        config, target = self.stage, kept.outputs[i]
+        after = config.trains == "attention"
+        with self.autocast(target.device):
+            with nullcontext() if after else torch.no_grad():
+                q, k, v = attention.project(kept.inputs[i], kept.position_embeddings)
+            if after:
+                target = self.teacher.model.layers[i].self_attn.o_proj(target)
+            target, total = target.float(), 0.0
+            for weight, without_window in ((config.combined_weight, False), (config.linear_weight, True)):
+                if alone:
+                    weight = float(without_window)
+                if not weight:
+                    continue
+                with linear_branch_alone(attention) if without_window else nullcontext():
+                    output = attend(attention, q, k, v, groups).flatten(2)
+                output = attention.o_proj(output.to(q.dtype)) if after else output
+                total = total + weight * (output.float() - target).square().mean() / target.square().mean()
+        return total
+
+    @torch.no_grad()
+    def calibrate(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> float | None:
+        """
+        Closed-form start of all linear layers on input_ids (B, T), one document each; returns the mean R^2 of the branch
+        scales' fit, None if no layer has a window.
+        """
+        kept, fits = run_teacher(self.teacher, input_ids, position_ids), []
+        for i, attention in linear_layers(self.student).items():
+            with self.autocast(input_ids.device):
+                q, k, v = attention.project(kept.inputs[i], kept.position_embeddings)
+            target = kept.outputs[i].float().view_as(q)
+            fits.append(calibrate_layer(attention, q, k, v, target, self.stage.quiet))
+        fits = [fit for fit in fits if fit is not None]
+        return sum(fits) / len(fits) if fits else None
+
+
+class WithGradients(torch.autograd.Function):
+    """A value whose gradients with respect to `parameters` are known already; backward hands them out."""
+
+    @staticmethod
+    def forward(ctx, total, layers: int, gradients: list, *parameters):
+        ctx.gradients, ctx.layers = gradients, layers
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        scale = grad / ctx.layers
+        gradients = (None if gradient is None else gradient * scale for gradient in ctx.gradients)
+        return None, None, None, *gradients
+
+
+def refuse_what_cannot_be_aligned(student: DiJiangForCausalLM, config: AlignConfig) -> None:
+    """Raise ValueError on a student without linear layers to train, or whose outputs softmax attention has no match for."""
+    if not linear_layers(student):
+        raise ValueError("the checkpoint has no linear-attention layer, so there is nothing to align")
+    if student.config.output_norm != "none" or student.config.output_gate:
+        raise ValueError(
+            "the checkpoint has output_norm or output_gate, so its outputs cannot be compared with softmax attention's; "
+            "attention transfer is for layers without them, such as preset recommended or linear; leave the align section out"
+        )
+    if config.trains == "kernel" and not kernel_parameters(student):
+        raise ValueError(
+            "the checkpoint's linear layers have no kernel parameters, so nothing can be aligned; set align.trains=attention"
+        )
+    windows = any(attention.window for attention in linear_layers(student).values())
+    if not windows and (config.linear_weight or config.window_dropout):
+        raise ValueError("linear_weight and window_dropout have no effect without a window; leave them out")
+
+
+def trained_parameters(student: DiJiangForCausalLM, config: AlignConfig) -> dict[str, list[nn.Parameter]]:
+    """The parameters that train, by the name of their group."""
+    groups = {"kernel": list(kernel_parameters(student).values()), "attention": []}
+    if config.trains == "attention":
+        for attention in linear_layers(student).values():
+            groups["attention"] += [p for name in PROJECTIONS for p in getattr(attention, name).parameters()]
+    return groups
+
+
+def attend(attention: DiJiangLinearAttention, q, k, v, groups: list[PackedGroup] | None) -> torch.Tensor:
+    """The layer's output (B, T, H, d), documents apart if there are several in a row."""
+    return attention.attend(q, k, v)[0] if groups is None else attention.attend_packed(q, k, v, groups)
+
+
+@contextmanager
+def linear_branch_alone(attention: DiJiangLinearAttention) -> Iterator[None]:
+    """Within the block the layer attends through its feature map to all tokens, without window and sinks."""
+    saved = attention.window, attention.sinks
+    attention.window = attention.sinks = 0
+    try:
+        yield
+    finally:
+        attention.window, attention.sinks = saved

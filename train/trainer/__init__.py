@@ -1,0 +1,1 @@
+"""The training loop on the Trainer of transformers: steps, checkpoints, metrics, several processes."""

@@ -1,0 +1,241 @@
+"""One process or many: the environment of a run, its process group, and how the processes agree with one another."""
+
+import importlib.resources
+import json
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from ..recipe.schema import RunConfig, StageConfig
+
+# how long processes wait while the first one converts, downloads or tokenises
+PATIENCE = timedelta(days=7)
+SET_BY_RECIPE = {
+    "train_batch_size": "batch_size of the stage",
+    "train_micro_batch_size_per_gpu": "run.micro_batch_size",
+    "gradient_accumulation_steps": "batch_size of the stage",
+    "gradient_clipping": "clip of the stage",
+    "optimizer": "the stage's learning rates",
+    "scheduler": "schedule of the stage",
+}
+SIZED_BY_MODEL = {  # what `auto` stands for, from the model's hidden size
+    "reduce_bucket_size": lambda size: size * size,
+    "stage3_prefetch_bucket_size": lambda size: int(0.9 * size * size),
+    "stage3_param_persistence_threshold": lambda size: 10 * size,
+}
+_waiting: list = []  # the group in which processes wait for PATIENCE, once it is made
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """Rank among the processes of this machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def prepare_process(run: RunConfig) -> torch.device:
+    """
+    Choose this process's device and join the process group, if a launcher started several processes or DeepSpeed is asked for.
+
+    Raises:
+        ValueError: if the device cannot be had, or the launcher was given DeepSpeed, FSDP or precision settings of its own.
+    """
+    for name in ("DEEPSPEED", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
+            raise ValueError(
+                f"accelerate launch was configured with {name} settings of its own; launch without them and name "
+                "DeepSpeed settings as run.deepspeed in the recipe"
+            )
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # the device is the recipe's; with this, DeepSpeed would be left out unsaid
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # so is the precision
+    device = choose_device(run.device)
+    if run.deepspeed is not None:
+        prepare_deepspeed(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+    return device
+
+
+def choose_device(name: str) -> torch.device:
+    """
+    The device that `auto`, `cpu` or `cuda` stands for in this process.
+
+    Raises:
+        ValueError: if it cannot be had here.
+    """
+    if name not in ("auto", "cpu") and not name.startswith("cuda"):
+        raise ValueError(f"device={name!r} is unknown; choose auto, cpu or cuda")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ":" in name:
+        number = name.partition(":")[2]
+        raise ValueError(f"device={name!r} names one GPU; use device='cuda' and CUDA_VISIBLE_DEVICES={number}")
+    try:
+        if name == "cpu":
+            return torch.device("cpu")
+        device = torch.device(name, local_rank())
+        torch.empty(0, device=device)
+        torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def prepare_deepspeed(device: torch.device) -> None:
+    """Make DeepSpeed ready for use without a launcher and without a compiler; raises ValueError if it is not installed."""
+    try:
+        import deepspeed
+    except ImportError:
+        raise ValueError("run.deepspeed needs the package deepspeed; pip install 'dijiang[train]'") from None
+    if (found := deepspeed.accelerator.get_accelerator().device_name()) != device.type:
+        raise ValueError(f"run.device is {device.type}, but DeepSpeed would use {found}; set DS_ACCELERATOR={device.type}")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # old names that DeepSpeed calls
+    # which counts no micro-batches itself, and says so every time
+    logging.getLogger("accelerate.accelerator").addFilter(lambda record: "accumulation steps mismatch" not in str(record.msg))
+    if device.type == "cpu" and "deepspeed_shm_comm" in getattr(deepspeed.ops, "__compatible_ops__", {}):
+        # a faster all-reduce between CPU processes, which a C++ compiler would build for minutes; gloo does it too
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ:  # no launcher; DeepSpeed would ask MPI
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def forget_deepspeed() -> None:
+    """Undo what Trainer did to this process for DeepSpeed; models would be loaded in parts from now on."""
+    unset_hf_deepspeed_config()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
+def deepspeed_settings(name: str, stage: StageConfig, run: RunConfig, hidden_size: int) -> dict:
+    """
+    DeepSpeed's JSON for one stage: a file, or a bundled one by its name, with everything in it that the recipe sets.
+
+    Raises:
+        ValueError: if there is no such file, it is not JSON, or it sets what the recipe sets.
+    """
+    bundled = importlib.resources.files("dijiang.configs") / "deepspeed"
+    path = bundled / f"{name}.json" if (bundled / f"{name}.json").is_file() else Path(name)
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        names = ", ".join(sorted(file.name.removesuffix(".json") for file in bundled.iterdir() if file.name.endswith(".json")))
+        raise ValueError(f"deepspeed={name!r} is neither a file nor one of {names}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    for key, setter in SET_BY_RECIPE.items():
+        if settings.get(key, "auto") != "auto":
+            raise ValueError(f"{path} sets {key}, which {setter} in the recipe decides; remove it there")
+    for key in ("bf16", "fp16"):
+        if settings.pop(key, {}).get("enabled", False) not in (False, "auto"):
+            raise ValueError(f"{path} enables {key}; remove it there: what trains is float32, run.dtype sets the rest")
+    zero = settings.setdefault("zero_optimization", {"stage": 0})
+    for key, size in SIZED_BY_MODEL.items():
+        if zero.get(key) == "auto":
+            zero[key] = size(hidden_size)
+    settings.pop("train_batch_size", None)
+    return settings | {
+        "train_micro_batch_size_per_gpu": micro_batch(stage, run),
+        "gradient_accumulation_steps": accumulation(stage, run),
+        "gradient_clipping": float(stage.clip),
+    }
+
+
+def micro_batch(stage: StageConfig, run: RunConfig) -> int:
+    """Sequences of each process at a time: `run.micro_batch_size`, or fewer if its share of the batch asks for that."""
+    share, rest = divmod(stage.batch_size, world_size())
+    if rest:
+        raise ValueError(
+            f"batch_size={stage.batch_size} cannot be dealt out to {world_size()} processes; make it a multiple of "
+            f"{world_size()}, or start fewer"
+        )
+    return max(size for size in range(1, min(share, run.micro_batch_size) + 1) if share % size == 0)
+
+
+def accumulation(stage: StageConfig, run: RunConfig) -> int:
+    """Micro-batches of each process in a step; raises ValueError if the batch cannot be dealt out evenly."""
+    return stage.batch_size // (micro_batch(stage, run) * world_size())
+
+
+def several() -> bool:
+    """Whether this process has others to talk to."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def waiting_group():
+    """A group of all processes whose collectives wait for days, unlike those of training."""
+    if not _waiting:
+        _waiting.append(dist.new_group(backend="gloo", timeout=PATIENCE))
+    return _waiting[0]
+
+
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """The sum of `values` over all processes, in place."""
+    if several():
+        dist.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    if several():
+        dist.barrier(waiting_group())
+
+
+def from_main(value):
+    """What the main process passes; the others' `value` is left aside. It must be small."""
+    if not several():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=waiting_group())
+    return box[0]
+
+
+def gather(value) -> list:
+    """Every process's value, in order of rank, on all of them. They must be small."""
+    if not several():
+        return [value]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value, group=waiting_group())
+    return found
+
+
+@contextmanager
+def share_errors() -> Iterator[None]:
+    """
+    A ValueError that any process raises in this block is raised by all of them at its end, where all wait for each other. No
+    other exchange may happen inside.
+    """
+    error = None
+    try:
+        yield
+    except ValueError as raised:
+        error = raised
+    messages = gather(None if error is None else str(error))
+    if error is not None:
+        raise error
+    for message in messages:
+        if message is not None:
+            raise ValueError(message)
