@@ -20,7 +20,7 @@ import torch
 from measure import console, machine, versions, write_json
 
 from dijiang.bundled import packaged_model
-from dijiang.common.precision import fastest_dtype
+from dijiang.common.device import fastest_dtype
 from dijiang.convert import load_source
 from dijiang.evaluate import linear_only, perplexity
 from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM

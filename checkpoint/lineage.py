@@ -1,11 +1,23 @@
-"""Whether a model is the one that a checkpoint was converted from."""
+"""Whether a teacher belongs to a checkpoint: by the hashes of its weights, and by its shape."""
 
 from pathlib import Path
+
+from dijiang.modeling import DiJiangForCausalLM
 
 from .provenance import hash_files, read_provenance
 from .source import open_source
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
+
+
+SAME_IN_TEACHER = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 
 def refuse_other_source(provenance: dict, source: str | Path) -> None:
@@ -31,3 +43,13 @@ def weight_hashes(provenance: dict) -> set[str]:
     """The recorded hashes of the source's weight files; sister models may share all other files."""
     recorded = provenance.get("source_files", {})
     return {digest for name, digest in recorded.items() if Path(name).suffix in WEIGHT_SUFFIXES}
+
+
+def refuse_misfit(student: DiJiangForCausalLM, teacher_model: DiJiangForCausalLM, teacher: str | Path) -> None:
+    """Raise ValueError unless `teacher_model` is a softmax model of the student's shape."""
+    if teacher_model.config.has_linear_layers:
+        raise ValueError(f"teacher {teacher} has linear-attention layers; give the softmax model that was converted")
+    for key in SAME_IN_TEACHER:
+        ours, theirs = getattr(student.config, key), getattr(teacher_model.config, key)
+        if ours != theirs:
+            raise ValueError(f"teacher {teacher} does not fit the checkpoint: {key} is {theirs}, expected {ours}")

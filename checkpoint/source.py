@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from dijiang.convert.families import FAMILIES, one_line
+from dijiang.common.errors import one_line
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -20,11 +21,12 @@ COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
     """
-    A checkpoint to convert.
+    A pretrained model, its weights not yet read.
 
     Attributes:
         name: what the user wrote.
-        folder: where its files lie; gguf: the file, if that is what it is.
+        folder: where its files lie.
+        gguf: the file, if that is what it is.
         config: its transformers config.
         commit: of the hub's repository, if known.
     """
@@ -40,13 +42,16 @@ class Source:
         return self.config.model_type == "dijiang"
 
 
-def open_source(name: str | Path, *, any_family: bool = False) -> Source:
+def open_source(name: str | Path, *, model_types: Collection[str] | None = None) -> Source:
     """
-    Find `name` and read its config; `any_family` lets architectures pass that transformers knows and we cannot convert.
+    Find a model and read its config.
+
+    Args:
+        name: hub id, folder or GGUF file.
+        model_types: the architectures to accept, by the config's `model_type`; None accepts all that transformers knows.
 
     Raises:
-        ValueError: if there is no such source, or it is one that cannot be converted: an adapter, quantised, of an unknown
-            architecture.
+        ValueError: if there is no such model, or it is an adapter, quantized, or of another architecture.
     """
     path = Path(name).expanduser()
     gguf, commit = None, None
@@ -57,7 +62,7 @@ def open_source(name: str | Path, *, any_family: bool = False) -> Source:
     else:
         folder = fetch(str(name))
         commit = folder.name
-    config = read_gguf_config(gguf, any_family) if gguf else read_config(folder, any_family)
+    config = read_gguf_config(gguf, model_types) if gguf else read_config(folder, model_types)
     return Source(name=str(name), folder=folder, gguf=gguf, config=config, commit=commit)
 
 
@@ -116,7 +121,7 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_config(folder: Path, any_family: bool) -> PretrainedConfig:
+def read_config(folder: Path, model_types: Collection[str] | None) -> PretrainedConfig:
     """The config in `folder`, or ValueError if it is not one we can use."""
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds an adapter (adapter_config.json); merge it into its base model and convert that")
@@ -124,8 +129,7 @@ def read_config(folder: Path, any_family: bool) -> PretrainedConfig:
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; give the folder of a transformers checkpoint")
     content = read_json(path)
-    if not any_family:
-        check_architecture(content.get("model_type"), path)
+    refuse_other_architecture(content.get("model_type"), model_types, path)
     if quantization := content.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else "an unknown method"
         raise ValueError(f"{folder} is quantised ({method}); convert the model it was made from")
@@ -135,21 +139,22 @@ def read_config(folder: Path, any_family: bool) -> PretrainedConfig:
         raise ValueError(f"{path} cannot be read: {one_line(error.__cause__ or error)}") from None
 
 
-def read_gguf_config(path: Path, any_family: bool) -> PretrainedConfig:
+def read_gguf_config(path: Path, model_types: Collection[str] | None) -> PretrainedConfig:
     """The config inside a GGUF file, or ValueError."""
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
         raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
-    if not any_family:
-        check_architecture(config.model_type, path)
+    refuse_other_architecture(config.model_type, model_types, path)
     return config
 
 
-def check_architecture(model_type: str | None, where: Path) -> None:
-    """Raise ValueError unless we know `model_type`."""
-    if model_type not in FAMILIES and model_type != "dijiang":
-        raise ValueError(f"{where} says model_type {model_type!r}, which is not supported; choose from {', '.join(FAMILIES)}")
+def refuse_other_architecture(model_type: str | None, model_types: Collection[str] | None, where: Path) -> None:
+    """Raise ValueError unless `model_type` is one of `model_types`, or these are None."""
+    if model_types is not None and model_type not in model_types:
+        raise ValueError(
+            f"{where} says model_type {model_type!r}, which is not supported; choose from {', '.join(model_types)}"
+        )
 
 
 def load_tokenizer(source: Source):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging
 
-from dijiang.convert.families import one_line
+from dijiang.common.errors import one_line
 
 from .source import WEIGHTS, Source, read_json
 
@@ -88,7 +88,7 @@ class PickleFile:
             yield name, content[name]
 
 
-class DequantisedFile:
+class DequantizedFile:
     """A GGUF file, as transformers reads it: all of it at once, float32."""
 
     in_memory = True
@@ -113,7 +113,7 @@ class DequantisedFile:
             yield name, self.state[name]
 
 
-WeightFile = SafetensorsFile | PickleFile | DequantisedFile
+WeightFile = SafetensorsFile | PickleFile | DequantizedFile
 
 
 def open_weights(source: Source, *, progress: bool = False) -> list[WeightFile]:
@@ -124,7 +124,7 @@ def open_weights(source: Source, *, progress: bool = False) -> list[WeightFile]:
         ValueError: if there are none, one is missing, cannot be read or is unsafe to read.
     """
     if source.gguf:
-        return [DequantisedFile(source.gguf, deepcopy(source.config), progress)]
+        return [DequantizedFile(source.gguf, deepcopy(source.config), progress)]
     for name in WEIGHTS:
         if paths := weight_paths(source.folder, name):
             return [SafetensorsFile(path) if name.endswith(".safetensors") else PickleFile(path) for path in paths]

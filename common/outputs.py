@@ -75,11 +75,26 @@ def refuse_taken_file(path: Path) -> None:
         raise ValueError(f"the folder of {path} does not exist; make it or choose another output")
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file that takes the name `path` once it is complete."""
-    draft = path.with_name(f".{path.name}.partial")
+def write_whole(path: Path, write: Callable[[Path], object], *, durable: bool = False) -> None:
+    """
+    Let `write` fill a temporary file that takes the name `path` once it is complete.
+
+    Args:
+        path: the file to appear or to be replaced, in a folder that exists.
+        write: called with the path of the temporary file, which is hidden and ends in `.partial`.
+        durable: have the operating system put the content on disk before the name appears.
+    """
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         write(draft)
+        if durable:
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Write `text` in UTF-8 to a file that appears, or is replaced, whole or not at all."""
+    write_whole(path, lambda draft: draft.write_text(text, encoding="utf-8"))

@@ -1,10 +1,12 @@
 """JSON results kept under the hash of all they depend on, so that interrupted work goes on and nothing is computed twice."""
 
 import hashlib
+import importlib.util
 import json
 import os
-import secrets
 from pathlib import Path
+
+from .outputs import write_text_whole
 
 
 def cache_folder(name: str) -> Path:
@@ -17,6 +19,24 @@ def hash_of(*parts: bytes) -> str:
     for part in parts:
         digest.update(len(part).to_bytes(8, "big") + part)
     return digest.hexdigest()
+
+
+def code_fingerprint(*packages: str) -> str:
+    """
+    Hash of the Python files of packages, sub-packages included; part of the cache key of results that the code computes.
+
+    Args:
+        packages: dotted names of packages or modules, such as `dijiang.modeling`; they are not imported.
+    """
+    parts = []
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        assert spec is not None and spec.origin is not None, package
+        origin = Path(spec.origin)
+        files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
+        for path in files:
+            parts += [package.encode(), path.relative_to(origin.parent).as_posix().encode(), path.read_bytes()]
+    return hash_of(*parts)
 
 
 class ResultCache:
@@ -49,10 +69,4 @@ class ResultCache:
     def put(self, facts: dict, result: dict) -> None:
         """Keep `result`; the file appears whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.path(facts)
-        draft = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.partial")
-        try:
-            draft.write_text(json.dumps({"facts": facts, "result": result}), encoding="utf-8")
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_text_whole(self.path(facts), json.dumps({"facts": facts, "result": result}))

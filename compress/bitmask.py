@@ -17,7 +17,7 @@ from dijiang.checkpoint.shard_writer import ShardWriter
 from dijiang.checkpoint.source import read_json
 from dijiang.checkpoint.weights import FLOAT_TYPES, SafetensorsFile, weight_paths
 from dijiang.common.outputs import new_folder
-from dijiang.convert.converter import progress_bar
+from dijiang.common.progress import progress_bar
 
 from .oneshot.masks import parse_pattern
 
@@ -130,7 +130,9 @@ def write_bitmask(
     weights = zeros = 0
     with new_folder(output) as folder:
         writer = ShardWriter(folder, FORMAT)  # under another name, or transformers would load it and fill in noise
-        with progress_bar("Compressing", sum(header.nbytes for header in headers.values()), progress) as advance:
+        with progress_bar(
+            "Compressing", sum(header.nbytes for header in headers.values()), shown=progress, unit="bytes"
+        ) as advance:
             for name, tensor in (pair for file in files for pair in file.tensors(file.headers)):
                 parts = compress_tensor(tensor) if name in wanted else {}
                 if parts and (names is not None or n_bytes(parts) < tensor.nbytes):
@@ -162,7 +164,7 @@ def read_bitmask(folder: str | Path, output: str | Path, progress: bool = True) 
     with new_folder(output) as made:
         writer = ShardWriter(made)
         total = sum(path.stat().st_size for path in {file.path for file in places.values()})
-        with progress_bar("Reading", total, progress) as advance:
+        with progress_bar("Reading", total, shown=progress, unit="bytes") as advance:
             for name, file in places.items():
                 weight, part = split(name)
                 if part == "compressed":

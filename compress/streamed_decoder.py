@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dijiang.checkpoint.weights import SafetensorsFile, WeightFile
-from dijiang.convert.families import one_line
+from dijiang.common.errors import one_line
 
 from .prunable_layers import find_layers, layer_targets
 

@@ -3,8 +3,8 @@
 from dijiang.checkpoint.code_files import before_refreshing, refresh_code, with_newest_code
 from dijiang.checkpoint.lineage import refuse_other_source
 from dijiang.checkpoint.provenance import add_stage, public_name, read_provenance, write_provenance
+from dijiang.common.device import fastest_dtype
 from dijiang.common.outputs import new_folder
-from dijiang.common.precision import fastest_dtype
 
 from .converter import convert_model
 from .layer_settings import parse_overrides

@@ -1,23 +1,21 @@
 """Converts a pretrained softmax checkpoint into a DiJiang checkpoint on disk, shard by shard."""
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dijiang.checkpoint.code_files import code_record, copy_code
 from dijiang.checkpoint.provenance import add_stage, hash_files, public_name, versions, write_provenance
 from dijiang.checkpoint.shard_writer import ShardWriter
-from dijiang.checkpoint.source import Source, load_tokenizer, open_source
-from dijiang.checkpoint.weights import DequantisedFile, SafetensorsFile, WeightFile, open_weights
+from dijiang.checkpoint.source import Source, load_tokenizer
+from dijiang.checkpoint.weights import DequantizedFile, SafetensorsFile, WeightFile, open_weights
+from dijiang.common.device import dtype_named
+from dijiang.common.errors import unknown
 from dijiang.common.outputs import new_folder
+from dijiang.common.progress import progress_bar
 
-from .families import dijiang_config
+from .families import dijiang_config, open_convertible
 from .layer_settings import check_effect, check_keys
-from .mapping import MappedWeights, build_on_meta, check_shapes, dtype_named, fill_new_modules
+from .mapping import MappedWeights, build_on_meta, check_shapes, fill_new_modules
 from .presets import PRESETS
 
 # files of a source that decide what its model says, besides the weights
@@ -63,11 +61,11 @@ def convert_model(
         ValueError: if the source, the settings or the output folder do not allow it; nothing is left on disk then.
     """
     if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is unknown; choose from {', '.join(PRESETS)}")
+        raise unknown("preset", preset, PRESETS)
     check_keys(config_overrides)
     target_dtype = dtype_named(dtype)
     with new_folder(output) as folder:
-        found = open_source(source)
+        found = open_convertible(source)
         if found.is_dijiang:
             raise ValueError(f"{source} is a DiJiang checkpoint already; convert the softmax model it was made from")
         load_tokenizer(found).save_pretrained(folder)
@@ -101,7 +99,7 @@ def write_weights(folder: Path, weights: MappedWeights, dtype, new_parameters: d
     """Write the source's shards one by one, the new parameters into the last, and check what is in the files then."""
     writer = ShardWriter(folder)
     current = None
-    with progress_bar("Converting", weights.n_bytes, progress) as advance:
+    with progress_bar("Converting", weights.n_bytes, shown=progress, unit="bytes") as advance:
         for file, name, tensor in weights.stream(dtype):
             if current not in (None, file):
                 writer.cut()
@@ -119,7 +117,7 @@ def write_weights(folder: Path, weights: MappedWeights, dtype, new_parameters: d
 
 def copy_generation_config(source: Source, files: list[WeightFile], folder: Path) -> None:
     path = source.folder / "generation_config.json"
-    if isinstance(files[0], DequantisedFile):
+    if isinstance(files[0], DequantizedFile):
         files[0].generation_config.save_pretrained(folder)
     elif path.is_file():
         shutil.copyfile(path, folder / path.name)
@@ -130,15 +128,7 @@ def hash_source(source: Source, files: list[WeightFile], progress: bool) -> dict
     paths = {file.path for file in files}
     if not source.gguf:
         paths |= {path for pattern in HASHED for path in source.folder.glob(pattern) if path.is_file()}
-    with progress_bar("Hashing the source", sum(path.stat().st_size for path in paths), progress) as advance:
+    with progress_bar(
+        "Hashing the source", sum(path.stat().st_size for path in paths), shown=progress, unit="bytes"
+    ) as advance:
         return hash_files(sorted(paths), advance)
-
-
-@contextmanager
-def progress_bar(title: str, total_bytes: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; yields a function that is told how many bytes are done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not shown or not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total_bytes)
-        yield lambda n_bytes: bar.advance(task, n_bytes)

@@ -1,10 +1,9 @@
 """Settings that a user may change on conversion: their names, and how `KEY=VALUE` words are read."""
 
-import difflib
 from collections.abc import Iterable
 
-import yaml
-
+from dijiang.common.errors import did_you_mean
+from dijiang.common.settings import as_number, refuse_idle, split_word
 from dijiang.modeling import FEATURE_MAPS, DiJiangConfig
 
 from .families import SHARED
@@ -32,18 +31,11 @@ def parse_overrides(words: Iterable[str]) -> dict:
     Raises:
         ValueError: on a word without `=`, a value that is not YAML, a key given twice or one that cannot be set.
     """
-    overrides = {}
+    overrides: dict = {}
     for word in words:
-        key, equals, text = word.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise ValueError(f"{word!r} is not KEY=VALUE; write for example attention_window=64")
+        key, value = split_word(word, "attention_window=64")
         if key in overrides:
             raise ValueError(f"{key} is set twice; keep one of them")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"the value of {word!r} is not valid YAML; quote it, or write lists as [a, b]") from None
         overrides[key] = as_number(value) if isinstance(value, str) else value
     check_keys(overrides)
     return overrides
@@ -61,19 +53,7 @@ def check_effect(overrides: dict, config: DiJiangConfig) -> None:
         unused = dict.fromkeys(set(OVERRIDABLE) - {"layer_types", "sliding_window"}, "no linear layer")
     if "sliding_attention" not in config.layer_types:
         unused["sliding_window"] = "no sliding_attention layer"
-    for key in overrides:
-        if key in unused:
-            raise ValueError(f"{key} has no effect with {unused[key]}; leave it out")
-
-
-def as_number(text: str) -> float | str:
-    """YAML 1.1 takes 1e4 for a word; a word that starts like a number and reads as one is one."""
-    if text[:1] in "+-.0123456789":
-        try:
-            return float(text)
-        except ValueError:
-            pass
-    return text
+    refuse_idle(overrides, unused)
 
 
 def check_keys(overrides: Iterable[str]) -> None:
@@ -84,6 +64,4 @@ def check_keys(overrides: Iterable[str]) -> None:
         allowed = f"these can be set: {', '.join(OVERRIDABLE)}"
         if key in GIVEN_BY_SOURCE:
             raise ValueError(f"{key} is given by the source model and cannot be changed on conversion; {allowed}")
-        close = difflib.get_close_matches(key, OVERRIDABLE, n=1)
-        meant = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"unknown setting {key!r}{meant}; {allowed}")
+        raise ValueError(f"unknown setting {key!r}{did_you_mean(key, OVERRIDABLE)}; {allowed}")

@@ -6,13 +6,15 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from dijiang.checkpoint.source import Source, load_tokenizer, open_source
-from dijiang.checkpoint.weights import DequantisedFile, no_library_bars, open_weights
+from dijiang.checkpoint.source import Source, load_tokenizer
+from dijiang.checkpoint.weights import DequantizedFile, no_library_bars, open_weights
+from dijiang.common.device import dtype_named
+from dijiang.common.errors import one_line
 from dijiang.modeling import DiJiangForCausalLM
 
-from .families import dijiang_config, one_line
+from .families import dijiang_config, open_convertible
 from .layer_settings import check_keys
-from .mapping import MappedWeights, build_on_meta, dtype_named, fill_new_modules
+from .mapping import MappedWeights, build_on_meta, fill_new_modules
 
 
 def load_source(
@@ -35,7 +37,7 @@ def load_source(
     """
     check_keys(config_overrides)
     target_dtype = dtype_named(dtype)
-    found = open_source(source)
+    found = open_convertible(source)
     tokenizer = load_tokenizer(found)
     if found.is_dijiang:
         if config_overrides:
@@ -54,7 +56,7 @@ def load_source(
     fill_rotary(model)
     model.tie_weights()
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    if isinstance(files[0], DequantisedFile):
+    if isinstance(files[0], DequantizedFile):
         model.generation_config = files[0].generation_config
     elif (found.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(found.folder)

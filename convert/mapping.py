@@ -6,22 +6,14 @@ import torch
 
 from dijiang.checkpoint.source import Source
 from dijiang.checkpoint.weights import WeightFile
+from dijiang.common.errors import one_line
 from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
 from dijiang.modeling.decoder_modules import ProjectedAttention
 from dijiang.modeling.linear_attention_layer import DiJiangLinearAttention
 
-from .families import FAMILIES, one_line
+from .families import FAMILIES
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def dtype_named(dtype: str | torch.dtype) -> torch.dtype | None:
-    """The torch dtype, or None for `auto` (as stored). Raises ValueError on others."""
-    name = str(dtype).removeprefix("torch.")
-    if name != "auto" and name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is unknown; choose auto, {', '.join(DTYPES)}")
-    return DTYPES.get(name)
 
 
 def build_on_meta(config: DiJiangConfig) -> DiJiangForCausalLM:

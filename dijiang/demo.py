@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from dijiang.bundled import HELD_OUT_TEXT, TRAIN_TEXT, packaged_model
-from dijiang.checkpoint.source import open_source
 from dijiang.common.outputs import refuse_occupied
 from dijiang.common.text import read_tokens
 from dijiang.convert import convert_model, load_source
+from dijiang.convert.families import open_convertible
 from dijiang.evaluate import EvaluationConfig, logits_without_package, run_evaluation, run_latency
 from dijiang.evaluate.quality.config import refuse_long
 from dijiang.evaluate.report import tables
@@ -67,7 +67,7 @@ def run_demo(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, if it is installed, would warn about it
     work = output / "recovery"
     recipe = demo_recipe(recipe, source, work)
-    positions = open_source(source).config.max_position_embeddings
+    positions = open_convertible(source).config.max_position_embeddings
     contexts = contexts or [context for context in CONTEXTS if context <= positions] or [positions]
     refuse_long(contexts, positions, "decoding after a context")
     console = Console()

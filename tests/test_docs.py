@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import typer
 import yaml
-from doc_commands import LAUNCHERS, ROOT, blocks, run_without_package, shell_lines, titled_blocks, write_text
+from dijiang_testing.doc_commands import LAUNCHERS, ROOT, blocks, run_without_package, shell_lines, titled_blocks, write_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 

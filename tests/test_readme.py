@@ -4,7 +4,7 @@ import json
 import re
 import sys
 
-from doc_commands import LAUNCHERS, ROOT, blocks, run, run_without_package, shell_lines, write_text
+from dijiang_testing.doc_commands import LAUNCHERS, ROOT, blocks, run, run_without_package, shell_lines, write_text
 
 from dijiang import cli
 from dijiang.evaluate.report import tables

@@ -79,7 +79,7 @@ class PruningRun:
         self.output = None if output is None else Path(output).expanduser().absolute()
         if self.output:
             refuse_occupied(self.output)
-        self.source = open_source(model, any_family=True)
+        self.source = open_source(model)
         self.tokenizer = load_tokenizer(self.source)
         files = open_weights(self.source, progress=progress)
         self.decoder = StreamedDecoder(self.source.config, files, str(model), device_named(config.device))

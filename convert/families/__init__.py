@@ -5,8 +5,11 @@ What every family's config spells alike (sizes, RoPE, special tokens) is read he
 """
 
 from copy import deepcopy
+from pathlib import Path
 from types import ModuleType
 
+from dijiang.checkpoint.source import Source, open_source
+from dijiang.common.errors import one_line
 from dijiang.modeling import DiJiangConfig
 
 from . import gpt_neox, llama
@@ -17,6 +20,8 @@ FAMILIES: dict[str, ModuleType] = {
     "llama": llama,
     "mistral": llama,
 }
+
+CONVERTIBLE = (*FAMILIES, "dijiang")  # ours too, for what accepts a student where it accepts a teacher
 
 SHARED = (
     "vocab_size",
@@ -34,6 +39,11 @@ SHARED = (
     "eos_token_id",
     "dtype",
 )
+
+
+def open_convertible(name: str | Path) -> Source:
+    """`open_source` for a model of a family that can be converted, or for a DiJiang checkpoint; ValueError on others."""
+    return open_source(name, model_types=CONVERTIBLE)
 
 
 def dijiang_config(source, settings: dict) -> DiJiangConfig:
@@ -63,9 +73,3 @@ def dijiang_config(source, settings: dict) -> DiJiangConfig:
         raise ValueError(one_line(error.__cause__ or error)) from None
     config.architectures = ["DiJiangForCausalLM"]
     return config
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of someone else's exception, fit for one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."

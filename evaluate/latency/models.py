@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dijiang.checkpoint.provenance import public_name
 from dijiang.checkpoint.shapes import shape_config
-from dijiang.checkpoint.source import Source, open_source
+from dijiang.checkpoint.source import Source
 from dijiang.checkpoint.weights import no_library_bars
 from dijiang.common.device import placement
+from dijiang.common.errors import one_line
 from dijiang.convert import PRESETS
-from dijiang.convert.families import dijiang_config, one_line
+from dijiang.convert.families import dijiang_config, open_convertible
 from dijiang.convert.layer_settings import check_effect, check_keys
 from dijiang.convert.loader import load_dijiang
 from dijiang.convert.mapping import build_on_meta
@@ -123,7 +124,7 @@ def checkpoint_pair(
             positions they were made for, and if the weights do not fit into memory.
     """
     device, dtype = placement(device, dtype)
-    ours, theirs = open_source(checkpoint), open_source(teacher)
+    ours, theirs = open_convertible(checkpoint), open_convertible(teacher)
     if not ours.is_dijiang or not ours.config.has_linear_layers:
         found = "DiJiang model without linear layers" if ours.is_dijiang else f"{ours.config.model_type} model"
         raise ValueError(f"{checkpoint} is a {found}; give a checkpoint with linear layers, made with `dijiang convert`")

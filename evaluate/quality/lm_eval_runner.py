@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import set_seed
 
+from dijiang.common.errors import one_line
 from dijiang.common.library_calls import call_named
-from dijiang.convert.families import one_line
 
 from .lm_eval_task import HarnessTask, prepare, strings
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from dijiang.checkpoint.provenance import hash_files, public_name, read_provenance
-from dijiang.checkpoint.source import Source, open_source
+from dijiang.checkpoint.source import Source
 from dijiang.convert import load_source
+from dijiang.convert.families import open_convertible
 from dijiang.convert.loader import load_tokenizer
 
 from .ablations import linear_only, no_attention, window_only
@@ -155,8 +156,8 @@ def compare(
         ValueError: if one cannot be opened, the student is no model with linear layers or the teacher is one, or their
             tokenizers differ.
     """
-    opened = {"student": open_source(student), "teacher": open_source(teacher)}
-    further = {f"{BESIDE}{public_name(name)}": open_source(name) for name in beside}
+    opened = {"student": open_convertible(student), "teacher": open_convertible(teacher)}
+    further = {f"{BESIDE}{public_name(name)}": open_convertible(name) for name in beside}
     assert len(further) == len(beside), "further models of one name"
     return Comparison(**opened, beside=further, dtype=dtype, device=device)
 

@@ -17,8 +17,8 @@ from jinja2 import Environment, StrictUndefined
 
 from dijiang.checkpoint.provenance import read_provenance
 from dijiang.checkpoint.source import open_source
+from dijiang.common.errors import one_line
 from dijiang.common.outputs import write_whole
-from dijiang.convert.families import one_line
 from dijiang.convert.mapping import build_on_meta, new_modules
 from dijiang.modeling import FEATURE_MAPS
 from dijiang.modeling.configuration_dijiang import LAYER_TYPES

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from oracles import make_inputs, normal
+from dijiang_testing.pruning_oracles import make_inputs, normal
 
 from dijiang.compress.oneshot import masks as counts
 from dijiang.compress.oneshot.hessian import LocalHessian

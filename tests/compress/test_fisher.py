@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import relative
+from dijiang_testing.pruning_oracles import relative
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dijiang.checkpoint.source import open_source
@@ -40,7 +40,7 @@ def both(make_source, pair, tmp_path):
             AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", **OPT, **sizes)).save_pretrained(folder)
         else:
             folder, _ = make_source(family, num_key_value_heads=2) if family == "llama" else make_source(family)
-        source = open_source(folder, any_family=True)
+        source = open_source(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
         return model, StreamedDecoder(source.config, open_weights(source), "it")
 

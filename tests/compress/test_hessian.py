@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import damp, first_of_trailing_inverses, make_problem, normal, relative
+from dijiang_testing.pruning_oracles import damp, first_of_trailing_inverses, make_problem, normal, relative
 
 from dijiang.compress.oneshot.hessian import LocalHessian, factorise
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import TARGETS, UNIFORM, WEIGHTS, zeros
+from dijiang_testing.pruned_folders import TARGETS, UNIFORM, WEIGHTS, zeros
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

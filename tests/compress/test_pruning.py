@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from checkpoints import MAGNITUDE, PARTS, TARGETS, UNIFORM, WEIGHTS, inputs_of, same_bytes, zeros
-from oracles import plain_sparsegpt, relative
+from dijiang_testing.pruned_folders import MAGNITUDE, PARTS, TARGETS, UNIFORM, WEIGHTS, inputs_of, same_bytes, zeros
+from dijiang_testing.pruning_oracles import plain_sparsegpt, relative
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM

@@ -65,7 +65,7 @@ def save(tmp_path):
 
 
 def opened(folder) -> StreamedDecoder:
-    source = open_source(folder, any_family=True)
+    source = open_source(folder)
     return StreamedDecoder(source.config, open_weights(source), "it")
 
 

@@ -1,9 +1,9 @@
 """The column sweep against a plain SparseGPT, brute force and its energy identity (oracles 2 to 6, 8, 10 and 12)."""
 
-import oracles
 import pytest
 import torch
-from oracles import damp, least_squares, make_inputs, make_problem, normal, plain_sparsegpt, relative
+from dijiang_testing import pruning_oracles as oracles
+from dijiang_testing.pruning_oracles import damp, least_squares, make_inputs, make_problem, normal, plain_sparsegpt, relative
 
 from dijiang.compress.oneshot.allocate import BUDGETS, allocate
 from dijiang.compress.oneshot.hessian import factorise

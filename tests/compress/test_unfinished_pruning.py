@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from checkpoints import MAGNITUDE, UNIFORM, WEIGHTS, same_bytes
+from dijiang_testing.pruned_folders import MAGNITUDE, UNIFORM, WEIGHTS, same_bytes
 from safetensors.torch import load_file, save_file
 
 from dijiang.compress.oneshot import prune_layer as layer_pruning

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dijiang.common import precision
-from dijiang.common.precision import fastest_dtype
+from dijiang.common.device import fastest_dtype
 
 
 @pytest.mark.parametrize(("half_takes", "expected"), [(0.5, torch.bfloat16), (2.0, torch.float32), (1.0, torch.float32)])

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import rows
+from dijiang_testing.model_checks import rows
 from matplotlib import image as images
 from transformers import AutoModelForCausalLM
 

@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from helpers import EVERY, assert_close, random_ids, rows, set_mode, tiny_model
+from dijiang_testing.model_checks import EVERY, assert_close, random_ids, rows, set_mode, tiny_model
 
 from dijiang.modeling.linear_attention_native import native_is_usable
 

@@ -4,7 +4,7 @@ import numpy
 import pytest
 import scipy.fft
 import torch
-from helpers import MAPS, assert_close, build_map, features, rows, tiny_model
+from dijiang_testing.model_checks import MAPS, assert_close, build_map, features, rows, tiny_model
 
 from dijiang.modeling import FEATURE_MAPS
 from dijiang.modeling.configuration_dijiang import CHOICES, SIGNED_MAPS

@@ -4,7 +4,7 @@ import pytest
 import scipy.fft
 import scipy.stats
 import torch
-from helpers import assert_close, rows
+from dijiang_testing.model_checks import assert_close, rows
 
 from dijiang.modeling import frequency
 from dijiang.modeling.frequency import (

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import random_ids, tiny_model
+from dijiang_testing.model_checks import random_ids, tiny_model
 from transformers import GenerationConfig
 
 from dijiang.modeling import DiJiangCache

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close, random_ids, tiny_config, tiny_model
+from dijiang_testing.model_checks import assert_close, random_ids, tiny_config, tiny_model
 from transformers import DynamicCache
 
 from dijiang.modeling import DiJiangForSequenceClassification

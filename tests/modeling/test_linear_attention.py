@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import assert_close, op_inputs, random_state, values_and_gradients
+from dijiang_testing.model_checks import assert_close, op_inputs, random_state, values_and_gradients
 
 from dijiang.modeling import linear_attention
 from dijiang.modeling.linear_attention import naive_linear_attention

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import MAPS, random_ids, tiny_config, tiny_model
+from dijiang_testing.model_checks import MAPS, random_ids, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DECAYS, WINDOWS, assert_close, tiny_model
+from dijiang_testing.model_checks import DECAYS, WINDOWS, assert_close, tiny_model
 
 from dijiang.modeling import decode_step_native as native_step
 from dijiang.modeling import native_build

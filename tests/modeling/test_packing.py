@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (
+from dijiang_testing.model_checks import (
     EVERY,
     assert_close,
     assert_same_gradients,

@@ -6,7 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close
+from dijiang_testing.model_checks import assert_close
 from scipy.fft import dct
 from torch import nn
 

@@ -5,7 +5,7 @@ import math
 import numpy
 import pytest
 import torch
-from helpers import assert_close, build_map, features, rows, tiny_config
+from dijiang_testing.model_checks import assert_close, build_map, features, rows, tiny_config
 
 SEEDS = range(3)
 

@@ -6,7 +6,15 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import MAPS, assert_close, assert_same_gradients, gradients, random_ids, tiny_config, tiny_model
+from dijiang_testing.model_checks import (
+    MAPS,
+    assert_close,
+    assert_same_gradients,
+    gradients,
+    random_ids,
+    tiny_config,
+    tiny_model,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from helpers import assert_close, random_ids, tiny_config, tiny_model
+from dijiang_testing.model_checks import assert_close, random_ids, tiny_config, tiny_model
 from peft import PromptTuningConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from helpers import DECAYS, WINDOWS, random_ids, tiny_model
+from dijiang_testing.model_checks import DECAYS, WINDOWS, random_ids, tiny_model
 
 from dijiang.modeling import decode_step_triton as triton_step
 

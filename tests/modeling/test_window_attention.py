@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import assert_close
+from dijiang_testing.model_checks import assert_close
 
 from dijiang.modeling.window_attention import merge_step, near_and_far_attention
 from dijiang.modeling.window_attention_flex import flex_near_and_far, merge_branches, own_key_attention

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from helpers import random_ids, tiny_config, tiny_model
+from dijiang_testing.model_checks import random_ids, tiny_config, tiny_model
 
 from dijiang.modeling import DiJiangForCausalLM
 from dijiang.train.stages.adapters import add_adapters, merged_state

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import assert_close, random_ids, tiny_model
+from dijiang_testing.model_checks import assert_close, random_ids, tiny_model
 from torch._dynamo.testing import CompileCounter
 
 from dijiang.convert.presets import PRESETS

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close, random_ids, tiny_model
+from dijiang_testing.model_checks import assert_close, random_ids, tiny_model
 
 from dijiang.train.recipe.schema import DistillConfig
 from dijiang.train.stages.adapters import merged_state

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from run_helpers import FakeModel, build_trainer, metrics, run_config, stage_config
+from dijiang_testing.training import FakeModel, build_trainer, metrics, run_config, stage_config
 from safetensors.torch import load_file, save_file
 
 from dijiang.train import load_recipe, recover

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import tiny_config
+from dijiang_testing.model_checks import tiny_config
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 

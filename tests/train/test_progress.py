@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from dijiang.common.progress import TokenProgress
 from dijiang.train.trainer import progress
-from dijiang.train.trainer.progress import TokenProgress
 
 
 class Clock:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import random_ids, tiny_model
+from dijiang_testing.model_checks import random_ids, tiny_model
 from torch.utils.data import Dataset
 
 from dijiang.train.recipe.schema import DistillConfig

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from run_helpers import LENGTH, WIDTH, FakeBlocks, FakeModel, build_trainer, metrics, run_config, stage_config
+from dijiang_testing.training import LENGTH, WIDTH, FakeBlocks, FakeModel, build_trainer, metrics, run_config, stage_config
 from safetensors.torch import load_file
 
 from dijiang.train.trainer.callbacks import StopSignals

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dijiang.common.progress import TokenizeProgress
+
 from ..recipe.schema import DataConfig, SourceConfig
 from .sources import Documents, is_token_folder, public_source
-from .tokenize_progress import TokeniseProgress
 
 FORMAT = 1  # raised when what the files hold changes, so that older ones are not taken
 BATCH_CHARACTERS = 1_000_000  # tokenised at a time
@@ -89,7 +90,7 @@ def tokenise(
     try:
         temporary.mkdir(parents=True)
         remove_stale(cache)
-        with TokeniseProgress(public_source(source.path), limit, shown=progress) as bar:
+        with TokenizeProgress(public_source(source.path), limit, shown=progress) as bar:
             write_tokens(temporary, documents, tokenizer, limit=limit, fingerprint=key, bar=bar)
             if left_out := documents.describe_skipped():
                 bar.say(left_out)

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from dijiang.checkpoint.shapes import SHAPES
-from dijiang.checkpoint.source import open_source
+from dijiang.common.errors import one_line
 from dijiang.convert import PRESETS
-from dijiang.convert.families import FAMILIES, dijiang_config, one_line
+from dijiang.convert.families import FAMILIES, dijiang_config, open_convertible
 from dijiang.convert.layer_settings import check_effect
 from dijiang.convert.mapping import build_on_meta
 from dijiang.modeling import FEATURE_MAPS, DiJiangForCausalLM
@@ -151,7 +151,7 @@ def source_config(source: str, shape: PretrainedConfig | Mapping | None) -> Pret
     if isinstance(shape, PretrainedConfig):
         config = shape
     elif shape is None and path.exists():
-        config = open_source(path).config
+        config = open_convertible(path).config
     else:
         entries = dict(SHAPES.get(source, {}) if shape is None else shape)
         try:

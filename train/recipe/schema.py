@@ -1,8 +1,8 @@
-"""What a recipe may say: one dataclass for each of its sections. `recipe.py` reads YAML into them."""
+"""What a recipe may say: one dataclass for each of its sections. `load.py` reads YAML into them."""
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 def require(condition: bool, message: str) -> None:
@@ -56,6 +56,8 @@ class SourceConfig:
         subset: name of a configuration of a hub data set.
         split: of a hub data set.
     """
+
+    SHORTHAND: ClassVar[str] = "path"  # a source may be written as its path alone
 
     path: str
     weight: float = 1.0

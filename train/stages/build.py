@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import set_seed
 
-from dijiang.checkpoint.model_shapes import refuse_misfit
+from dijiang.checkpoint.lineage import refuse_misfit
 from dijiang.checkpoint.provenance import read_provenance
 from dijiang.convert import load_source
 from dijiang.modeling import DiJiangForCausalLM

@@ -15,8 +15,8 @@ from dijiang.checkpoint.code_files import with_newest_code
 from dijiang.checkpoint.patch_weights import copy_with_parameters
 from dijiang.checkpoint.provenance import add_stage, public_name, read_provenance, write_provenance
 from dijiang.checkpoint.source import load_tokenizer, open_source
+from dijiang.common.device import fastest_dtype
 from dijiang.common.outputs import new_folder
-from dijiang.common.precision import fastest_dtype
 
 from ..data.blocks import TrainingBlocks, held_out_blocks, training_blocks
 from ..recipe.schema import Recipe

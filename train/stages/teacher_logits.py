@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from dijiang.common.progress import TokenProgress
 from dijiang.modeling import DiJiangForCausalLM
 
 from ..data.blocks import collate
-from ..trainer.progress import TokenProgress
 from .base import next_token_labels
 
 SHARD_BYTES = 1 << 26  # of a file, or one place if that is more

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+from dijiang.common.progress import TokenProgress
+
 from ..recipe.schema import RunConfig
-from .progress import TokenProgress
 
 AGAIN_SECONDS = 1.0  # launchers pass a Ctrl-C on that the process got already
 SHOW_CURSOR = "\x1b[?25h"  # which a running bar hides

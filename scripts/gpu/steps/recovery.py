@@ -23,7 +23,7 @@ from recovery_speed import Speed, checkpoint_seconds, note
 from recovery_watch import Watch
 
 from common import Record, arguments, card_rates, device_of, one_line
-from dijiang.common.precision import fastest_dtype
+from dijiang.common.device import fastest_dtype
 from dijiang.modeling import window_attention_flex as flex_window
 from dijiang.modeling.linear_attention import prefer_backend
 from dijiang.train import Recipe, load_recipe, run_stage
