@@ -1,5 +1,6 @@
 """Tiny random sources of every family, a byte-level tokenizer trained here, and a teacher with its conversion."""
 
+import os
 import random
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,11 @@ from transformers import (
 )
 
 from dijiang.convert import convert_model
+
+# test files that start processes of their own need the shared helpers there too
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH")])
+)
 
 VOCAB = 320
 SIZES = {

@@ -174,7 +174,7 @@ t.write(t.tiny_model(2, layer_types=["full_attention"] * 2), Path(sys.argv[3]))
 
 def test_killed_while_it_writes_it_goes_on(teacher, tmp_path, small_shards):
     here = Path(__file__).parent
-    command = [sys.executable, "-c", KILLED, str(here), str(here.parent / "modeling"), str(tmp_path / "killed")]
+    command = [sys.executable, "-c", KILLED, str(here), str(here), str(tmp_path / "killed")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
