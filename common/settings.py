@@ -6,7 +6,10 @@ twice or missing, a value of a wrong type, a key that has no effect.
 """
 
 import dataclasses
+import inspect
 import math
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -192,7 +195,8 @@ def build(hint: Any, value: Any, key: str, sections: Mapping[str, type] | None =
 
     Args:
         hint: `int`, `float`, `bool`, `str`, `Path`, `dict`, a `Literal` of strings, a list, a tuple, a dataclass, or one of
-            these or None. A dataclass may name in its class attribute `SHORTHAND` the field that a bare string stands for.
+            these or None. Class attributes of a dataclass: `SHORTHAND`, the field that a bare string stands for; `RENAMED`,
+            new names of fields by their former ones, which are accepted with a FutureWarning.
         value: of any type.
         key: dotted name of the value, for errors.
         sections: dataclasses by dotted name, to tell in which of them an unknown key belongs.
@@ -241,6 +245,7 @@ def build_dataclass(kind: Any, value: Any, key: str, sections: Mapping[str, type
         value = {kind.SHORTHAND: value}
     if not isinstance(value, dict):
         raise ValueError(f"{key} is {value!r}, expected a mapping of keys to values")
+    value = with_new_names(kind, value, key)
     fields = [field for field in dataclasses.fields(kind) if field.init]
     hints = {name: hint for name, hint in get_type_hints(kind).items() if name in {field.name for field in fields}}
     for name in value:
@@ -254,6 +259,21 @@ def build_dataclass(kind: Any, value: Any, key: str, sections: Mapping[str, type
         return kind(**arguments)
     except ValueError as error:
         raise ValueError(f"{key}: {error}" if key else str(error)) from None
+
+
+def with_new_names(kind: Any, value: dict, key: str = "") -> dict:
+    """`value` with the former names of `kind`'s settings replaced, each with a FutureWarning; ValueError if both are given."""
+    renamed = getattr(kind, "RENAMED", {})
+    current = dict(value)
+    for old, new in renamed.items():
+        if old in current:
+            if new in current:
+                raise ValueError(f"{join(key, old)} is the former name of {join(key, new)}; keep the latter")
+            warnings.warn(
+                f"{join(key, old)} is now called {join(key, new)}; the old name will go", FutureWarning, stacklevel=2
+            )
+            current[new] = current.pop(old)
+    return current
 
 
 def meant_by(name: str, key: str, known: list[str], sections: Mapping[str, type]) -> str:
@@ -285,3 +305,23 @@ def written_keys(content: Any, key: str = "") -> Iterator[str]:
 def join(key: str, name: Any) -> str:
     """The dotted key of `name` below `key`."""
     return f"{key}.{name}" if key else str(name)
+
+
+# --- help ---
+
+
+def describe(kind: Any) -> list[tuple[str, str, str]]:
+    """
+    Name, default and description of each setting of a dataclass, in the order of its fields.
+
+    The descriptions are those of the section `Attributes` in the docstring, one entry for each field.
+    """
+    section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:")[2]
+    texts = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {5,}.+)*)", section, flags=re.MULTILINE))
+    rows = []
+    for field in dataclasses.fields(kind):
+        if field.init:
+            required = field.default is field.default_factory is dataclasses.MISSING
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            rows.append((field.name, "required" if required else str(default), " ".join(texts.get(field.name, "").split())))
+    return rows
