@@ -93,7 +93,7 @@ def built(source: Path, cache: Path) -> list[Path]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "SOURCE_DATE_EPOCH": BUILD_TIME, "DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
+    return {**os.environ, "SOURCE_DATE_EPOCH": BUILD_TIME, "PYTHONHASHSEED": "0", "DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
 
 
 def settle(wheel: Path) -> None:
