@@ -21,11 +21,12 @@ from measure import console, machine, versions, write_json
 
 from dijiang.bundled import packaged_model
 from dijiang.common.device import fastest_dtype
+from dijiang.common.text import read_tokens
 from dijiang.convert import load_source
 from dijiang.evaluate import linear_only, perplexity
 from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
 from dijiang.modeling.linear_attention_layer import linear_layers
-from dijiang.train import AlignConfig, token_blocks
+from dijiang.train import AlignConfig
 from dijiang.train.stages.align import AlignModel
 from dijiang.train.stages.teacher_pass import TeacherPass, kernel_parameters, run_teacher
 from dijiang.train.trainer.optimizer import adamw, learning_rate_factor
@@ -91,7 +92,8 @@ class Study:
         self.teacher, self.tokenizer = load_source(packaged_model(), dtype=self.dtype)
         self.blocks = {}
         for name, files, count in (("train", train, tokens // BLOCK), ("held out", held_out, held_out_blocks)):
-            blocks = token_blocks(self.tokenizer, files, BLOCK)
+            ids = [token for file in files for token in (*read_tokens(self.tokenizer, file), self.tokenizer.eos_token_id)]
+            blocks = torch.tensor(ids[: len(ids) // BLOCK * BLOCK]).view(-1, BLOCK)
             spread = torch.linspace(0, len(blocks) - 1, count).round().long()
             self.blocks[name] = blocks[spread]
         self.passes = {name: [self.run_teacher(block) for block in blocks] for name, blocks in self.blocks.items()}

@@ -2,7 +2,6 @@
 
 from .recipe.load import load_recipe
 from .recipe.schema import AlignConfig, ConvertConfig, DataConfig, DistillConfig, Recipe, RunConfig, SourceConfig
-from .token_blocks import token_blocks
 
 __all__ = [
     "AlignConfig",
@@ -15,7 +14,6 @@ __all__ = [
     "load_recipe",
     "recover",
     "run_stage",
-    "token_blocks",
 ]
 
 

@@ -224,7 +224,7 @@ def test_bundled_recipes_go_by_name(tmp_path, refused, monkeypatch):
         (SMALL + "run: {keep_checkpoints: 1}\n", "run: keep_checkpoints=1 must be at least 2$"),
         (HEAD + "data: {train: [{path: a, weight: 0}, b]}\n" + ALIGN, r"data\.train\.0: weight=0\.0 must be greater than 0$"),
         (SMALL + "convert: {preset: best}\n", "convert: preset 'best' is unknown; choose from recommended, linear, paper$"),
-        (SMALL + "convert: {dtype: int8}\n", "convert: dtype 'int8' is unknown; choose auto, float32, "),
+        (SMALL + "convert: {dtype: int8}\n", "convert: dtype 'int8' is unknown; choose from auto, float32, "),
         (SMALL + "convert: {settings: {atention_sinks: 1}}\n", r"convert\.settings: unknown setting 'atention_sinks' \(did"),
         (SMALL + "convert: {settings: {vocab_size: 1}}\n", r"convert\.settings: unknown setting 'vocab_size'|.* is given by"),
         (SMALL + "convert: {settings: {1: 2}}\n", r"convert\.settings: unknown setting '1'"),
