@@ -40,7 +40,7 @@ done
 installed='import sys, pathlib, dijiang; sys.exit(pathlib.Path(dijiang.__file__).resolve().parents[1] != pathlib.Path(sys.argv[1]))'
 if ! "$PYTHON" -P -c "$installed" "$root" 2>/dev/null && ! "${install[@]}" --no-build-isolation --editable "$root" 2>/dev/null; then
     echo "pip cannot install the checkout; linking it into $data/site" >&2
-    "$PYTHON" "$root/scripts/gpu/link_checkout.py" "$data/site"
+    "$PYTHON" "$root/scripts/link_checkout.py" "$data/site"
     export PYTHONPATH=$data/site${PYTHONPATH:+:$PYTHONPATH}
 fi
 

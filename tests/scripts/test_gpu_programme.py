@@ -322,7 +322,7 @@ def test_steps_in_place_decode_as_steps_do(pair, load):
 
 
 def test_a_checkout_that_is_only_linked_can_be_imported(load, tmp_path):
-    load("link_checkout").link(tmp_path / "site")
+    load("../link_checkout").link(tmp_path / "site")
     code = "import dijiang.modeling, dijiang.configs, importlib.metadata as m; print(dijiang.__file__, m.version('dijiang'))"
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment, check=True)
