@@ -10,7 +10,7 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -32,7 +32,12 @@ TYPE_NAMES = {
 
 
 def load_settings(
-    kind: type[T], file: str | Path | None = None, words: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+    kind: type[T],
+    file: str | Path | None = None,
+    words: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    *,
+    defaults: Mapping[str, Any] | None = None,
 ) -> T:
     """
     Read settings of the dataclass `kind`.
@@ -42,6 +47,7 @@ def load_settings(
         file: YAML file, or None.
         words: `KEY=VALUE` words on top of the file.
         flags: values of a command's own options, by field name, on top of both; None means that the option was not given.
+        defaults: values of fields that neither file nor words nor flags set.
 
     Raises:
         ValueError: if the file cannot be read, a setting is given twice in flags and words, or `build` refuses one.
@@ -66,7 +72,7 @@ def load_settings(
         if key in given:
             raise ValueError(f"{key} is set twice, by --set and by its own option; keep one of them")
     try:
-        return build(kind, content | given, "")
+        return build(kind, {**(defaults or {}), **content, **given}, "")
     except ValueError as error:
         raise ValueError(f"{source}: {error}" if file is not None else str(error)) from None
 
@@ -197,7 +203,7 @@ def build(hint: Any, value: Any, key: str, sections: Mapping[str, type] | None =
         hint: `int`, `float`, `bool`, `str`, `Path`, `dict`, a `Literal` of strings, a list, a tuple, a dataclass, or one of
             these or None. Class attributes of a dataclass: `SHORTHAND`, the field that a bare string stands for; `RENAMED`,
             new names of fields by their former ones, which are accepted with a FutureWarning.
-        value: of any type.
+        value: of any type; former names of settings in it are replaced in place.
         key: dotted name of the value, for errors.
         sections: dataclasses by dotted name, to tell in which of them an unknown key belongs.
 
@@ -245,7 +251,7 @@ def build_dataclass(kind: Any, value: Any, key: str, sections: Mapping[str, type
         value = {kind.SHORTHAND: value}
     if not isinstance(value, dict):
         raise ValueError(f"{key} is {value!r}, expected a mapping of keys to values")
-    value = with_new_names(kind, value, key)
+    use_new_names(kind, value, key)
     fields = [field for field in dataclasses.fields(kind) if field.init]
     hints = {name: hint for name, hint in get_type_hints(kind).items() if name in {field.name for field in fields}}
     for name in value:
@@ -261,19 +267,16 @@ def build_dataclass(kind: Any, value: Any, key: str, sections: Mapping[str, type
         raise ValueError(f"{key}: {error}" if key else str(error)) from None
 
 
-def with_new_names(kind: Any, value: dict, key: str = "") -> dict:
-    """`value` with the former names of `kind`'s settings replaced, each with a FutureWarning; ValueError if both are given."""
-    renamed = getattr(kind, "RENAMED", {})
-    current = dict(value)
-    for old, new in renamed.items():
-        if old in current:
-            if new in current:
+def use_new_names(kind: Any, value: dict, key: str = "") -> None:
+    """Rename former names of `kind`'s settings in `value`, in place, each with a FutureWarning; ValueError if both are given."""
+    for old, new in getattr(kind, "RENAMED", {}).items():
+        if old in value:
+            if new in value:
                 raise ValueError(f"{join(key, old)} is the former name of {join(key, new)}; keep the latter")
             warnings.warn(
                 f"{join(key, old)} is now called {join(key, new)}; the old name will go", FutureWarning, stacklevel=2
             )
-            current[new] = current.pop(old)
-    return current
+            value[new] = value.pop(old)
 
 
 def meant_by(name: str, key: str, known: list[str], sections: Mapping[str, type]) -> str:
@@ -281,6 +284,38 @@ def meant_by(name: str, key: str, known: list[str], sections: Mapping[str, type]
     if homes := [section for section, kind in sections.items() if name in get_type_hints(kind)]:
         return f"; {name} belongs to {' and '.join(homes)}"
     return did_you_mean(name, known, f"{key}." if key else "") or f"; known are {', '.join(known)}"
+
+
+# --- conditions, for `__post_init__`: fields that are None always pass, NaN never does ---
+
+
+def require(condition: object, message: str) -> None:
+    """Raise ValueError(message) unless `condition`."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_positive(settings: object, *names: str) -> None:
+    require_each(settings, names, lambda value: value > 0, "be greater than 0")
+
+
+def require_not_negative(settings: object, *names: str) -> None:
+    require_each(settings, names, lambda value: value >= 0, "not be negative")
+
+
+def require_at_least(least: float, settings: object, *names: str) -> None:
+    require_each(settings, names, lambda value: value >= least, f"be at least {least}")
+
+
+def require_between(low: float, high: float, settings: object, *names: str) -> None:
+    """Raise ValueError unless these fields lie between `low` and `high`, both included."""
+    require_each(settings, names, lambda value: low <= value <= high, f"lie between {low} and {high}")
+
+
+def require_each(settings: object, names: Iterable[str], holds: Callable[[Any], bool], must: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        require(value is None or holds(value), f"{name}={value} must {must}")
 
 
 # --- keys without effect ---

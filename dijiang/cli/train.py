@@ -1,0 +1,94 @@
+"""The commands that recover quality, align, distill and recover, and estimate, which computes what that costs."""
+
+import importlib.resources
+import importlib.util
+from typing import Annotated
+
+import typer
+
+from dijiang.common.errors import AlreadyReported
+
+
+def bundled_names() -> str:
+    """The recipes to start from; `dijiang.train` knows them too, but needs torch. The demo's is no use without the demo."""
+    files = (importlib.resources.files("dijiang.configs") / "recipes").iterdir()
+    return ", ".join(sorted(file.name.removesuffix(".yaml") for file in files if file.name != "demo.yaml"))
+
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help=f"YAML file, or a bundled recipe: {bundled_names()}.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="On top of the recipe, e.g. distill.tokens=100000. Repeatable."),
+]
+
+
+def align(recipe: RecipeName, sets: Sets = None) -> None:
+    """
+    Fit the linear layers of a recipe's student to its teacher's attention: the first stage of `recover`, alone.
+
+    Converts the source first if that has not been done; leaves `align/model` in the recipe's output folder.
+
+    Example: dijiang align smollm2-135m --set align.tokens=20000 --set output=runs/short
+
+    The same recipe runs on many GPUs with `deepspeed --module dijiang.train RECIPE --stage align`, or with `torchrun
+    --nproc-per-node 8 -m dijiang.train RECIPE --stage align`.
+    """
+    train("--stage=align", recipe, sets)
+
+
+def distill(recipe: RecipeName, sets: Sets = None) -> None:
+    """
+    Train a recipe's student on its teacher's next-token distribution: the second stage of `recover`, alone.
+
+    Starts from `align/model`, or from the converted model if the recipe has no section align; leaves `distill/model`.
+
+    Example: dijiang distill smollm2-135m --set distill.learning_rate=1e-4
+
+    The same recipe runs on many GPUs with `deepspeed --module dijiang.train RECIPE --stage distill`, or with `torchrun
+    --nproc-per-node 8 -m dijiang.train RECIPE --stage distill`.
+    """
+    train("--stage=distill", recipe, sets)
+
+
+def recover(recipe: RecipeName, sets: Sets = None) -> None:
+    """
+    Convert a recipe's source and run all of its stages. Interrupted at any moment, the same command goes on.
+
+    Leaves the model of each stage in the recipe's output folder, the last one as `distill/model`.
+
+    Example: dijiang recover smollm2-135m --set source=my-model --set output=runs/mine
+
+    The same recipe runs on many GPUs with `deepspeed --module dijiang.train RECIPE`, or with `torchrun --nproc-per-node 8 -m
+    dijiang.train RECIPE`.
+    """
+    train(None, recipe, sets)
+
+
+def train(option: str | None, recipe: str, sets: list[str] | None) -> None:
+    """The run that launchers start too; it tells its errors itself."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise ValueError("training needs packages that are missing; run: pip install 'dijiang[train]'")
+    from dijiang.train.__main__ import main as run
+
+    if code := run([*filter(None, [option]), *(f"--set={word}" for word in sets or []), "--", recipe]):
+        raise AlreadyReported(code)
+
+
+def estimate(
+    recipe: RecipeName,
+    gpu: Annotated[str, typer.Option(help="Kind of device, such as h100, a100-80gb, rtx4090 or cpu.")] = "h100",
+    gpus: Annotated[int, typer.Option(help="How many of them.")] = 1,
+    sets: Sets = None,
+) -> None:
+    """
+    What a recipe costs: hours of each stage and memory per device at each ZeRO level. No weights are read.
+
+    Example: dijiang estimate llama2-7b --gpu h100 --gpus 8
+
+    The same recipe then runs on many GPUs with `deepspeed --module dijiang.train RECIPE`, or with `torchrun`.
+    """
+    from dijiang.train import load_recipe
+    from dijiang.train.estimate.estimate import estimate as estimated
+    from dijiang.train.estimate.estimate import render
+
+    typer.echo(render(estimated(load_recipe(recipe, sets or []), gpu=gpu, gpus=gpus)))
