@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dijiang.common.perplexity import windows
 from dijiang.common.text import read_tokens
 
 
@@ -47,19 +48,20 @@ def calibration_blocks(tokenizer, texts: Sequence[Path], *, samples: int, length
     return torch.stack([long_enough[file][start : start + length] for file, start in chosen])
 
 
-def held_out_windows(tokenizer, text: Path, *, tokens: int, length: int) -> torch.Tensor:
+def held_out_windows(tokenizer, text: Path, *, tokens: int, length: int) -> list[torch.Tensor]:
     """
-    The first `tokens` tokens of a text, cut into windows (N, T) side by side, the rest dropped.
+    The first `tokens` tokens of a text, cut into windows of `length` as `dijiang evaluate` cuts it; the last may be shorter.
 
     Raises:
         ValueError: if it cannot be read or has less than one window.
     """
-    found = torch.tensor(read_tokens(tokenizer, text, tokens))
-    if len(found) < length:
-        raise ValueError(f"held-out text {text.name} has {len(found)} tokens, not one window of {length}; give more text")
-    return found[: len(found) // length * length].view(-1, length)
+    ids = torch.tensor(read_tokens(tokenizer, text, tokens))
+    if len(ids) < length:
+        raise ValueError(f"held-out text {text.name} has {len(ids)} tokens, not one window of {length}; give more text")
+    return [window for window, _ in windows(ids, length, stride=length)]
 
 
-def hash_of_blocks(blocks: torch.Tensor) -> str:
-    """SHA-256 of token ids and shape."""
-    return hashlib.sha256(f"{tuple(blocks.shape)}".encode() + blocks.long().numpy().tobytes()).hexdigest()
+def hash_of_blocks(blocks: Sequence[torch.Tensor]) -> str:
+    """SHA-256 of the token ids of blocks or windows, their number and their length, which the last may lack."""
+    shape = (len(blocks), len(blocks[0]))
+    return hashlib.sha256(f"{shape}".encode() + torch.cat(tuple(blocks)).long().numpy().tobytes()).hexdigest()

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dijiang.checkpoint.weights import SafetensorsFile, WeightFile
 from dijiang.common.errors import one_line
+from dijiang.common.perplexity import target_losses
 
 from .prunable_layers import find_layers, layer_targets
 
@@ -253,5 +254,5 @@ class StreamedDecoder:
     def losses(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Next-token cross-entropy of each sequence in nats, summed over its T - 1 predictions: (B,)."""
         logits = self.logits(hidden)[:, :-1].flatten(0, 1)
-        losses = nn.functional.cross_entropy(logits.float(), tokens[:, 1:].flatten().to(self.device), reduction="none")
+        losses = target_losses(logits, tokens[:, 1:].flatten().to(self.device))
         return losses.view(len(tokens), -1).sum(1)

@@ -1,8 +1,9 @@
 """Measures what a conversion kept: quality beside the teacher's and the controls', latency, memory, attention maps."""
 
+from dijiang.common.perplexity import perplexity
+
 from .latency.run import run_latency
 from .quality.ablations import linear_only, no_attention, window_only
-from .quality.perplexity import perplexity
 from .quality.reload import logits_without_package
 from .quality.run import EvaluationConfig, evaluate_model, run_evaluation
 

@@ -4,7 +4,6 @@ One-shot pruning of a language model, decoder layer by decoder layer: sensitivit
 """
 
 import json
-import math
 import resource
 import sys
 import time
@@ -25,6 +24,7 @@ from dijiang.checkpoint.source import load_tokenizer, open_source
 from dijiang.checkpoint.weights import SafetensorsFile, open_weights
 from dijiang.common.device import device_named
 from dijiang.common.outputs import new_folder, refuse_occupied
+from dijiang.common.perplexity import perplexity_of
 from dijiang.common.result_cache import ResultCache, cache_folder, hash_of
 
 from ..bitmask import container_facts, write_bitmask
@@ -198,7 +198,7 @@ class PruningRun:
         """Facts of every layer, pruned now or before, and perplexity of the held-out text before and after."""
         decoder, targets, found = self.decoder, plan.targets(), []
         hidden = [] if not self.config.calibrated else [decoder.embed(row).cpu() for row in self.blocks[:, None]]
-        before = [] if self.windows is None else [decoder.embed(row).cpu() for row in self.windows[:, None]]
+        before = [] if self.windows is None else [decoder.embed(window[None]).cpu() for window in self.windows]
         after = list(before)
 
         def pass_on(batches: list[torch.Tensor], layer: torch.nn.Module, index: int) -> None:
@@ -230,14 +230,14 @@ class PruningRun:
         perplexity = None
         if self.windows is not None:
             perplexity = {"dense": self.perplexity(before), "pruned": self.perplexity(after)}
-            perplexity |= {"tokens": self.windows.numel(), "window": self.length}
+            perplexity |= {"tokens": sum(map(len, self.windows)), "window": self.length}
         return found, perplexity
 
     def perplexity(self, hidden: list[torch.Tensor]) -> float:
         """Of the held-out windows, from what the last layer gave for each."""
-        pairs = zip(hidden, self.windows[:, None], strict=True)
-        nats = sum(self.decoder.losses(batch.to(self.decoder.device), row).item() for batch, row in pairs)
-        return math.exp(nats / (self.windows.numel() - len(self.windows)))
+        pairs = zip(hidden, self.windows, strict=True)
+        nats = sum(self.decoder.losses(batch.to(self.decoder.device), window[None]).item() for batch, window in pairs)
+        return perplexity_of(nats / sum(len(window) - 1 for window in self.windows))
 
     def verify(self, folder: Path, matrices: dict[str, dict]) -> None:
         """Raise RuntimeError unless the zeros are in the files."""

@@ -1,71 +1,10 @@
-"""Perplexity on held-out text: of blocks, of sliding windows, by position."""
+"""Perplexity of held-out text, with its losses by window and by position."""
 
-import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
-LOGIT_ROWS = 1024  # tokens whose logits over the whole vocabulary are held at a time
-
-
-@torch.no_grad()
-def token_losses(model, tokens: torch.Tensor, start: int = 1) -> torch.Tensor:
-    """
-    -log p of each of tokens[start:], in nats, given all tokens before it.
-
-    Args:
-        model: a causal language model with `base_model` and `get_output_embeddings()`; logits are summed up in float32
-            whatever its dtype.
-        tokens: (T,) int64, T > start >= 1.
-
-    Returns:
-        (T - start,) float32, on the CPU.
-    """
-    tokens = tokens.to(next(model.parameters()).device)
-    hidden = model.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state[0, start - 1 : -1]
-    head = model.get_output_embeddings()
-    losses = [
-        F.cross_entropy(head(rows).float(), targets, reduction="none")
-        for rows, targets in zip(hidden.split(LOGIT_ROWS), tokens[start:].split(LOGIT_ROWS), strict=True)
-    ]
-    return torch.cat(losses).cpu()
-
-
-def perplexity(model, blocks: torch.Tensor) -> float:
-    """exp of the mean next-token cross-entropy of blocks (blocks, tokens) int64, each without its first token, on its own."""
-    total = sum(token_losses(model, block).double().sum().item() for block in blocks)
-    return math.exp(total / (blocks.shape[0] * (blocks.shape[1] - 1)))
-
-
-def windows(tokens: torch.Tensor, length: int, stride: int) -> list[tuple[torch.Tensor, int]]:
-    """
-    Cut a text into windows of at most `length` tokens that begin every `stride` tokens, each with the index of the first
-    token to be scored: none is scored twice, so with stride < length (sliding) each after the first has at least
-    length - stride tokens before what it scores, and with stride = length (blocks) the first token of each is never scored.
-
-    Raises:
-        ValueError: on a stride outside 1 .. length, or fewer than two tokens.
-    """
-    refuse_stride(length, stride)
-    if len(tokens) < 2:
-        raise ValueError(f"the text has {len(tokens)} token, and one is predicted from the one before; give more text")
-    found, scored = [], 0
-    for begin in range(0, len(tokens), stride):
-        end = min(begin + length, len(tokens))
-        start = max(scored - begin, 1)
-        if begin + start < end:
-            found.append((tokens[begin:end], start))
-        scored = end
-        if end == len(tokens):
-            break
-    return found
-
-
-def refuse_stride(length: int, stride: int) -> None:
-    """Raise ValueError unless windows of this length can begin every `stride` tokens."""
-    if not 1 <= stride <= length or length < 2:
-        raise ValueError(f"stride={stride} must be from 1 to the length, {length}, which must be at least 2")
+from dijiang.common.perplexity import token_losses, windows
 
 
 def position_edges(length: int) -> list[int]:
@@ -83,7 +22,7 @@ def perplexity_scores(
     Losses of a text (T,), window by window (see `windows`).
 
     Args:
-        advance: is told how many tokens were read.
+        advance: called with the number of tokens read since the last call.
 
     Returns:
         `totals`: nats lost in each window; `weights`: tokens scored in it; `detail`: `by_position`, for buckets of positions

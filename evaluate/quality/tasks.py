@@ -6,11 +6,12 @@ from typing import Literal
 
 import torch
 
+from dijiang.common.perplexity import refuse_stride, windows
 from dijiang.common.result_cache import hash_of
 
 from .agreement import agreement_scores, prompts
 from .lm_eval_runner import HarnessTask, harness_scores, load_tasks, resolve_tasks
-from .perplexity import perplexity_scores, refuse_stride, windows
+from .perplexity import perplexity_scores
 from .recall import associative_samples, needle_samples, recall_scores
 from .recall import chance as recall_chance
 
