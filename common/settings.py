@@ -6,6 +6,7 @@ twice or missing, a value of a wrong type, a key that has no effect.
 """
 
 import dataclasses
+import functools
 import inspect
 import math
 import re
@@ -277,6 +278,19 @@ def use_new_names(kind: Any, value: dict, key: str = "") -> None:
                 f"{join(key, old)} is now called {join(key, new)}; the old name will go", FutureWarning, stacklevel=2
             )
             value[new] = value.pop(old)
+
+
+def accepts_former_names(kind: type[T]) -> type[T]:
+    """Class decorator of a dataclass with `RENAMED`: its constructor takes the former names too, each with a FutureWarning."""
+    construct = kind.__init__
+
+    @functools.wraps(construct)
+    def __init__(self: T, *args: Any, **settings: Any) -> None:
+        use_new_names(kind, settings)
+        construct(self, *args, **settings)
+
+    kind.__init__ = __init__  # type: ignore[assignment]
+    return kind
 
 
 def meant_by(name: str, key: str, known: list[str], sections: Mapping[str, type]) -> str:
