@@ -1,9 +1,11 @@
-"""Recipes: YAML files read into the dataclasses of `schema.py`, and written back."""
+"""Reads recipes from YAML into the dataclasses of `schema.py`, writes them back, and compares them."""
 
 import dataclasses
 import difflib
 import importlib.resources
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,8 @@ SECTIONS = {
     "distill": DistillConfig,
     "run": RunConfig,
 }
-# where a job writes, how it runs, what it caches and measures: nothing of it changes what is learnt
-NOT_LEARNT = ("run", "output", "data.cache", "data.held_out", "data.held_out_tokens")
+# keys of where a job writes, how it runs, what it caches and measures: none changes what is learned
+NOT_LEARNED = ("run", "output", "data.cache", "data.held_out", "data.held_out_tokens")
 
 
 def load_recipe(path_or_name: str | Path, sets: Sequence[str] = (), *, stored: bool = False) -> Recipe:
@@ -38,20 +40,21 @@ def load_recipe(path_or_name: str | Path, sets: Sequence[str] = (), *, stored: b
         path_or_name: a YAML file, or the name of a bundled recipe, see `bundled_recipes`.
         sets: `KEY=VALUE` words on top of the file, KEY dotted and VALUE in YAML: `align.tokens=20000`,
             `data.train=[a.txt, b.txt]`, `data.train.0.weight=2`; `distill=null` leaves a stage out.
-        stored: the file is `dump_recipe`'s, perhaps an older version's, which may have thought other keys to have an effect;
-            those without one are passed over.
+        stored: whether the file was written by `dump_recipe`, perhaps of an older version; former names of keys and keys
+            without effect are then accepted silently.
 
     Raises:
         ValueError: if there is no such recipe, it is not valid YAML, holds a key twice, an unknown one, one that has no effect
             (unless `stored`) or a value of a wrong type, or lacks a key. One line that names the recipe and the dotted key.
     """
-    text = read_text(path_or_name)
+    text = read_recipe(path_or_name)
     try:
         content = parse_yaml(text)
         if not isinstance(content, dict):
             raise ValueError("it must be a mapping of keys to values")
         apply_words(content, sets, example="align.tokens=20000")
-        recipe = build(Recipe, content, "", SECTIONS)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning) if stored else nullcontext():
+            recipe = build(Recipe, content, "", SECTIONS)
         check_choices(recipe)
         if not stored:
             refuse_idle(written_keys(content), without_effect(recipe))
@@ -61,16 +64,21 @@ def load_recipe(path_or_name: str | Path, sets: Sequence[str] = (), *, stored: b
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, all defaults spelt out, for `load_recipe`; keys without effect are left out."""
+    """Write a recipe as YAML for `load_recipe`, with all defaults but without keys that have no effect."""
     content, idle = dataclasses.asdict(recipe), without_effect(recipe)
-    return yaml.safe_dump(pruned(content, idle), sort_keys=False, allow_unicode=True, width=1000)
+    return yaml.safe_dump(without_idle(content, idle), sort_keys=False, allow_unicode=True, width=1000)
 
 
-def differences(a: Recipe, b: Recipe, ignore: Sequence[str] = NOT_LEARNT) -> list[str]:
+def differences(a: Recipe, b: Recipe, ignore: Sequence[str] = NOT_LEARNED) -> list[str]:
     """
-    The dotted keys in which two recipes differ, such as `align.tokens` or `data.train.0.path`; a list of another length or a
-    stage that only one has counts as one key. Left out are the keys in `ignore` and those below them, and what has no effect
-    in either.
+    List the dotted keys in which two recipes differ, such as `align.tokens` or `data.train.0.path`.
+
+    A list of another length, or a stage that only one of them has, counts as one key.
+
+    Args:
+        a: one recipe.
+        b: the other.
+        ignore: keys to leave out, with all keys below them. Keys that have no effect in either recipe are left out too.
     """
     idle = without_effect(a).keys() & without_effect(b).keys()
 
@@ -81,8 +89,8 @@ def differences(a: Recipe, b: Recipe, ignore: Sequence[str] = NOT_LEARNT) -> lis
             for name in dict.fromkeys([*x, *y]):
                 yield from compare(x.get(name), y.get(name), join(key, name))
         elif isinstance(x, list) and isinstance(y, list) and len(x) == len(y):
-            for index, (one, other) in enumerate(zip(x, y, strict=True)):
-                yield from compare(one, other, join(key, index))
+            for index, pair in enumerate(zip(x, y, strict=True)):
+                yield from compare(*pair, join(key, index))
         else:
             yield key
 
@@ -90,12 +98,13 @@ def differences(a: Recipe, b: Recipe, ignore: Sequence[str] = NOT_LEARNT) -> lis
 
 
 def bundled_recipes() -> dict[str, Any]:
-    """The recipes that the package ships, by name: files of `importlib.resources`."""
+    """The recipes shipped with the package, by name: files of `importlib.resources`."""
     folder = importlib.resources.files("dijiang.configs") / "recipes"
     return {file.name.removesuffix(".yaml"): file for file in sorted(folder.iterdir(), key=str) if file.name.endswith(".yaml")}
 
 
-def read_text(path_or_name: str | Path) -> str:
+def read_recipe(path_or_name: str | Path) -> str:
+    """The text of a recipe, see `load_recipe`."""
     path, name = Path(path_or_name).expanduser(), str(path_or_name)
     try:
         if not path.exists() and (file := bundled_recipes().get(name)) is not None:
@@ -111,7 +120,7 @@ def read_text(path_or_name: str | Path) -> str:
 
 
 def check_choices(recipe: Recipe) -> None:
-    """Raise ValueError on what conversion would refuse, and on a recipe without a stage."""
+    """Raise ValueError on a recipe without a stage, or with a conversion that `convert_model` would refuse."""
     if not recipe.stages:
         raise ValueError("it names no stage; add align, distill or both")
     try:
@@ -126,11 +135,11 @@ def check_choices(recipe: Recipe) -> None:
         raise ValueError(f"convert.settings: {error}") from None
 
 
-def pruned(content: Any, idle: dict[str, str], key: str = "") -> Any:
-    """`content` in YAML's own types, without the keys in `idle` and those that are None."""
-    if isinstance(content, dict) and key != "convert.settings":  # where None is a value
+def without_idle(content: Any, idle: dict[str, str], key: str = "") -> Any:
+    """`content`, with lists for tuples, without the keys in `idle` and keys that are None."""
+    if isinstance(content, dict) and key != "convert.settings":  # there None is a value of its own
         parts = ((name, part, join(key, name)) for name, part in content.items() if part is not None)
-        return {name: pruned(part, idle, below) for name, part, below in parts if below not in idle}
+        return {name: without_idle(part, idle, below) for name, part, below in parts if below not in idle}
     if isinstance(content, list | tuple):
-        return [pruned(part, idle, join(key, index)) for index, part in enumerate(content)]
+        return [without_idle(part, idle, join(key, index)) for index, part in enumerate(content)]
     return content

@@ -1,40 +1,21 @@
-"""What a recipe may say: one dataclass for each of its sections. `load.py` reads YAML into them."""
+"""The dataclasses of a recipe, one for each section. `load.py` builds them from YAML."""
 
 import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless `condition`."""
-    if not condition:
-        raise ValueError(message)
-
-
-def require_positive(config, *names: str) -> None:
-    for name in names:
-        require(getattr(config, name) > 0, f"{name}={getattr(config, name)} must be greater than 0")
-
-
-def require_share(config, *names: str) -> None:
-    for name in names:
-        require(0 <= getattr(config, name) <= 1, f"{name}={getattr(config, name)} must lie between 0 and 1")
-
-
-def require_not_negative(config, *names: str) -> None:
-    for name in names:  # written so that NaN fails too
-        require(getattr(config, name) >= 0, f"{name}={getattr(config, name)} must not be negative")
+from dijiang.common.settings import require, require_at_least, require_between, require_not_negative, require_positive
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertConfig:
     """
-    How the student is made where it does not exist yet.
+    Conversion of the source model, which happens once, before the first stage.
 
     Attributes:
         preset: `recommended`, `linear` or `paper`.
-        settings: on top of the preset, as `dijiang convert --set`.
-        dtype: of the stored weights: `auto` (as in the source), `float32`, `bfloat16` or `float16`.
+        settings: layer settings on top of the preset, as `dijiang convert --set` takes them.
+        dtype: float type of the stored weights: `auto` (as in the source), `float32`, `bfloat16` or `float16`.
     """
 
     preset: str = "recommended"
@@ -48,16 +29,16 @@ class SourceConfig:
     One source of text.
 
     Attributes:
-        path: file, folder, glob (`books/**/*.txt`) or hub name. Text (.txt, .md), JSONL (.jsonl, .json) and Parquet files, the
-            first two also as .gz; or a folder of tokens (tokens.bin, starts.bin, meta.json) as the cache of tokenised text
-            holds them. What exists on disk is read from there, everything else is asked of the hub.
-        weight: share of the tokens among all sources; any scale.
-        column: that holds the text, of JSONL, Parquet and hub rows.
-        subset: name of a configuration of a hub data set.
-        split: of a hub data set.
+        path: file, folder, glob (`books/**/*.txt`) or hub name. Files are text (.txt, .md), JSONL (.jsonl, .json) or Parquet;
+            the first two may be gzipped (.gz). A folder may also hold tokens (tokens.bin, starts.bin, meta.json), as the token
+            cache writes them. A path that does not exist on disk is looked up on the hub.
+        weight: share of the training tokens, relative to the weights of the other sources.
+        column: column of JSONL, Parquet and hub rows that holds the text.
+        subset: configuration of a hub data set.
+        split: split of a hub data set.
     """
 
-    SHORTHAND: ClassVar[str] = "path"  # a source may be written as its path alone
+    SHORTHAND: ClassVar[str] = "path"  # a bare string in YAML is the path of a source
 
     path: str
     weight: float = 1.0
@@ -79,11 +60,11 @@ class DataConfig:
     Attributes:
         train: sources of training text, mixed by weight.
         held_out: sources of the text on which perplexity is measured during training. Without them nothing is measured.
-        held_out_tokens: how many of their tokens, equally from each source.
-        respect_documents: positions, attention and state start anew at each document of a block.
-        bad_records: `error` stops at the first record that cannot be read, `skip` counts it and goes on.
-        streaming: read only as much of each training source as the token budget asks for.
-        cache: folder of tokenised text; default `dijiang` in the user's cache folder.
+        held_out_tokens: number of held-out tokens to measure on, the same from each source.
+        respect_documents: positions, attention and state start again at each document within a block.
+        bad_records: `error` stops at the first record that cannot be read; `skip` counts it and continues.
+        streaming: read only as much of each training source as the token budget needs.
+        cache: folder of tokenized text; default `dijiang` in the user's cache folder.
     """
 
     train: list[SourceConfig]
@@ -102,25 +83,27 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """
-    How a stage runs; nothing here changes what it learns, but for rounding, and the grouping of align's relative errors.
+    How a stage runs. None of it changes what the stage learns, except for rounding and for how many sequences align's relative
+    errors are averaged over.
 
     Attributes:
         device: `auto`, `cpu` or `cuda`.
-        dtype: of computations and frozen weights: `auto` (the faster one here), `bfloat16` or `float32`. What trains is
-            float32.
+        dtype: float type of computations and frozen weights: `auto` (the faster one on this device), `bfloat16` or `float32`.
+            Weights that train are float32.
         deepspeed: DeepSpeed settings: a JSON file, or `zero0`, `zero1`, `zero2`, `zero3`, `zero2_offload`, `zero3_offload` of
             configs/deepspeed. None: plain PyTorch, data-parallel if a launcher started several processes.
-        micro_batch_size: sequences per device and forward pass, at most; the rest of a batch is accumulated.
+        micro_batch_size: largest number of sequences per device and forward pass; gradients of the rest of a batch accumulate.
         gradient_checkpointing: recompute activations instead of keeping them.
-        save_every: steps between checkpoints; 0: at the end only.
-        keep_checkpoints: how many are kept, at least 2.
+        save_every: steps between checkpoints; 0: only at the end.
+        keep_checkpoints: number of checkpoints to keep, at least 2.
         log_every: steps between log lines.
-        evaluate_every: steps between measurements of held-out perplexity, the teacher's beside it (not with
-            distill.teacher_top_k or distill.kl_weight 0, where there is no teacher in memory); 0: at the end only.
+        evaluate_every: steps between measurements of held-out perplexity; 0: only at the end. The teacher's is measured too,
+            unless distill.teacher_top_k or distill.kl_weight 0 leaves no teacher in memory.
         report_to: experiment trackers: tensorboard, wandb, trackio.
-        compile: run the distil stage's layers and its loss through torch.compile; null: on a GPU. A trial step comes first; if
-            it fails, the run goes on uncompiled and says so.
-        max_minutes: of a stage's training, after which it saves a checkpoint and stops; the same command goes on. 0: none.
+        compile: run the layers and the loss of the distill stage through torch.compile; null: only on a GPU. If a trial step
+            fails, the run continues uncompiled and reports it.
+        max_minutes: minutes of training after which a stage saves a checkpoint and stops; the same command continues it. 0: no
+            limit.
     """
 
     device: str = "auto"
@@ -139,32 +122,32 @@ class RunConfig:
     def __post_init__(self):
         require_positive(self, "micro_batch_size", "log_every")
         require_not_negative(self, "save_every", "evaluate_every", "max_minutes")
-        require(self.keep_checkpoints >= 2, f"keep_checkpoints={self.keep_checkpoints} must be at least 2")
-        usual = self.device in ("auto", "cpu") or self.device.startswith("cuda")
-        require(usual, f"device={self.device!r} is unknown; choose auto, cpu or cuda")
+        require_at_least(2, self, "keep_checkpoints")
+        known = self.device in ("auto", "cpu") or self.device.startswith("cuda")
+        require(known, f"device={self.device!r} is unknown; choose auto, cpu or cuda")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageConfig:
     """
-    What both stages set.
+    Settings that both stages have.
 
     Attributes:
-        tokens: budget of training tokens, rounded down to whole steps; a text shorter than that is read again.
+        tokens: budget of training tokens, rounded down to whole steps; a shorter text is read more than once.
         block_size: tokens per sequence.
         start_block_size: sequence length at the beginning; it doubles at equal shares of the budget until it is `block_size`,
             of which it must be a power-of-two fraction. None: `block_size` throughout.
         position_range: each sequence starts at a random position such that it ends below this one. A linear layer sees
-            absolute positions in its rotated keys, where softmax sees distances alone, so a student that only ever trained on
-            positions below `block_size` fails beyond them. None: positions start at 0.
+            absolute positions in its rotated keys, where softmax sees only distances, so a student trained only on positions
+            below `block_size` fails beyond them. None: positions start at 0.
         batch_size: sequences per step, over all devices, whatever their length.
-        schedule: of the learning rates after the warm-up: `cosine` down to `final_share` of the peak, or `flat`.
-        warmup_share: share of the steps in which they rise from 0.
-        final_share: of the peak, at the end of `cosine`.
-        clip: largest norm of the gradient; 0: none.
-        weight_decay: AdamW's.
-        betas: AdamW's.
-        seed: of the order of the text and of everything random.
+        schedule: course of the learning rates after the warm-up: `cosine` down to `final_share` of the peak, or `flat`.
+        warmup_share: share of the steps during which the learning rates rise from 0.
+        final_share: learning rates at the end of `cosine`, as a share of their peak.
+        clip: largest norm of the gradient; 0: no clipping.
+        weight_decay: weight decay of AdamW.
+        betas: betas of AdamW.
+        seed: seed of the order of the text and of everything random.
     """
 
     tokens: int
@@ -183,9 +166,9 @@ class StageConfig:
     def __post_init__(self):
         require_positive(self, "tokens", "block_size", "batch_size")
         require_not_negative(self, "clip", "weight_decay")
-        require_share(self, "warmup_share", "final_share", *())
+        require_between(0, 1, self, "warmup_share", "final_share")
+        require_positive(self, "start_block_size")
         if self.start_block_size is not None:
-            require_positive(self, "start_block_size")
             doublings = math.log2(self.block_size / self.start_block_size)
             require(
                 doublings == int(doublings) and doublings > 0,
@@ -234,18 +217,20 @@ class StageConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AlignConfig(StageConfig):
     """
-    Attention transfer: each layer learns to give what the teacher's attention gives on the teacher's own hidden states.
+    Attention transfer: each layer learns to output what the teacher's attention outputs for the teacher's hidden states.
 
     Attributes:
-        trains: `kernel`, the parameters that conversion added, or `attention`, the layer's projections too.
-        kernel_learning_rate: peak, of the kernel parameters.
-        attention_learning_rate: peak, of the projections.
-        combined_weight: of the layer's output (window, sinks and linear branch) against the teacher's.
-        linear_weight: of the linear branch's own output, applied to all keys, against the teacher's.
-        window_dropout: share of the steps in which the layers see their linear branch alone.
-        calibrate_blocks: blocks of the closed-form start; 0 leaves it out.
-        quiet: how far below its fitted share the linear branch starts, as a logarithm.
+        trains: `kernel`, the parameters that conversion added, or `attention`, the layer's projections as well.
+        kernel_learning_rate: peak learning rate of the added parameters.
+        attention_learning_rate: peak learning rate of the projections.
+        combined_weight: weight of the loss between the layer's output (window, sinks and linear branch) and the teacher's.
+        linear_weight: weight of the loss between the linear branch's output, over all keys, and the teacher's.
+        window_dropout: share of the steps in which the layers use only their linear branch.
+        calibrate_blocks: blocks that the closed-form start is fitted to; 0: no closed-form start.
+        branch_scale_offset: number that the closed-form start subtracts from the fitted log-scale of the linear branch.
     """
+
+    RENAMED: ClassVar[dict[str, str]] = {"quiet": "branch_scale_offset"}
 
     tokens: int = 100_000
     clip: float = 0.0
@@ -256,34 +241,36 @@ class AlignConfig(StageConfig):
     linear_weight: float = 0.0
     window_dropout: float = 0.0
     calibrate_blocks: int = 2
-    quiet: float = 0.5
+    branch_scale_offset: float = 0.5
 
     def __post_init__(self):
         StageConfig.__post_init__(self)
         require_positive(self, "kernel_learning_rate", "attention_learning_rate")
-        require_not_negative(self, "combined_weight", "linear_weight", "calibrate_blocks", "quiet")
+        require_not_negative(self, "combined_weight", "linear_weight", "calibrate_blocks", "branch_scale_offset")
         require(self.combined_weight + self.linear_weight > 0, "combined_weight and linear_weight are both 0: no loss is left")
-        require_share(self, "window_dropout")
+        require_between(0, 1, self, "window_dropout")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistillConfig(StageConfig):
     """
-    The whole student against the frozen teacher.
+    Distillation: the whole student learns the next-token distribution of the frozen teacher.
 
     Attributes:
-        trains: `all` weights, `attention` (projections and kernels of the linear layers), or `kernel`.
-        lora_rank: train `trains` through low-rank adapters of this rank, which the result has merged; 0: the weights
-            themselves. Kernel parameters always train themselves.
+        trains: `all` weights, `attention` (projections and added parameters of the linear layers), or `kernel` (the added
+            parameters alone).
+        lora_rank: rank of the low-rank adapters through which `trains` is trained, merged in the result; 0: train the weights
+            directly. Added parameters always train directly.
         lora_alpha: adapters are scaled by lora_alpha / lora_rank; None: 2 * lora_rank.
-        train_embeddings: with `all`, embeddings and the language-model head train too.
-        kernel_learning_rate, attention_learning_rate, learning_rate: peaks, of the kernel parameters, of the attention
-            projections, of everything else.
-        kl_weight: of the Kullback-Leibler divergence from the teacher's next-token distribution.
-        ce_weight: of the cross-entropy with the text.
-        temperature: of both distributions in the divergence, which is multiplied by its square.
-        teacher_top_k: 0: the teacher runs beside the student. Else its k most likely tokens at each place are written to disk
-            first, and it need not be in memory afterwards.
+        train_embeddings: whether `all` includes the embeddings and the language-model head.
+        kernel_learning_rate: peak learning rate of the added parameters.
+        attention_learning_rate: peak learning rate of the attention projections.
+        learning_rate: peak learning rate of everything else.
+        kl_weight: weight of the Kullback-Leibler divergence from the teacher's next-token distribution.
+        ce_weight: weight of the cross-entropy with the text.
+        temperature: temperature of both distributions in the divergence, which is multiplied by its square.
+        teacher_top_k: number of the teacher's most likely tokens at each position that are written to disk before training, so
+            that the teacher need not be in memory; 0: the teacher runs next to the student.
         chunk_tokens: tokens whose logits are in memory at a time.
     """
 
@@ -315,7 +302,7 @@ class DistillConfig(StageConfig):
         adaptable = self.trains != "kernel"
         require(adaptable or not self.lora_rank, f"lora_rank={self.lora_rank} needs trains=attention or all, not kernel")
         require(self.lora_alpha is None or self.lora_rank > 0, f"lora_alpha={self.lora_alpha} needs lora_rank of at least 1")
-        require(self.lora_alpha is None or self.lora_alpha > 0, f"lora_alpha={self.lora_alpha} must be greater than 0")
+        require_positive(self, "lora_alpha")
         require(self.trains == "all" or not self.train_embeddings, f"train_embeddings needs trains=all, not {self.trains}")
         require(self.kl_weight > 0 or not self.teacher_top_k, f"teacher_top_k={self.teacher_top_k} needs kl_weight above 0")
 
@@ -323,13 +310,17 @@ class DistillConfig(StageConfig):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """
-    One job: a source model, the student made of it, and the stages that recover its quality.
+    One job: a source model, its conversion to a student, and the stages that recover the student's quality.
 
     Attributes:
         source: hub id, folder or GGUF file of the softmax model, which is also the teacher.
         output: folder of everything the job writes: `converted`, and for each stage its `checkpoints`, its logs and, once it
             is complete, `model`.
-        convert, data, align, distill, run: see their classes. A stage that is not named is left out.
+        data: text of both stages.
+        convert: settings of the conversion.
+        align: settings of the first stage; None: no such stage.
+        distill: settings of the second stage; None: no such stage.
+        run: device, memory, checkpoints and logs of both stages.
     """
 
     source: str

@@ -154,7 +154,7 @@ class AlignModel(RecoveryModel):
             with self.autocast(input_ids.device):
                 q, k, v = attention.project(kept.inputs[i], kept.position_embeddings)
             target = kept.outputs[i].float().view_as(q)
-            fits.append(calibrate_layer(attention, q, k, v, target, self.stage.quiet))
+            fits.append(calibrate_layer(attention, q, k, v, target, self.stage.branch_scale_offset))
         fits = [fit for fit in fits if fit is not None]
         return sum(fits) / len(fits) if fits else None
 

@@ -12,7 +12,7 @@ from dijiang.checkpoint.lineage import refuse_other_source
 from dijiang.checkpoint.provenance import provenance_text, read_provenance
 from dijiang.convert import convert_model
 
-from ..recipe.load import NOT_LEARNT, differences, dump_recipe, load_recipe
+from ..recipe.load import NOT_LEARNED, differences, dump_recipe, load_recipe
 from ..recipe.schema import Recipe
 
 RECIPE_FILE = "recipe.yaml"
@@ -93,7 +93,7 @@ class StageFolder:
             unused = {*UNUSED[self.stage], *UNUSED.get(path.parent.name, ())}
             if path.parent.name == "distill" != self.stage:
                 continue  # made from what this stage gives; it is judged when it runs
-            if found := differences(load_recipe(path, stored=True), self.recipe, (*NOT_LEARNT, *sorted(unused))):
+            if found := differences(load_recipe(path, stored=True), self.recipe, (*NOT_LEARNED, *sorted(unused))):
                 raise ValueError(
                     f"{path.parent} was begun with another recipe: {', '.join(found)} differ; "
                     f"name another output, or delete that folder to start anew"
