@@ -4,11 +4,9 @@ from pathlib import Path
 
 from dijiang.modeling import DiJiangForCausalLM
 
+from .files import SOURCE_WEIGHT_SUFFIXES
 from .provenance import hash_files, read_provenance
 from .source import open_source
-
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
-
 
 SAME_IN_TEACHER = (
     "vocab_size",
@@ -25,14 +23,16 @@ def refuse_other_source(provenance: dict, source: str | Path) -> None:
     Raise ValueError unless `source` (hub id, folder or GGUF file) holds weights that `provenance` names as its own, or is a
     DiJiang checkpoint made from the same ones.
     """
-    found = open_source(source)
-    if found.is_dijiang:
-        theirs = weight_hashes(read_provenance(found.folder))
+    model = open_source(source)
+    if model.is_dijiang:
+        hashes = weight_hashes(read_provenance(model.folder))
     else:
-        files = [found.gguf] if found.gguf else [path for path in found.folder.iterdir() if path.suffix in WEIGHT_SUFFIXES]
-        theirs = set(hash_files(files).values())
+        files = (
+            [model.gguf] if model.gguf else [path for path in model.folder.iterdir() if path.suffix in SOURCE_WEIGHT_SUFFIXES]
+        )
+        hashes = set(hash_files(files).values())
     recorded = weight_hashes(provenance)
-    if not recorded or not recorded <= theirs:
+    if not recorded or not recorded <= hashes:
         raise ValueError(
             f"{source} is not the model that this checkpoint was converted from ({provenance.get('source', 'unknown')}): "
             "their weights differ; give that one"
@@ -42,7 +42,7 @@ def refuse_other_source(provenance: dict, source: str | Path) -> None:
 def weight_hashes(provenance: dict) -> set[str]:
     """The recorded hashes of the source's weight files; sister models may share all other files."""
     recorded = provenance.get("source_files", {})
-    return {digest for name, digest in recorded.items() if Path(name).suffix in WEIGHT_SUFFIXES}
+    return {digest for name, digest in recorded.items() if Path(name).suffix in SOURCE_WEIGHT_SUFFIXES}
 
 
 def refuse_misfit(student: DiJiangForCausalLM, teacher_model: DiJiangForCausalLM, teacher: str | Path) -> None:

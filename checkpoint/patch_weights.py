@@ -1,4 +1,4 @@
-"""Writes a checkpoint that differs from another one in a few tensors only."""
+"""Copies a checkpoint with some of its tensors replaced."""
 
 import shutil
 from pathlib import Path
@@ -19,9 +19,9 @@ def copy_with_parameters(checkpoint: str | Path, folder: Path, parameters: dict[
     for name, value in parameters.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"{name} is not finite after training; lower learning_rate")
-    left = {name: value.detach().cpu() for name, value in parameters.items()}
+    remaining = {name: value.detach().cpu() for name, value in parameters.items()}
     for path in sorted(Path(checkpoint).iterdir()):
-        if path.is_dir() or path.name == "README.md":  # what it says would no longer be true
+        if path.is_dir() or path.name == "README.md":  # a model card would no longer be true
             continue
         if path.suffix != ".safetensors":
             shutil.copyfile(path, folder / path.name)
@@ -29,12 +29,12 @@ def copy_with_parameters(checkpoint: str | Path, folder: Path, parameters: dict[
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             tensors = {}
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118 - it is no dict
                 tensors[name] = stored = file.get_tensor(name)
-                if name in left:
-                    tensors[name] = left.pop(name).to(stored.dtype).contiguous()
+                if name in remaining:
+                    tensors[name] = remaining.pop(name).to(stored.dtype).contiguous()
                     if not torch.isfinite(tensors[name]).all():
                         raise ValueError(f"{name} does not fit {stored.dtype}; set convert.dtype=float32")
         save_file(tensors, folder / path.name, metadata=metadata)
-    if left:
-        raise ValueError(f"{checkpoint} has no tensor {min(left)}; convert the source again")
+    if remaining:
+        raise ValueError(f"{checkpoint} has no tensor {min(remaining)}; convert the source again")

@@ -1,4 +1,4 @@
-"""`provenance.json`: where a checkpoint comes from and every stage it went through."""
+"""`provenance.json`: the source of a checkpoint and every stage it went through."""
 
 import hashlib
 import json
@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+from dijiang.common.outputs import write_text_whole
 
 FILE_NAME = "provenance.json"
 BLOCK_BYTES = 1 << 22
@@ -32,19 +35,16 @@ def read_provenance(folder: str | Path) -> dict:
 
 
 def write_provenance(folder: str | Path, provenance: dict) -> None:
-    """Write `provenance` into `folder`, replacing the file at once."""
-    path = Path(folder) / FILE_NAME
-    draft = path.with_suffix(".partial")
-    draft.write_text(provenance_text(provenance), encoding="utf-8")
-    draft.replace(path)
+    """Write `provenance` into `folder`; the file appears, or is replaced, whole or not at all."""
+    write_text_whole(Path(folder) / FILE_NAME, provenance_text(provenance))
 
 
 def provenance_text(provenance: dict) -> str:
-    """What `write_provenance` writes."""
+    """The text of `provenance.json`."""
     return json.dumps(provenance, indent=2, ensure_ascii=False) + "\n"
 
 
-def add_stage(provenance: dict, stage: str, **facts) -> dict:
+def add_stage(provenance: dict, stage: str, **facts: Any) -> dict:
     """`provenance` with one more stage at the end: its name, the time (UTC), the versions in use and `facts`."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     record = {"stage": stage, "time": now, "versions": versions(), **facts}
@@ -52,24 +52,24 @@ def add_stage(provenance: dict, stage: str, **facts) -> dict:
 
 
 def public_name(source: str | Path) -> str:
-    """What a record says of `source`: a hub id as it is, of a local path its name alone, since checkpoints get shared."""
+    """Name of a source for records: a hub id as it is, of a local path the last part alone, since checkpoints get shared."""
     path = Path(source).expanduser()
     return path.resolve().name if path.exists() else str(source)
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a checkpoint's values depend on."""
-    found = {"python": platform.python_version()}
+    """Versions of the software that a checkpoint's values depend on."""
+    installed = {"python": platform.python_version()}
     for package in ("dijiang", "torch", "transformers"):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:  # a source tree that was never installed
-            found[package] = "unknown"
-    return found
+            installed[package] = "unknown"
+    return installed
 
 
 def hash_files(paths: Iterable[Path], advance: Callable[[int], None] = lambda n_bytes: None) -> dict[str, str]:
-    """SHA-256 of each file, by file name; `advance` is told how many bytes were read."""
+    """SHA-256 of each file, by file name; `advance` is called with the number of bytes read since."""
     digests = {}
     for path in paths:
         digest = hashlib.sha256()

@@ -1,13 +1,17 @@
-"""The shapes of models known by name: an estimate or a benchmark of one needs no network."""
+"""Shapes of well-known models, so that an estimate or a benchmark needs no network."""
+
+from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-# as far as a config differs from what transformers takes for granted
+from dijiang.common.errors import unknown
+
+# settings in which a config differs from the defaults of transformers
 PYTHIA = {"model_type": "gpt_neox", "vocab_size": 50304, "tie_word_embeddings": False}
 LLAMA = {"model_type": "llama", "vocab_size": 32000}
 
 
-def sized(family: dict, hidden_size: int, intermediate_size: int, layers: int, heads: int, **others) -> dict:
+def sized(family: dict, hidden_size: int, intermediate_size: int, layers: int, heads: int, **others: Any) -> dict:
     sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": layers}
     return family | sizes | {"num_attention_heads": heads} | others
 
@@ -26,7 +30,7 @@ SHAPES = {
     "meta-llama/Llama-2-7b-hf": sized(LLAMA, 4096, 11008, 32, 32),
 }
 
-# what commands call them
+# names that commands accept
 SHORT_NAMES = {
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
     **{name.partition("/")[2]: name for name in SHAPES if "/pythia-" in name},
@@ -43,5 +47,5 @@ def shape_config(name: str) -> PretrainedConfig:
         ValueError: on a name that is unknown.
     """
     if name not in SHORT_NAMES:
-        raise ValueError(f"shape {name!r} is unknown; choose from {', '.join(SHORT_NAMES)}")
+        raise unknown("shape", name, SHORT_NAMES)
     return AutoConfig.for_model(**SHAPES[SHORT_NAMES[name]])

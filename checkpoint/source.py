@@ -1,4 +1,4 @@
-"""Finds what a user named - a hub id, a folder or a GGUF file - and reads everything of it but the weights."""
+"""Finds the model that a user names, a hub id, a folder or a GGUF file, and reads all of it but the weights."""
 
 import importlib.util
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from dijiang.common.errors import one_line
 
@@ -132,7 +132,7 @@ def read_config(folder: Path, model_types: Collection[str] | None) -> Pretrained
     refuse_other_architecture(content.get("model_type"), model_types, path)
     if quantization := content.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else "an unknown method"
-        raise ValueError(f"{folder} is quantised ({method}); convert the model it was made from")
+        raise ValueError(f"{folder} is quantized ({method}); convert the model it was made from")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -157,7 +157,7 @@ def refuse_other_architecture(model_type: str | None, model_types: Collection[st
         )
 
 
-def load_tokenizer(source: Source):
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """
     The source's tokenizer.
 

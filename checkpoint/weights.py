@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,14 +41,14 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         with self.open() as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}
-            # whatever is not a float stands for integers: both are refused alike
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            # integers stand for every type that is no float; all of them are refused
             self.headers = {
                 name: torch.empty(part.get_shape(), dtype=FLOAT_TYPES.get(part.get_dtype(), torch.uint8), device="meta")
                 for name, part in parts.items()
             }
 
-    def open(self):
+    def open(self) -> Any:
         try:
             return safe_open(self.path, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -89,7 +90,7 @@ class PickleFile:
 
 
 class DequantizedFile:
-    """A GGUF file, as transformers reads it: all of it at once, float32."""
+    """A GGUF file as transformers reads it: all of it at once, in float32."""
 
     in_memory = True
 
@@ -97,9 +98,10 @@ class DequantizedFile:
         self.path = path
         try:
             with contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO()):
-                model, report = AutoModelForCausalLM.from_pretrained(
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
                     path.parent, config=config, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
                 )
+                model, report = loaded
         except Exception as error:
             raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
         if missing := sorted(report["missing_keys"]):  # transformers has filled them with noise

@@ -1,6 +1,7 @@
 """Errors that a user can cause: one line that says what was found, what was expected and what to do."""
 
 import difflib
+import sys
 from collections.abc import Collection, Iterable
 
 EXIT_ERROR = 1
@@ -15,6 +16,11 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
     """The message of an exception, or a text, with its white space folded and cut to `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def print_line(message: BaseException | str) -> None:
+    """Print an error or a notice on stderr, as one line that begins with the program's name."""
+    print(f"dijiang: {one_line(message, limit=2000)}", file=sys.stderr, flush=True)
 
 
 def unknown(what: str, value: object, choices: Iterable[str]) -> ValueError:

@@ -147,9 +147,9 @@ class TokenizeProgress(Reporter):
         self.task = self.bar.add_task("")
         self.last_refresh = 0.0
 
-    def __exit__(self, kind: object, *exception: object) -> None:
-        super().__exit__()
-        if kind is None:
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        if exception[0] is None:
             self.line(self.summary())
 
     def update(self, tokens: int, documents: int) -> None:

@@ -47,7 +47,7 @@ def load_settings(
         kind: a dataclass whose fields have types that `build` knows.
         file: YAML file, or None.
         words: `KEY=VALUE` words on top of the file.
-        flags: values of a command's own options, by field name, on top of both; None means that the option was not given.
+        flags: values of those of a command's own options that were given, by field name, on top of both.
         defaults: values of fields that neither file nor words nor flags set.
 
     Raises:
@@ -66,7 +66,7 @@ def load_settings(
         content = {} if content is None else content
         if not isinstance(content, dict):
             raise ValueError(f"{file}: it must be a mapping of keys to values")
-    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    given = dict(flags or {})
     apply_words(content, words)
     for word in words:
         key = word.partition("=")[0].strip()
@@ -269,7 +269,7 @@ def build_dataclass(kind: Any, value: Any, key: str, sections: Mapping[str, type
 
 
 def use_new_names(kind: Any, value: dict, key: str = "") -> None:
-    """Rename former names of `kind`'s settings in `value`, in place, each with a FutureWarning; ValueError if both are given."""
+    """Replace former names of settings of `kind` in `value`, with a FutureWarning each; ValueError if both names are there."""
     for old, new in getattr(kind, "RENAMED", {}).items():
         if old in value:
             if new in value:

@@ -1,6 +1,12 @@
-"""Reads text that a user names."""
+"""Text files that a user names."""
+
+from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # reading text must not take the seconds that importing transformers takes
+    from transformers import PreTrainedTokenizerBase
 
 
 def read_text(path: str | Path) -> str:
@@ -22,7 +28,7 @@ def read_text(path: str | Path) -> str:
     return text
 
 
-def read_tokens(tokenizer, path: str | Path, limit: int | None = None) -> list[int]:
+def read_tokens(tokenizer: PreTrainedTokenizerBase, path: str | Path, limit: int | None = None) -> list[int]:
     """The first `limit` token ids of one UTF-8 file (None: all), special tokens left out. Raises what `read_text` does."""
     # the library would warn of texts longer than the model's context
     return tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"][:limit]

@@ -2,6 +2,9 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from dijiang.checkpoint.code_files import code_record, copy_code
 from dijiang.checkpoint.provenance import add_stage, hash_files, public_name, versions, write_provenance
@@ -18,7 +21,7 @@ from .layer_settings import check_effect, check_keys
 from .mapping import MappedWeights, build_on_meta, check_shapes, fill_new_modules
 from .presets import PRESETS
 
-# files of a source that decide what its model says, besides the weights
+# files of a source, next to the weights, that decide what its model answers
 HASHED = (
     "config.json",
     "generation_config.json",
@@ -39,10 +42,10 @@ def convert_model(
     *,
     dtype: str = "auto",
     progress: bool = True,
-    **config_overrides,
+    **config_overrides: Any,
 ) -> Path:
     """
-    Convert `source` into a DiJiang checkpoint: its weights, linear layers with fresh kernel parameters, tokenizer, the
+    Convert `source` into a DiJiang checkpoint: its weights, linear layers with initial added parameters, tokenizer, the
     model's code and `provenance.json`. One shard is in memory at a time (a GGUF file: all of it).
 
     Args:
@@ -65,25 +68,25 @@ def convert_model(
     check_keys(config_overrides)
     target_dtype = dtype_named(dtype)
     with new_folder(output) as folder:
-        found = open_convertible(source)
-        if found.is_dijiang:
+        opened = open_convertible(source)
+        if opened.is_dijiang:
             raise ValueError(f"{source} is a DiJiang checkpoint already; convert the softmax model it was made from")
-        load_tokenizer(found).save_pretrained(folder)
-        config = dijiang_config(found.config, {"layer_types": "linear_attention"} | PRESETS[preset] | config_overrides)
+        load_tokenizer(opened).save_pretrained(folder)
+        config = dijiang_config(opened.config, {"layer_types": "linear_attention"} | PRESETS[preset] | config_overrides)
         check_effect(config_overrides, config)
         model = build_on_meta(config)
-        files = open_weights(found, progress=progress)
-        weights = MappedWeights(found, files, model)
+        files = open_weights(opened, progress=progress)
+        weights = MappedWeights(opened, files, model)
         config.dtype = target_dtype or weights.stored_dtype
 
-        write_weights(folder, weights, target_dtype, fill_new_modules(model), model, progress)
+        write_weights(folder, weights, target_dtype, fill_new_modules(model), progress=progress)
         config.save_pretrained(folder)
-        copy_generation_config(found, files, folder)
+        copy_generation_config(opened, files, folder)
         code = copy_code(folder)
         record = {
             "source": public_name(source),
-            **({"commit": found.commit} if found.commit else {}),
-            "source_files": hash_source(found, files, progress),
+            **({"commit": opened.commit} if opened.commit else {}),
+            "source_files": hash_source(opened, files, progress),
             "versions": versions(),
             "preset": preset,
             "overrides": config_overrides,
@@ -95,8 +98,15 @@ def convert_model(
     return Path(output)
 
 
-def write_weights(folder: Path, weights: MappedWeights, dtype, new_parameters: dict, model, progress: bool) -> None:
-    """Write the source's shards one by one, the new parameters into the last, and check what is in the files then."""
+def write_weights(
+    folder: Path,
+    weights: MappedWeights,
+    dtype: torch.dtype | None,
+    new_parameters: dict[str, torch.Tensor],
+    *,
+    progress: bool,
+) -> None:
+    """Write the source's shards one by one, the added parameters into the last, and check the written files."""
     writer = ShardWriter(folder)
     current = None
     with progress_bar("Converting", weights.n_bytes, shown=progress, unit="bytes") as advance:
@@ -105,13 +115,13 @@ def write_weights(folder: Path, weights: MappedWeights, dtype, new_parameters: d
                 writer.cut()
             current = file
             writer.add(name, tensor)
-            advance(weights.found[name].nbytes)
+            advance(weights.headers[name].nbytes)
         for name, tensor in new_parameters.items():
             writer.add(name, tensor)
-        written = {}
+        written: dict[str, tuple] = {}
         for path in writer.finish():
             written |= {name: tuple(header.shape) for name, header in SafetensorsFile(path).headers.items()}
-    expected = weights.expected | {name: tuple(model.get_parameter(name).shape) for name in new_parameters}
+    expected = weights.expected | {name: tuple(tensor.shape) for name, tensor in new_parameters.items()}
     check_shapes(written, expected, str(folder))
 
 
@@ -128,7 +138,6 @@ def hash_source(source: Source, files: list[WeightFile], progress: bool) -> dict
     paths = {file.path for file in files}
     if not source.gguf:
         paths |= {path for pattern in HASHED for path in source.folder.glob(pattern) if path.is_file()}
-    with progress_bar(
-        "Hashing the source", sum(path.stat().st_size for path in paths), shown=progress, unit="bytes"
-    ) as advance:
+    n_bytes = sum(path.stat().st_size for path in paths)
+    with progress_bar("Hashing the source", n_bytes, shown=progress, unit="bytes") as advance:
         return hash_files(sorted(paths), advance)

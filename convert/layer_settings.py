@@ -1,4 +1,4 @@
-"""Settings that a user may change on conversion: their names, and how `KEY=VALUE` words are read."""
+"""Settings of the linear layers that a user may change on conversion, and their `KEY=VALUE` words."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,7 @@ from dijiang.modeling import FEATURE_MAPS, DiJiangConfig
 
 from .families import SHARED
 
-# the source's weights decide these
+# settings that the source's weights decide
 GIVEN_BY_SOURCE = frozenset(SHARED) | {
     "num_key_value_heads",
     "head_dim",
@@ -44,14 +44,14 @@ def parse_overrides(words: Iterable[str]) -> dict:
 def check_effect(overrides: dict, config: DiJiangConfig) -> None:
     """Raise ValueError if a setting that the user gave changes nothing in a model of `config`."""
     of_maps = {key for feature_map in FEATURE_MAPS.values() for key in feature_map.settings}
-    unused = {key: f"feature_map={config.feature_map}" for key in of_maps - set(FEATURE_MAPS[config.feature_map].settings)}
+    unused = dict.fromkeys(of_maps - set(FEATURE_MAPS[config.feature_map].settings), f"feature_map={config.feature_map}")
     if not config.attention_window:
         unused["branch_scale_init"] = "attention_window=0"
     if config.decay == "none":
         unused["decay_spans"] = "decay=none"
     if not config.has_linear_layers:
         unused = dict.fromkeys(set(OVERRIDABLE) - {"layer_types", "sliding_window"}, "no linear layer")
-    if "sliding_attention" not in config.layer_types:
+    if "sliding_attention" not in (config.layer_types or ()):
         unused["sliding_window"] = "no sliding_attention layer"
     refuse_idle(overrides, unused)
 

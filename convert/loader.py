@@ -1,6 +1,7 @@
-"""Loads a source straight into memory as a DiJiang model, for use as the teacher."""
+"""Loads a source into memory as a DiJiang model that computes what the source does: the teacher."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from .mapping import MappedWeights, build_on_meta, fill_new_modules
 
 
 def load_source(
-    source: str | Path, *, dtype: torch.dtype | str = torch.float32, **config_overrides
+    source: str | Path, *, dtype: torch.dtype | str = torch.float32, **config_overrides: Any
 ) -> tuple[DiJiangForCausalLM, PreTrainedTokenizerBase]:
     """
     Load a hub id, a folder or a GGUF file as a DiJiang model that computes what the source does: all layers keep the source's
@@ -37,17 +38,17 @@ def load_source(
     """
     check_keys(config_overrides)
     target_dtype = dtype_named(dtype)
-    found = open_convertible(source)
-    tokenizer = load_tokenizer(found)
-    if found.is_dijiang:
+    opened = open_convertible(source)
+    tokenizer = load_tokenizer(opened)
+    if opened.is_dijiang:
         if config_overrides:
             raise ValueError(f"{source} is a DiJiang checkpoint, so {', '.join(config_overrides)} cannot be set any more")
-        return load_dijiang(found, target_dtype), tokenizer
+        return load_dijiang(opened, target_dtype), tokenizer
 
-    config = dijiang_config(found.config, config_overrides)
+    config = dijiang_config(opened.config, config_overrides)
     model = build_on_meta(config)
-    files = open_weights(found)
-    weights = MappedWeights(found, files, model)
+    files = open_weights(opened)
+    weights = MappedWeights(opened, files, model)
     config.dtype = target_dtype or weights.stored_dtype
     fill_new_modules(model)
     for _, name, tensor in weights.stream(target_dtype, copy=True):
@@ -58,8 +59,8 @@ def load_source(
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     if isinstance(files[0], DequantizedFile):
         model.generation_config = files[0].generation_config
-    elif (found.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(found.folder)
+    elif (opened.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(opened.folder)
     else:
         model.generation_config = GenerationConfig.from_model_config(config)
     return model.eval(), tokenizer
@@ -76,10 +77,11 @@ def load_dijiang(source: Source, dtype: torch.dtype | None) -> DiJiangForCausalL
     """A DiJiang checkpoint as it is, or ValueError if its weights do not fit its config."""
     try:
         with no_library_bars():
-            model, report = DiJiangForCausalLM.from_pretrained(source.folder, dtype=dtype or "auto", output_loading_info=True)
+            loaded: Any = DiJiangForCausalLM.from_pretrained(source.folder, dtype=dtype or "auto", output_loading_info=True)
+            model, report = loaded
     except Exception as error:
         raise ValueError(f"{source.folder} cannot be loaded: {one_line(error)}") from None
-    for problem in ("missing_keys", "unexpected_keys"):
-        if names := sorted(report[problem]):
-            raise ValueError(f"{source.folder} has {len(names)} {problem.replace('_', ' ')}, such as {names[0]}; make it anew")
+    for kind in ("missing keys", "unexpected keys"):
+        if names := sorted(report[kind.replace(" ", "_")]):
+            raise ValueError(f"{source.folder} has {len(names)} {kind}, such as {names[0]}; convert the source again")
     return model.eval()

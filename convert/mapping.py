@@ -1,6 +1,6 @@
-"""The source's tensors under our names: which there must be, whether they are sound, and a stream of them."""
+"""Tensors of a source under our names: which ones there must be, whether they are sound, and a stream of them."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 
@@ -26,16 +26,16 @@ def build_on_meta(config: DiJiangConfig) -> DiJiangForCausalLM:
 
 
 def new_modules(model: DiJiangForCausalLM) -> dict[str, torch.nn.Module]:
-    """The modules, by name, that linear layers have and the source's attention has not."""
-    shared = set()
-    found = {}
+    """Modules, by name, that linear layers add to the source's attention."""
+    shared: set[str] = set()
+    added: dict[str, torch.nn.Module] = {}
     for name, module in model.named_modules():
         if isinstance(module, DiJiangLinearAttention):
             if not shared:
                 with torch.device("meta"):
                     shared = {child for child, _ in ProjectedAttention(model.config, 0).named_children()}
-            found |= {f"{name}.{child}": part for child, part in module.named_children() if child not in shared}
-    return found
+            added |= {f"{name}.{child}": part for child, part in module.named_children() if child not in shared}
+    return added
 
 
 def fill_new_modules(model: DiJiangForCausalLM) -> dict[str, torch.Tensor]:
@@ -43,7 +43,7 @@ def fill_new_modules(model: DiJiangForCausalLM) -> dict[str, torch.Tensor]:
     Give the new modules of a model on meta memory and their initial values, float32 and the same for the same
     `feature_seed`. Returns their parameters by name.
     """
-    filled = {}
+    filled: dict[str, torch.Tensor] = {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(model.config.feature_seed)  # torch.manual_seed would reseed GPUs too
         for name, module in new_modules(model).items():
@@ -56,9 +56,18 @@ def fill_new_modules(model: DiJiangForCausalLM) -> dict[str, torch.Tensor]:
 
 class MappedWeights:
     """
-    The weights of a source under our names. Reads headers only when made; raises ValueError if names or shapes do not fit
-    `model` (on meta), or the weights are quantised. If the source's head differs from its embedding although its config
-    ties them, `model.config.tie_word_embeddings` is set to False, as transformers does.
+    Weights of a source under our names; only their headers are read at first.
+
+    If the source's head differs from its embedding although its config ties them, `model.config.tie_word_embeddings` is set to
+    False, as transformers does.
+
+    Args:
+        source: the model.
+        files: its weight files.
+        model: the DiJiang model, on meta.
+
+    Raises:
+        ValueError: if names or shapes do not fit the model, or the weights are quantized.
     """
 
     def __init__(self, source: Source, files: list[WeightFile], model: DiJiangForCausalLM):
@@ -66,7 +75,7 @@ class MappedWeights:
         self.expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         for name in new_modules(model):
             self.expected = {key: shape for key, shape in self.expected.items() if not key.startswith(f"{name}.")}
-        self.found: dict[str, torch.Tensor] = {}
+        self.headers: dict[str, torch.Tensor] = {}
         self.our_names: dict[str, list[str]] = {}
         for file in files:
             for name, header in file.headers.items():
@@ -85,14 +94,14 @@ class MappedWeights:
 
     def add(self, file: WeightFile, name: str, header: torch.Tensor) -> None:
         for our_name, part in self.map(name, header):
-            if our_name in self.found:
+            if our_name in self.headers:
                 raise ValueError(f"{self.source.name} holds {our_name} twice, once as {name} in {file.path.name}")
             if not part.dtype.is_floating_point or part.dtype.itemsize == 1:
                 raise ValueError(
-                    f"{self.source.name}: {name} is not a float tensor, so the source is quantised; convert the "
+                    f"{self.source.name}: {name} is not a float tensor, so the source is quantized; convert the "
                     "model it was made from"
                 )
-            self.found[our_name] = part
+            self.headers[our_name] = part
             self.our_names.setdefault(name, []).append(our_name)
 
     def settle_tying(self) -> set[str]:
@@ -100,9 +109,9 @@ class MappedWeights:
         if not self.config.tie_word_embeddings:
             return set()
         self.expected.pop(HEAD)
-        if HEAD not in self.found or EMBEDDING not in self.found:
+        if HEAD not in self.headers or EMBEDDING not in self.headers:
             return set()
-        stored = {}
+        stored: dict[str, torch.Tensor] = {}
         for file in self.files:
             wanted = [name for name in file.headers if {HEAD, EMBEDDING} & set(self.our_names.get(name, ()))]
             stored |= {self.our_names[name][0]: tensor for name, tensor in file.tensors(wanted)}
@@ -115,7 +124,7 @@ class MappedWeights:
     def check(self) -> None:
         """Raise ValueError on missing, unexpected or mis-shaped tensors."""
         check_shapes(
-            {name: tuple(header.shape) for name, header in self.found.items() if name not in self.skipped},
+            {name: tuple(header.shape) for name, header in self.headers.items() if name not in self.skipped},
             self.expected,
             self.source.name,
         )
@@ -123,11 +132,12 @@ class MappedWeights:
     @property
     def stored_dtype(self) -> torch.dtype:
         """The dtype of the source: as its config says, else of its embedding."""
-        return self.source.config.dtype or self.found[EMBEDDING].dtype
+        stated = self.source.config.dtype
+        return stated if isinstance(stated, torch.dtype) else self.headers[EMBEDDING].dtype
 
     @property
     def n_bytes(self) -> int:
-        return sum(header.nbytes for name, header in self.found.items() if name not in self.skipped)
+        return sum(header.nbytes for name, header in self.headers.items() if name not in self.skipped)
 
     def stream(self, dtype: torch.dtype | None, *, copy: bool = False) -> Iterator[tuple[WeightFile, str, torch.Tensor]]:
         """
@@ -163,22 +173,22 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def check_shapes(found: dict[str, tuple], expected: dict[str, tuple], where: str) -> None:
+def check_shapes(shapes: dict[str, tuple], expected: dict[str, tuple], where: str) -> None:
     """Raise ValueError on missing, unexpected or mis-shaped tensors, naming up to three and their count."""
     advice = "; the files are incomplete or belong to another model"
-    for problem, names in (("lacks", expected.keys() - found.keys()), ("holds unexpected", found.keys() - expected.keys())):
+    for problem, names in (("lacks", expected.keys() - shapes.keys()), ("holds unexpected", shapes.keys() - expected.keys())):
         if names:
             raise ValueError(f"{where} {problem} {count(names)}: {listed(names)}{advice}")
-    wrong = [name for name in found if found[name] != expected[name]]
+    wrong = [name for name in shapes if shapes[name] != expected[name]]
     if wrong:
-        details = [f"{name} {list(found[name])}, expected {list(expected[name])}" for name in sorted(wrong)]
+        details = [f"{name} {list(shapes[name])}, expected {list(expected[name])}" for name in sorted(wrong)]
         raise ValueError(f"{where} holds {count(wrong)} of a wrong shape: {listed(details, '; ')}{advice}")
 
 
-def count(names) -> str:
+def count(names: Collection[str]) -> str:
     return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
 
 
-def listed(names, separator: str = ", ") -> str:
-    names = sorted(names)
-    return separator.join(names[:3]) + (separator + "..." if len(names) > 3 else "")
+def listed(names: Iterable[str], separator: str = ", ") -> str:
+    ordered = sorted(names)
+    return separator.join(ordered[:3]) + (separator + "..." if len(ordered) > 3 else "")

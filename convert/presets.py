@@ -1,6 +1,6 @@
 """Named settings of the linear layers."""
 
-# what our measurements support: an exact window and sinks, paired softmax features on everything older
+# what our measurements support: an exact window and sinks, paired softmax features for all older tokens
 RECOMMENDED = {
     "feature_map": "wdcf",
     "feature_activation": "softmax",
@@ -19,8 +19,8 @@ RECOMMENDED = {
 
 PRESETS: dict[str, dict] = {
     "recommended": RECOMMENDED,
-    # what they support without more than a query's own key and the first four exact (docs/recovery.md): heads forget sooner or
-    # later, directions train; the projections must train too, see the recipe smollm2-135m-linear
+    # what they support where only a query's own key and the first four are exact (docs/recovery.md): every head forgets at a
+    # rate of its own and directions train; the projections must train too, see the recipe smollm2-135m-linear
     "linear": RECOMMENDED
     | {
         "feature_map": "ldcf",
@@ -28,7 +28,7 @@ PRESETS: dict[str, dict] = {
         "decay_spans": [4, 64],
         "attention_window": 1,
     },
-    # the released code of arXiv 2403.19928, its decay tables kept in the one form that stays finite
+    # the released code of arXiv 2403.19928, with its decay tables in the one form that stays finite
     "paper": {
         "feature_map": "wdcf",
         "feature_activation": "softmax",

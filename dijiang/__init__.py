@@ -8,6 +8,7 @@ Each public name is imported from its room when it is first used, so that `impor
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from dijiang import _register
 
@@ -37,7 +38,7 @@ _ROOM_OF = {
 __all__ = ["__version__", *_ROOM_OF]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _ROOM_OF:
         value = getattr(import_module(f"dijiang.{_ROOM_OF[name]}"), name)
     elif name in _ROOM_OF.values():

@@ -1,12 +1,15 @@
 """
-The source families. A new one is a file with `config_arguments` and `map_tensor`, and a line in `FAMILIES`.
+Source families. A new one is a file with `config_arguments` and `map_tensor`, and a line in `FAMILIES`.
 
-What every family's config spells alike (sizes, RoPE, special tokens) is read here; `config_arguments` adds the rest.
+Settings that all families' configs call by the same name (sizes, RoPE, special tokens) are read here; `config_arguments` adds
+the rest.
 """
 
 from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
+
+from transformers import PretrainedConfig
 
 from dijiang.checkpoint.source import Source, open_source
 from dijiang.common.errors import one_line
@@ -21,7 +24,7 @@ FAMILIES: dict[str, ModuleType] = {
     "mistral": llama,
 }
 
-CONVERTIBLE = (*FAMILIES, "dijiang")  # ours too, for what accepts a student where it accepts a teacher
+CONVERTIBLE = (*FAMILIES, "dijiang")  # commands that take a teacher take a student too
 
 SHARED = (
     "vocab_size",
@@ -46,7 +49,7 @@ def open_convertible(name: str | Path) -> Source:
     return open_source(name, model_types=CONVERTIBLE)
 
 
-def dijiang_config(source, settings: dict) -> DiJiangConfig:
+def dijiang_config(source: PretrainedConfig, settings: dict) -> DiJiangConfig:
     """
     The `DiJiangConfig` of the transformers config `source`, with `settings` on top. `layer_types` may be one name for all
     layers; without it all layers attend as the source's do.
@@ -69,7 +72,7 @@ def dijiang_config(source, settings: dict) -> DiJiangConfig:
         )
     try:
         config = DiJiangConfig(**(arguments | settings))
-    except Exception as error:  # huggingface_hub's strict dataclasses have their own, which hold ours as the cause
+    except Exception as error:  # huggingface_hub's strict dataclasses wrap our errors
         raise ValueError(one_line(error.__cause__ or error)) from None
     config.architectures = ["DiJiangForCausalLM"]
     return config

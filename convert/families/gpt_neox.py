@@ -4,14 +4,17 @@ import re
 from collections.abc import Iterable
 
 import torch
+from transformers import PretrainedConfig
 
-# causal masks and tables that old releases stored and every release computes anew
+from dijiang.modeling import DiJiangConfig
+
+# causal masks and tables that old releases stored; every release computes them itself
 IGNORED = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 OUTSIDE_LAYERS = {
     "gpt_neox.embed_in.weight": "model.embed_tokens.weight",
     "gpt_neox.final_layer_norm.weight": "model.norm.weight",
     "gpt_neox.final_layer_norm.bias": "model.norm.bias",
-    "embed_out.weight": "lm_head.weight",  # its name up to transformers 5.16, and in files still
+    "embed_out.weight": "lm_head.weight",  # its name up to transformers 5.16, and in all older files
 }
 INSIDE_LAYERS = {
     "attention.dense": "self_attn.o_proj",
@@ -22,7 +25,7 @@ INSIDE_LAYERS = {
 }
 
 
-def config_arguments(source) -> dict:
+def config_arguments(source: PretrainedConfig) -> dict:
     """Arguments of `DiJiangConfig` for the transformers config `source`."""
     return {
         "mlp_type": "plain",
@@ -34,7 +37,7 @@ def config_arguments(source) -> dict:
     }
 
 
-def map_tensor(name: str, tensor: torch.Tensor, config) -> Iterable[tuple[str, torch.Tensor]]:
+def map_tensor(name: str, tensor: torch.Tensor, config: DiJiangConfig) -> Iterable[tuple[str, torch.Tensor]]:
     """Our names and tensors for one of the source's; none for a tensor that is not needed."""
     if name.endswith(IGNORED):
         return
@@ -45,6 +48,7 @@ def map_tensor(name: str, tensor: torch.Tensor, config) -> Iterable[tuple[str, t
     layer, part, kind = match.groups()
     if part == "attention.query_key_value":
         # rows are ordered (head, q | k | v, head size)
+        assert config.head_dim is not None
         split = tensor.view(config.num_attention_heads, 3, config.head_dim, *tensor.shape[1:])
         for index, letter in enumerate("qkv"):
             own = split[:, index].clone(memory_format=torch.contiguous_format)

@@ -1,14 +1,17 @@
-"""LLaMA-type sources (LLaMA, TinyLlama, SmolLM2, Mistral): our decoder uses their names, so tensors pass as they are."""
+"""LLaMA-type sources (LLaMA, TinyLlama, SmolLM2, Mistral): our decoder uses their names, so tensors stay as they are."""
 
 from collections.abc import Iterable
 
 import torch
+from transformers import PretrainedConfig
 
-# tables that old releases stored and every release computes anew
+from dijiang.modeling import DiJiangConfig
+
+# tables that old releases stored; every release computes them itself
 IGNORED = (".rotary_emb.inv_freq",)
 
 
-def config_arguments(source) -> dict:
+def config_arguments(source: PretrainedConfig) -> dict:
     """Arguments of `DiJiangConfig` for the transformers config `source`."""
     return {
         "num_key_value_heads": source.num_key_value_heads,
@@ -24,7 +27,7 @@ def config_arguments(source) -> dict:
     }
 
 
-def map_tensor(name: str, tensor: torch.Tensor, config) -> Iterable[tuple[str, torch.Tensor]]:
+def map_tensor(name: str, tensor: torch.Tensor, config: DiJiangConfig) -> Iterable[tuple[str, torch.Tensor]]:
     """Our names and tensors for one of the source's; none for a tensor that is not needed."""
     if not name.endswith(IGNORED):
         yield name, tensor

@@ -1,79 +1,68 @@
 """The commands that measure: evaluate, report, card, benchmark latency and benchmark kernels."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from dijiang.cli.options import with_settings
+from dijiang.evaluate.quality.config import EvaluationConfig
 
 Checkpoint = Annotated[str, typer.Argument(help="DiJiang checkpoint: folder or hub id.")]
 Dtype = Annotated[str, typer.Option(help="auto (the faster of float32 and bfloat16 here), float32, bfloat16, float16.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda.")]
 
 
+EVALUATION_OPTIONS = {
+    "texts": "Held-out UTF-8 text file. Repeatable.  [default: a bundled text in the public domain]",
+    "lengths": "Tokens of a window of perplexity. Repeatable.  [default: 1024, if the models take as many]",
+    "tasks": "Task or group of lm-eval, `paper`, `paper-7b`, or a YAML file. Repeatable.",
+}
+FLAG_NAMES = {"texts": "text", "lengths": "length", "recall_lengths": "recall-length"}
+
+
+def bundled_text() -> dict[str, Any]:
+    from dijiang.bundled import HELD_OUT_TEXT
+
+    return {"texts": [HELD_OUT_TEXT]}
+
+
+def zero_means_none(flags: dict[str, Any]) -> dict[str, Any]:
+    """`--text-tokens 0` takes all of a text, `--recall-length 0` leaves recall out."""
+    if flags.get("text_tokens") == 0:
+        flags["text_tokens"] = None
+    if "recall_lengths" in flags:
+        flags["recall_lengths"] = [length for length in flags["recall_lengths"] if length]
+    return flags
+
+
+@with_settings(EvaluationConfig, EVALUATION_OPTIONS, flag_names=FLAG_NAMES, defaults=bundled_text, adjust=zero_means_none)
 def evaluate(
     checkpoint: Checkpoint,
-    against: Annotated[str, typer.Option(help="The teacher, a softmax model: hub id, checkpoint folder or GGUF file.")],
+    against: Annotated[str, typer.Option(help="The teacher, a softmax model: hub id, folder or GGUF file.")],
     beside: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Further model for the same table, with the same tokenizer: hub id, folder, GGUF file or DiJiang checkpoint. "
-            "Its name heads its column. Repeatable."
-        ),
+        list[str] | None, typer.Option(help="Another model with the same tokenizer, in a column of its own. Repeatable.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="New folder for evaluation.json, report.html and figures.")] = Path(
-        "evaluation"
-    ),
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(help="Held-out UTF-8 text file. Repeatable.  [default: a bundled text in the public domain]"),
-    ] = None,
-    text_tokens: Annotated[int, typer.Option(min=0, help="Tokens of each text, at most; 0: all.")] = 32768,
-    length: Annotated[
-        list[int] | None,
-        typer.Option(min=2, help="Tokens of a window of perplexity. Repeatable.  [default: 1024, if the models take so many]"),
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens between windows: less than the length slides.  [default: the length]")
-    ] = None,
-    recall_length: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=0, help="Tokens in which to find something again; 0: leave it out. Repeatable.  [default: 128, 256, 512, 1024]"
-        ),
-    ] = None,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(help="Task or group of lm-eval, `paper` or `paper-7b` (the paper's), or a YAML file. Repeatable."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each lm-eval task.  [default: all]")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Of lm-eval.  [default: the task's own]")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Of lm-eval.")] = 1,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    output: Annotated[Path, typer.Option(help="New folder for evaluation.json, report.html, figures.")] = Path("evaluation"),
     cache: Annotated[
-        Path | None, typer.Option(help="Where results are kept as they come.  [default: ~/.cache/dijiang/evaluations]")
+        Path | None, typer.Option(help="Folder for partial results.  [default: ~/.cache/dijiang/evaluations]")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A little of everything, to see that it works.")] = False,
+    *,
+    settings: EvaluationConfig,
 ) -> None:
     """
-    Measure a checkpoint beside its teacher and the controls that show what its linear layers contribute.
+    Measure a checkpoint's quality next to its teacher's.
 
-    The controls: the teacher with a window and sinks and no training, the student's window alone, its linear branch alone, and
-    the student without attention. Each --beside adds a model of your own. Interrupted at any moment, the same command goes on.
+    Baselines and ablations are measured too: the untrained window, the window branch alone, the linear branch alone, no
+    attention. Run an interrupted command again to continue.
 
-    Example: dijiang evaluate smollm2-recovered/distill/model --against HuggingFaceTB/SmolLM2-135M --text book.txt
+    Example: dijiang evaluate recovered/distill/model --against HuggingFaceTB/SmolLM2-135M --text book.txt
     """
-    from dijiang.bundled import HELD_OUT_TEXT
-    from dijiang.evaluate import EvaluationConfig, evaluate_model
+    from dijiang.evaluate import evaluate_model
     from dijiang.evaluate.report.tables import print_table, score_table, wide_console
 
-    config = EvaluationConfig(
-        texts=tuple(text or [HELD_OUT_TEXT]), text_tokens=text_tokens or None, stride=stride,
-        lengths=tuple(length) if length else None,
-        recall_lengths=tuple(filter(None, recall_length)) if recall_length else None,
-        tasks=tuple(tasks or []), limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, dtype=dtype, device=device,
-    )  # fmt: skip
-    config = config.quick() if quick else config
+    config = settings.quick() if quick else settings
     result = evaluate_model(checkpoint, against, output, config, beside=tuple(beside or ()), cache=cache)
     print_table(wide_console(), *score_table(result))
     typer.echo(f"wrote {output} (evaluation.json, report.html, figures)")
