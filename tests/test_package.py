@@ -54,7 +54,7 @@ def test_public_names(tmp_path):
 def test_unknown_name():
     import dijiang
 
-    for module in (dijiang, dijiang.train):
+    for module in (dijiang, dijiang.train, dijiang.evaluate):
         with pytest.raises(AttributeError, match=rf"'{module.__name__}' has no attribute 'nothing'"):
             module.nothing  # noqa: B018
 

@@ -1,31 +1,40 @@
-"""What an evaluation measures, and on how much."""
+"""Settings of an evaluation. Imports no torch, so that the command line can show them quickly."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dijiang.common.settings import require, require_at_least
+
+AT_LEAST_ONE = ("text_tokens", "stride", "recall_samples", "prompts", "prompt_length", "new_tokens", "limit", "batch_size")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
     """
-    Settings of an evaluation.
+    What an evaluation measures, and on how much.
 
     Attributes:
-        texts: UTF-8 files of held-out text, each of which gives its own perplexities; the first also gives prompts, the
-            haystack of needles, and what attention maps are drawn of.
-        text_tokens: of each text, at most (None: all).
-        lengths: of the windows that perplexity is measured in (None: `usual_length`, or the models' context if that is
-            shorter); stride: tokens between their starts (None: their length).
-        recall_lengths: tokens in which something is to be found again (None: the `usual_recall_lengths` that the models were
-            made for); recall_samples: of each kind and length.
-        prompts, prompt_length, new_tokens: greedy continuations that are compared with the teacher's; prompts are shorter
-            where the context is.
-        tasks: of lm-eval: names, groups, `paper`, `paper-7b`, or YAML files; limit: documents of each task (None: all);
-            num_fewshot: None means the task's own; batch_size: of lm-eval.
-        map_tokens: length of the row that attention maps are measured on, at most; 0 leaves them out, and so does a teacher
-            with other layers or heads.
-        dtype: `auto` is the faster of float32 and bfloat16; device: `auto` is the GPU where there is one.
-        seed: of recall's samples and of the bootstrap.
+        texts: UTF-8 files of held-out text, each with perplexities of its own; the first also gives prompts, the haystack of
+            needles and the row of the attention maps.
+        text_tokens: tokens of each text, at most (None: all).
+        lengths: tokens of a perplexity window (None: `usual_length`, or the models' context if that is shorter).
+        stride: tokens between the starts of windows (None: the length, so that windows do not overlap).
+        recall_lengths: tokens of a recall sample (None: those of `usual_recall_lengths` that fit the models' context).
+        recall_samples: samples of each kind and length of recall.
+        prompts: prompts whose greedy continuations are compared with the teacher's.
+        prompt_length: tokens of a prompt, fewer where the context is shorter.
+        new_tokens: tokens of a continuation.
+        tasks: lm-eval tasks: names, groups, `paper`, `paper-7b`, or YAML files.
+        limit: documents of each lm-eval task, at most (None: all).
+        num_fewshot: examples in the prompts of lm-eval tasks (None: the task's own).
+        batch_size: requests that lm-eval runs at a time.
+        map_tokens: tokens of the row that attention maps are measured on, at most; 0 leaves the maps out.
+        dtype: `auto` (the faster of float32 and bfloat16), `float32`, `bfloat16` or `float16`.
+        device: `auto` (the GPU if there is one), `cpu` or `cuda`.
+        seed: seed of the recall samples and of the bootstrap.
+        usual_length: tokens of a perplexity window where `lengths` is None.
+        usual_recall_lengths: tokens of recall samples where `recall_lengths` is None.
     """
 
     texts: tuple[Path, ...]
@@ -49,27 +58,23 @@ class EvaluationConfig:
     usual_recall_lengths: tuple[int, ...] = (128, 256, 512, 1024)
 
     def __post_init__(self) -> None:
-        if not self.texts:
-            raise ValueError("no text given; name at least one text file")
-        positive = ("text_tokens", "stride", "recall_samples", "prompts", "prompt_length", "new_tokens", "limit", "batch_size")
-        sizes = [(name, getattr(self, name)) for name in positive]
-        sizes += [(name, length) for name in ("lengths", "recall_lengths") for length in getattr(self, name) or ()]
-        for name, size in sizes:
-            if size is not None and size < 1:
-                raise ValueError(f"{name} holds {size}, which must be at least 1")
-        if self.map_tokens < 0:
-            raise ValueError(f"map_tokens={self.map_tokens} must be at least 0")
+        require(self.texts, "no text given; name at least one text file")
+        require_at_least(1, self, *AT_LEAST_ONE)
+        require_at_least(0, self, "num_fewshot", "map_tokens")
+        for name in ("lengths", "recall_lengths"):
+            shortest = min(getattr(self, name) or (1,))
+            require(shortest >= 1, f"{name} holds {shortest}, which must be at least 1")
         for name in ("texts", "lengths", "recall_lengths", "tasks"):
-            given = [str(x) for x in getattr(self, name) or ()]
-            if len(set(given)) < len(given):
-                raise ValueError(f"{name} holds {max(given, key=given.count)} twice; give each once")
+            words = [str(x) for x in getattr(self, name) or ()]
+            if len(set(words)) < len(words):
+                raise ValueError(f"{name} holds {max(words, key=words.count)} twice; give each once")
 
     def within(self, context: int) -> "EvaluationConfig":
         """
-        The same, fitted to models of this context wherever nothing else was asked for.
+        These settings with those that were left open fitted to models of this context.
 
         Raises:
-            ValueError: where what was asked for exceeds it.
+            ValueError: if a setting exceeds the context.
         """
         refuse_long(self.lengths or (), context, "perplexity in windows")
         refuse_long(self.recall_lengths or (), context, "recall in samples")
@@ -85,25 +90,32 @@ class EvaluationConfig:
         )
 
     def quick(self) -> "EvaluationConfig":
-        """The same on a little of everything, to see that it works."""
-        small = {
-            "text_tokens": 1100,
-            "recall_samples": 4,
-            "prompts": 2,
-            "prompt_length": 32,
-            "new_tokens": 8,
-            "map_tokens": 48,
-            "usual_length": 256,
-            "usual_recall_lengths": self.usual_recall_lengths[:1],
-        }
-        lengths, recall = (given and tuple(min(x, 1024) for x in given[:1]) for given in (self.lengths, self.recall_lengths))
+        """These settings cut down to a little of everything, to see that an evaluation works."""
         shortest = min(self.lengths[0] if self.lengths else 256, 1024)
-        stride = self.stride and min(self.stride, shortest)
-        return replace(self, **small, lengths=lengths, recall_lengths=recall, stride=stride, limit=min(self.limit or 8, 8))
+        return replace(
+            self,
+            text_tokens=1100,
+            lengths=first_of(self.lengths),
+            stride=self.stride and min(self.stride, shortest),
+            recall_lengths=first_of(self.recall_lengths),
+            recall_samples=4,
+            prompts=2,
+            prompt_length=32,
+            new_tokens=8,
+            limit=min(self.limit or 8, 8),
+            map_tokens=48,
+            usual_length=256,
+            usual_recall_lengths=self.usual_recall_lengths[:1],
+        )
+
+
+def first_of(lengths: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """The first length, cut to 1,024 tokens; None for None."""
+    return lengths and (min(lengths[0], 1024),)
 
 
 def refuse_long(lengths: Sequence[int], context: int, what: str) -> None:
-    """Raise ValueError where a length exceeds what the models were made for."""
+    """Raise ValueError if a length exceeds the models' context."""
     for length in lengths:
         if length > context:
             raise ValueError(

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -225,29 +224,10 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(evaluated, refuse
     refused(tmp_path, lambda: evaluated(**settings), message)
 
 
-def test_what_was_not_asked_for_fits_the_context(config):
-    free = replace(config, lengths=None, recall_lengths=None, prompt_length=100, new_tokens=8, map_tokens=512)
-    fitted = free.within(300)
-    assert (fitted.lengths, fitted.recall_lengths) == ((300,), (128, 256))
-    assert (fitted.prompt_length, fitted.map_tokens) == (100, 300) and free.within(64).prompt_length == 56
-    assert free.within(4096).lengths == (1024,) and free.within(4096).recall_lengths == (128, 256, 512, 1024)
-    assert replace(free, recall_lengths=()).within(300).recall_lengths == ()
-    quick = replace(free, stride=512).quick()
-    assert quick.stride == 256 and quick.within(200).lengths == (200,) and quick.within(100).recall_lengths == ()
-    assert replace(free, lengths=(512, 64), recall_lengths=(256, 300)).quick().within(2048).lengths == (512,)
-
-
 def test_two_texts_of_one_name_are_refused(evaluated, refused, text_file, tmp_path):
     (tmp_path / "text.txt").write_bytes(text_file.read_bytes())
     message = "^two texts have the same file name"
     refused(tmp_path, lambda: evaluated(texts=(text_file, tmp_path / "text.txt")), message)
-
-
-@pytest.mark.parametrize(
-    "settings", [{"texts": ()}, {"lengths": (0,)}, {"prompts": 0}, {"batch_size": -1}, {"map_tokens": -1}, {"lengths": (9, 9)}]
-)
-def test_settings_without_sense_are_refused(config, refused, tmp_path, settings):
-    refused(tmp_path, lambda: replace(config, **settings), "no text given|must be at least [01]$|lengths holds 9 twice")
 
 
 def test_models_that_do_not_fit_are_refused(pair, evaluated, refused, other_words, tmp_path):
