@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .feature_map_base import MAX_EXPONENT, FeatureMap
-from .frequency import FFT_FROM, dct, dct_matrix, frequency_matrix, low_discrepancy, radii, sign_flips
+from .frequency import frequency_matrix, low_discrepancy, radii
 
 # up to so many rows per head, a matrix of its own for each head costs more to set up than it saves
 FEW_ROWS = 16
@@ -68,19 +68,12 @@ class WDCF(ExponentialMap):
     def __init__(self, config, num_heads: int, seed: int):
         super().__init__(config, num_heads, seed)
         self.add_parameters(T=(self.feature_dim,), log_D=(self.size,))
-        # where the FFT may pay, the plain matrix and the signs of its copies stand for all m rows; else C has all M of them
-        fast = self.head_dim >= FFT_FROM
-        rows, copies = self.head_dim if fast else self.size, math.ceil(self.feature_dim / self.head_dim)
-        self.register_buffer("C", torch.empty(rows, self.head_dim, dtype=torch.float32), persistent=False)
-        signs = torch.empty(copies, self.head_dim, dtype=torch.float32) if fast else None
-        self.register_buffer("signs", signs, persistent=False)
+        self.register_buffer("C", torch.empty(self.size, self.head_dim, dtype=torch.float32), persistent=False)
 
     def initial_values(self) -> dict[str, torch.Tensor]:
         uniform = low_discrepancy(self.feature_dim, 1, self.seed)[:, 0]
-        values = {"T": radii(uniform, self.head_dim, self.radial), "log_D": torch.zeros(self.size)}
-        if self.signs is not None:
-            return values | {"C": dct_matrix(self.head_dim), "signs": sign_flips(len(self.signs), self.head_dim, self.seed)}
         C = frequency_matrix(self.feature_dim, self.head_dim, self.direction, self.seed)
+        values = {"T": radii(uniform, self.head_dim, self.radial), "log_D": torch.zeros(self.size)}
         return values | {"C": torch.cat((C, -C)) if self.pairs else C}
 
     def _apply(self, fn, recurse=True):
@@ -90,26 +83,14 @@ class WDCF(ExponentialMap):
             self.C = kept.to(self.C.device)
         return self
 
-    @property
-    def is_one_matrix(self) -> bool:
-        return self.signs is None
-
     def factors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        C = self.C
-        if self.signs is not None:
-            C = C if self.direction == "forward" else C.T
-            C = torch.cat([C * signs for signs in self.signs])[: self.feature_dim]
-        return C, self.weight("T"), self.weight("log_D")
+        return self.C, self.weight("T"), self.weight("log_D")
 
     def exponents(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        if self.signs is not None:
-            z = dct(x.float().unsqueeze(-2) * self.signs, self.direction, self.C).flatten(-2)[..., : self.feature_dim]
-            z = torch.cat((z, -z), dim=-1) if self.pairs else z
-        elif x.shape[0] * x.shape[1] <= FEW_ROWS:
-            z = F.linear(x.float(), self.C)
-        else:
+        if x.shape[0] * x.shape[1] > FEW_ROWS:
             return super().exponents(x, scale)
         # C x is shared by the heads, T turns it into each head's own
+        z = F.linear(x.float(), self.C)
         halves = (self.num_heads, self.size // self.feature_dim, self.feature_dim)
         _, T, log_D = self.factors()
         log_D, T = log_D.float().view(halves), T.float().unsqueeze(1)
@@ -151,7 +132,7 @@ class WPFF(PFF):
 class LDCF(WPFF):
     """
     Learnt discrete cosine features, phi(x) = D * exp(T V x): WDCF whose directions V (H, m, d) train. They start as the rows
-    of the DCT, so that an untrained `ldcf` is `wdcf`; once they have moved there is no fast transform. Shapes as `PFF`.
+    of the DCT, so that an untrained `ldcf` is `wdcf`; training moves them. Shapes as `PFF`.
     """
 
     settings = (*WPFF.settings, "dct_direction")
@@ -171,21 +152,18 @@ class PRF(ExponentialMap):
     def __init__(self, config, num_heads: int, seed: int):
         super().__init__(config, num_heads, seed)
         self.add_parameters(W=(self.feature_dim, self.head_dim))
+        self.is_one_matrix = self.activation == "softmax"
 
     def initial_values(self) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
         return {"W": torch.randn(self.feature_dim, self.head_dim, generator=generator)}
-
-    @property
-    def is_one_matrix(self) -> bool:
-        return self.activation == "softmax"
 
     def factors(self) -> tuple[torch.Tensor, None, None]:
         return self.weight("W"), None, None
 
     def exponents(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         z = super().exponents(x, scale)
-        if self.activation == "softmax":  # which the norm, equal for all features of a row, would not change
+        if self.is_one_matrix:  # the softmax would cancel the norm, which all features of a row share
             return z
         return z - (x.float() * scale).square().sum(-1, keepdim=True) / 2
 

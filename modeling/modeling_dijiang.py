@@ -31,7 +31,7 @@ from .decode_step_native import native_step  # noqa: F401
 from .decode_step_triton import triton_step  # noqa: F401
 from .exponential_maps import ExponentialMap  # noqa: F401
 from .feature_maps import build_feature_map  # noqa: F401
-from .frequency import dct  # noqa: F401
+from .frequency import dct_matrix  # noqa: F401
 from .linear_attention import linear_attention  # noqa: F401
 from .linear_attention_chunk import CHUNK_SIZE  # noqa: F401
 from .linear_attention_fla import fla_is_usable  # noqa: F401
