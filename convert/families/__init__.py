@@ -24,8 +24,6 @@ FAMILIES: dict[str, ModuleType] = {
     "mistral": llama,
 }
 
-CONVERTIBLE = (*FAMILIES, "dijiang")  # commands that take a teacher take a student too
-
 SHARED = (
     "vocab_size",
     "hidden_size",
@@ -46,7 +44,7 @@ SHARED = (
 
 def open_convertible(name: str | Path) -> Source:
     """`open_source` for a model of a family that can be converted, or for a DiJiang checkpoint; ValueError on others."""
-    return open_source(name, model_types=CONVERTIBLE)
+    return open_source(name, model_types=[*FAMILIES, "dijiang"])  # commands that take a teacher take a student too
 
 
 def dijiang_config(source: PretrainedConfig, settings: dict) -> DiJiangConfig:
