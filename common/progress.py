@@ -79,9 +79,8 @@ class Reporter:
     def __exit__(self, *exception: object) -> None:
         self.bar.stop()
 
-    def line_is_due(self) -> bool:
-        """Whether it is time for a plain line; the caller prints it then."""
-        now = time.perf_counter()
+    def line_is_due(self, now: float) -> bool:
+        """Whether it is time for a plain line, which the caller then prints."""
         if not self.lines or now - self.last_line <= LINE_EVERY_SECONDS:
             return False
         self.last_line = now
@@ -121,10 +120,11 @@ class TokenProgress(Reporter):
 
     def advance(self, tokens: int, *, loss: float) -> None:
         """Count `tokens` more, the last of them at this loss."""
+        now = time.perf_counter()
         self.done += tokens
-        speed = (self.done - self.done_before) / max(time.perf_counter() - self.started, 1e-9)
+        speed = (self.done - self.done_before) / max(now - self.started, 1e-9)
         self.bar.update(self.task, advance=tokens, speed=speed, loss=loss)
-        if self.line_is_due() or (self.lines and self.done >= self.total):
+        if self.line_is_due(now) or (self.lines and self.done >= self.total):
             done = f"{self.done:,}/{self.total:,} tokens, {speed:,.0f} tokens/s"
             self.line(f"{self.title}: {done}, loss {loss:.4f}, {(self.total - self.done) / speed:.0f} s left")
 
@@ -156,7 +156,7 @@ class TokenizeProgress(Reporter):
         """Set the sums so far."""
         self.sums = (tokens, documents)
         now = time.perf_counter()
-        if self.line_is_due():
+        if self.line_is_due(now):
             self.line(self.summary())
         elif not self.bar.disable and now - self.last_refresh > REFRESH_EVERY_SECONDS:  # many documents are a few words long
             self.last_refresh = now

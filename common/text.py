@@ -1,7 +1,9 @@
-"""Text files that a user names."""
+"""Text files that a user names, and the identity of the tokenizer that encodes them."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,3 +34,14 @@ def read_tokens(tokenizer: PreTrainedTokenizerBase, path: str | Path, limit: int
     """The first `limit` token ids of one UTF-8 file (None: all), special tokens left out. Raises what `read_text` does."""
     # the library would warn of texts longer than the model's context
     return tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"][:limit]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of everything that decides which tokens a text becomes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # calls change only truncation and padding, which come before the added tokens
+        content = backend.to_str().split('"added_tokens"', 1)[-1]
+    else:
+        content = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+    return hashlib.sha256(content.encode()).hexdigest()

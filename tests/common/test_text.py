@@ -1,8 +1,11 @@
-"""Text files are read as UTF-8, and what is no text is refused by name."""
+"""Text files are read as UTF-8, what is no text is refused by name, and tokenizers are told apart."""
+
+import copy
+import hashlib
 
 import pytest
 
-from dijiang.common.text import read_text, read_tokens
+from dijiang.common.text import read_text, read_tokens, tokenizer_fingerprint
 
 TEXT = "the cat sat on the mat, naïve as a café\nand the rat sat\n"
 
@@ -53,8 +56,15 @@ def test_text_that_cannot_be_read(tmp_path, refused):
 
 
 def test_tokens_have_no_special_ones_and_may_be_limited(write, tokenizer):
+    class Beginning:
+        """Begins a text with its special token unless it is told not to."""
+
+        def __call__(self, text, add_special_tokens=True, **settings):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            return {"input_ids": [tokenizer.bos_token_id, *ids] if add_special_tokens else ids}
+
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    assert read_tokens(tokenizer, write(TEXT)) == ids and tokenizer.bos_token_id not in ids
+    assert read_tokens(Beginning(), write(TEXT)) == ids
     assert read_tokens(tokenizer, write(TEXT), 5) == ids[:5]
 
 
@@ -62,3 +72,25 @@ def test_text_longer_than_the_models_context_gives_no_warning(write, tokenizer, 
     monkeypatch.setattr(tokenizer, "model_max_length", 8)
     assert len(read_tokens(tokenizer, write(TEXT))) > 8
     assert capsys.readouterr() == ("", "") and not caplog.records
+
+
+def test_the_latest_call_of_a_tokenizer_is_no_part_of_it(tokenizer):
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer(["a", "b c"], truncation=True, max_length=4)
+    assert tokenizer.backend_tokenizer.truncation is not None and tokenizer_fingerprint(tokenizer) == before
+    other = copy.deepcopy(tokenizer)
+    assert tokenizer_fingerprint(other) == before
+    other.add_tokens("zebra")
+    assert tokenizer_fingerprint(other) != before
+
+
+def test_the_fingerprint_is_the_one_in_token_caches_on_disk(tokenizer):
+    """Another one would have every cached text tokenized again."""
+    described = tokenizer.backend_tokenizer.to_str().partition('"added_tokens"')[2]
+    assert tokenizer_fingerprint(tokenizer) == hashlib.sha256(described.encode()).hexdigest()
+
+    class Letters:
+        def get_vocab(self):
+            return {"b": 1, "a": 0}
+
+    assert tokenizer_fingerprint(Letters()) == hashlib.sha256(b'["Letters", [["a", 0], ["b", 1]]]').hexdigest()

@@ -97,17 +97,17 @@ BROKEN = {
     "broken tokenizer": (lambda f: cut(f / "tokenizer.json", 0.5), r"tokenizer of .* cannot be read"),
     "too many entries": (add_entries, r"325 entries.*320 embedding rows"),
     "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), r"adapter \(adapter_config\.json\); merge it"),
-    "quantised config": (
+    "quantized config": (
         lambda f: edit_config(f, quantization_config={"quant_method": "gptq", "bits": 4}),
-        r"is quantised \(gptq\)",
+        r"is quantized \(gptq\)",
     ),
     "integer weights": (
         lambda f: edit_weights(f, lambda w: w.update({Q: w[Q].to(torch.int8)})),
-        rf"{Q} is not a float tensor, so the source is quantised",
+        rf"{Q} is not a float tensor, so the source is quantized",
     ),
     "8-bit floats": (
         lambda f: edit_weights(f, lambda w: w.update({Q: w[Q].to(torch.float8_e4m3fn)})),
-        rf"{Q} is not a float tensor, so the source is quantised",
+        rf"{Q} is not a float tensor, so the source is quantized",
     ),
     "shard missing": (
         lambda f: (
@@ -200,7 +200,7 @@ def test_dijiang_checkpoint_as_source(make_source, tmp_path, refused):
     "settings, message",
     [
         ({"preset": "best"}, r"preset 'best' is unknown; choose from recommended, linear, paper"),
-        ({"dtype": "int8"}, r"dtype 'int8' is unknown; choose auto, float32"),
+        ({"dtype": "int8"}, r"dtype 'int8' is unknown; choose from auto, float32"),
         (
             {"feature_mapp": "wdcf"},
             r"unknown setting 'feature_mapp' \(did you mean feature_map\?\); these can be set: .*decay",

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from dijiang.common import progress
 from dijiang.common.progress import TokenProgress
-from dijiang.train.trainer import progress
 
 
 class Clock:

@@ -76,12 +76,12 @@ def test_code_that_is_up_to_date_is_left_alone(checkpoint):
 
 
 def test_edited_code_is_kept_unless_told_otherwise(checkpoint, refused):
-    (checkpoint / "layers.py").write_text("# mine\n")
+    (checkpoint / "decoder_modules.py").write_text("# mine\n")
     before = files_of(checkpoint)
     refused(checkpoint, lambda: refresh_code(checkpoint), "layers.py in .* is not as recorded in provenance.json.*--overwrite")
     assert files_of(checkpoint) == before
-    assert refresh_code(checkpoint, overwrite=True) == ["layers.py"]
-    assert (checkpoint / "layers.py").read_bytes() == CODE["layers.py"]
+    assert refresh_code(checkpoint, overwrite=True) == ["decoder_modules.py"]
+    assert (checkpoint / "decoder_modules.py").read_bytes() == CODE["decoder_modules.py"]
 
 
 def test_interrupted_refresh_goes_on(checkpoint, monkeypatch):
@@ -165,7 +165,7 @@ def test_record_from_before_refreshing_is_found_again_to_the_byte(checkpoint):
     before = (checkpoint / "provenance.json").read_text()
     assert before_refreshing(record) is record
     refresh_code(checkpoint)
-    (checkpoint / "layers.py").write_text("# mine\n")
+    (checkpoint / "decoder_modules.py").write_text("# mine\n")
     refresh_code(checkpoint, overwrite=True)
     after = read_provenance(checkpoint)
     assert [stage["stage"] for stage in after["stages"]][-2:] == ["refresh-code"] * 2
@@ -177,9 +177,9 @@ def test_new_checkpoint_made_of_an_old_one_gets_the_installed_code(checkpoint):
     record = with_newest_code(checkpoint, read_provenance(checkpoint))
     assert record["code"] == {name: digest(content) for name, content in CODE.items()}
     assert {name: content for name, content in files_of(checkpoint).items() if name.endswith(".py")} == CODE
-    (checkpoint / "layers.py").write_text("# mine\n")
+    (checkpoint / "decoder_modules.py").write_text("# mine\n")
     assert with_newest_code(checkpoint, record) is record
-    assert (checkpoint / "layers.py").read_text() == "# mine\n"
+    assert (checkpoint / "decoder_modules.py").read_text() == "# mine\n"
 
 
 def test_what_is_no_dijiang_checkpoint_is_refused(make_source, tmp_path, refused):
