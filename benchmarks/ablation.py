@@ -131,11 +131,13 @@ class Study:
         groups = model.parameter_groups()
         optimizer = adamw(groups, config)
         peaks = [group["lr"] for group in optimizer.param_groups]
-        for step, place in enumerate(order):
+        for step, number in enumerate(order):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * learning_rate_factor(step, config)
             model.train()
-            loss = model.losses(self.passes["train"][place], self.blocks["train"][place][None], places=torch.tensor([step]))
+            loss = model.losses(
+                self.passes["train"][number], self.blocks["train"][number][None], sample_indices=torch.tensor([step])
+            )
             loss["loss"].backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

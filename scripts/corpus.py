@@ -137,12 +137,6 @@ class Texts:
         return ""
 
 
-class Silent:
-    """Takes the place of a progress bar."""
-
-    def update(self, tokens: int, documents: int) -> None: ...
-
-
 def write_token_folder(folder: Path, texts: list[str], tokenizer, *, limit: int | None = None) -> list[int]:
     """
     Tokenise documents into a folder of the training's token cache.
@@ -159,7 +153,7 @@ def write_token_folder(folder: Path, texts: list[str], tokenizer, *, limit: int 
 
     folder.mkdir(parents=True, exist_ok=True)
     name = "/".join(folder.parts[folder.parts.index("corpus") :]) if "corpus" in folder.parts else folder.name
-    write_tokens(folder, Texts(name, texts), tokenizer, limit=limit, fingerprint="", bar=Silent())
+    write_tokens(folder, Texts(name, texts), tokenizer, limit=limit, fingerprint="")
     set_fingerprint(folder)
     file = TokenFile(folder)
     return np.diff([*file.starts, len(file)]).tolist()

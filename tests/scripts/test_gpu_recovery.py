@@ -18,8 +18,9 @@ from recovery_data import as_llama, made_up_inputs, own_tokens  # noqa: E402
 from recovery_speed import disagreement  # noqa: E402
 from recovery_watch import Watch  # noqa: E402
 
+from dijiang.common.text import tokenizer_fingerprint  # noqa: E402
 from dijiang.convert import load_source  # noqa: E402
-from dijiang.train.data.token_cache import TokenFile, tokenizer_hash  # noqa: E402
+from dijiang.train.data.token_cache import TokenFile  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_tokens_of_another_version_of_the_tokenizer_are_checked(inputs, tmp_path
     for name in ("tokens.bin", "starts.bin"):
         (other / name).write_bytes((folder / name).read_bytes())
     copy, tokens = own_tokens(other, inputs.tokenizer, tmp_path / "copy")
-    assert copy == tmp_path / "copy" and tokens.tokenizer == tokenizer_hash(inputs.tokenizer)
+    assert copy == tmp_path / "copy" and tokens.tokenizer == tokenizer_fingerprint(inputs.tokenizer)
     assert np.array_equal(TokenFile(copy).tokens, file.tokens)
 
     ids = np.asarray(file.tokens).copy()

@@ -1,4 +1,4 @@
-"""Which block of which source stands at each place of the training order: closed forms and seeded shuffles."""
+"""Order of the training text: closed forms choose the source of each block, seeded shuffles the block of that source."""
 
 import heapq
 from collections.abc import Sequence
@@ -16,97 +16,103 @@ def whole_weights(weights: Sequence[float]) -> list[int]:
     return [weight // gcd(*whole) for weight in whole]
 
 
-def random_below(count: int, seed: int, place: int) -> int:
-    """A number from 0 to count - 1 that belongs to a place."""
-    return int(np.random.SeedSequence((seed % 2**64, place)).generate_state(1, np.uint64)[0]) % count
+def random_below(count: int, seed: int, index: int) -> int:
+    """A number from 0 to count - 1 that depends only on the seed and the sample index."""
+    return int(np.random.SeedSequence((seed % 2**64, index)).generate_state(1, np.uint64)[0]) % count
 
 
 class Mixture:
     """
-    Shares places among sources so that among the first n places, for every n, each source has its share to within one.
+    Shares blocks among sources so that among the first n blocks, for every n, each source has its share to within one.
 
-    The order repeats after as many places as the whole weights sum to. Within that, each turn of a source falls between a
-    release and a deadline, and the earliest deadline goes first: R. Tijdeman, The chairman assignment problem (1980),
-    https://doi.org/10.1016/0012-365X(80)90269-1. Taking the largest deficit first would let some fall behind by more than one.
+    The order repeats after as many blocks as the whole weights sum to. Within that period each draw from a source falls
+    between a release and a deadline, and the earliest deadline goes first: R. Tijdeman, The chairman assignment problem
+    (1980), https://doi.org/10.1016/0012-365X(80)90269-1. Always drawing from the source with the largest deficit would let
+    some fall behind by more than one.
 
     Args:
-        weights: of the sources, in any scale.
-        places: how many will be asked for, at most.
+        weights: weights of the sources, on any scale.
+        blocks: largest number of blocks that will be asked for.
 
     Attributes:
-        source_of: (period,) source of each place.
-        turn_of: (period,) how many earlier places of the period have the same source.
+        source_of: (period,) source of each block.
+        draw_of: (period,) number of earlier blocks in the period that have the same source.
     """
 
-    def __init__(self, weights: Sequence[float], places: int):
+    def __init__(self, weights: Sequence[float], blocks: int):
         shares = whole_weights(weights)
-        self.period = min(sum(shares), places)
+        self.period = min(sum(shares), blocks)
         self.source_of = np.array(assign(shares, self.period), dtype=np.uint16)
         self.per_period = np.bincount(self.source_of, minlength=len(shares))
-        self.turn_of = np.empty(self.period, dtype=np.int64)
-        for source, turns in enumerate(self.per_period):
-            self.turn_of[self.source_of == source] = np.arange(turns)
+        self.draw_of = np.empty(self.period, dtype=np.int64)
+        for source, draws in enumerate(self.per_period):
+            self.draw_of[self.source_of == source] = np.arange(draws)
 
-    def __call__(self, place: int) -> tuple[int, int]:
-        """(source, how many earlier places have that source) of a place."""
-        periods, within = divmod(place, self.period)
+    def __call__(self, index: int) -> tuple[int, int]:
+        """(source, number of earlier blocks with that source) of the block with this index."""
+        periods, within = divmod(index, self.period)
         source = int(self.source_of[within])
-        return source, periods * int(self.per_period[source]) + int(self.turn_of[within])
+        return source, periods * int(self.per_period[source]) + int(self.draw_of[within])
 
-    def counts(self, places: int) -> list[int]:
-        """How many of the first `places` each source has."""
-        periods, rest = divmod(places, self.period)
+    def counts(self, blocks: int) -> list[int]:
+        """Number of blocks of each source among the first `blocks`."""
+        periods, rest = divmod(blocks, self.period)
         return (periods * self.per_period + np.bincount(self.source_of[:rest], minlength=len(self.per_period))).tolist()
 
 
-def assign(shares: Sequence[int], places: int) -> list[int]:
-    """The source of each of the first `places`, for whole-numbered shares."""
+def assign(shares: Sequence[int], blocks: int) -> list[int]:
+    """The source of each of the first `blocks` blocks, for whole-numbered shares."""
     if len(shares) == 1:
-        return [0] * places
-    total, slack = sum(shares), 2 * len(shares) - 2
+        return [0] * blocks
+    total = sum(shares)
+    slack = 2 * len(shares) - 2
 
     def release(source: int) -> int:
-        """The first place at which 1/slack of the source's next turn is due: a quotient, rounded up."""
-        return -(-(turns[source] * slack + 1) * total // (slack * shares[source]))
+        """The first block, counted from 1, at which 1/slack of the source's next draw is due: a quotient, rounded up."""
+        return -(-(draws[source] * slack + 1) * total // (slack * shares[source]))
 
     def deadline(source: int) -> float:
-        """The place at which 1 - 1/slack of that turn is due; it may come no later."""
-        return (turns[source] * slack + slack - 1) * total / (slack * shares[source])
+        """The block at which 1 - 1/slack of that draw is due; it may come no later."""
+        return (draws[source] * slack + slack - 1) * total / (slack * shares[source])
 
-    turns, order = [0] * len(shares), []
+    draws = [0] * len(shares)
+    order = []
     waiting = [(release(source), source) for source in range(len(shares))]
     heapq.heapify(waiting)
     ready: list[tuple[float, int]] = []  # a heap too, of (deadline, source)
-    for place in range(1, places + 1):
-        while waiting and waiting[0][0] <= place:
+    for number in range(1, blocks + 1):
+        while waiting and waiting[0][0] <= number:
             source = heapq.heappop(waiting)[1]
             heapq.heappush(ready, (deadline(source), source))
         source = heapq.heappop(ready)[1]
         order.append(source)
-        turns[source] += 1
+        draws[source] += 1
         heapq.heappush(waiting, (release(source), source))
     return order
 
 
 class Shuffle:
     """
-    The blocks of one source in a random order, and again in another one each time they are used up.
+    The blocks of one source in a random order, and in another one each time they are used up.
 
     Args:
-        blocks: how many there are.
-        seed: of the order.
-        source: number of the source, which has its own order.
+        blocks: number of blocks of the source.
+        seed: seed of the stage.
+        source: index of the source, so that each source has an order of its own.
     """
 
     def __init__(self, blocks: int, seed: int, source: int):
-        self.blocks, self.key = blocks, (seed % 2**64, source)
-        self.epoch, self.order = -1, np.empty(0)
+        self.blocks = blocks
+        self.key = (seed % 2**64, source)
+        self.epoch = -1
+        self.order = np.empty(0)
 
-    def __getitem__(self, turn: int) -> int:
-        """The block that is taken at this turn, counted from 0 over all epochs."""
-        epoch, within = divmod(turn, self.blocks)
+    def __getitem__(self, draw: int) -> int:
+        """The block of this draw, counted from 0 over all epochs."""
+        epoch, within = divmod(draw, self.blocks)
         if epoch != self.epoch:
             # RandomState, because numpy promises never to change its numbers, which a resumed run relies on
             bits = np.random.MT19937(np.random.SeedSequence((*self.key, epoch)))
-            self.epoch, self.order = epoch, np.random.RandomState(bits).permutation(self.blocks)
+            self.order = np.random.RandomState(bits).permutation(self.blocks)
+            self.epoch = epoch
         return int(self.order[within])

@@ -1,4 +1,4 @@
-"""The texts of one file: a reader for each format, and the account of what they could not read."""
+"""The texts of one file: a reader for each format, and the count of records that they could not read."""
 
 import gzip
 import json
@@ -8,20 +8,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from dijiang.common.errors import one_line
+
 PARQUET_ROWS = 256  # in memory at a time
 BLANK = "blank text"
 
 
 class BadRecords:
     """
-    What is not text: refused, or counted.
+    Records that are not text, which are refused or counted.
 
     Args:
         policy: `error` or `skip`.
 
     Attributes:
-        counts: records (or whole files) left out, by kind.
-        first: where the first of each kind was found.
+        counts: number of records (or whole files) left out, by kind.
+        first: location of the first record of each kind.
     """
 
     def __init__(self, policy: str):
@@ -47,7 +49,7 @@ class BadRecords:
 
     def accepts(self, text, where: str) -> bool:
         """
-        Whether `text` is a string that is not blank; if not, that is reported or counted.
+        Whether `text` is a string that is not blank; if it is not, report or count it.
 
         Raises:
             ValueError: on a value of another type, if the policy is `error`.
@@ -66,8 +68,13 @@ class BadRecords:
         self.report("missing column", where, f"set column to one of its own: {shortened(columns)}", repr(column))
 
 
+def reason(error: Exception) -> str:
+    """The message of an error on one line, without the file name that some hold."""
+    return one_line(getattr(error, "strerror", None) or error)
+
+
 def encodable(text: str) -> bool:
-    """Whether UTF-8 can hold it; tokenizers crash on what it cannot."""
+    """Whether UTF-8 can encode the text; tokenizers crash on text that it cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -76,14 +83,9 @@ def encodable(text: str) -> bool:
 
 
 def shortened(names) -> str:
+    """At most ten of the names, in words."""
     names = [str(name) for name in names]
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "(it has none)"
-
-
-def one_line(error: BaseException) -> str:
-    """What an error of a library says, on one line."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-    return " ".join(reason.split())[:200]
 
 
 def read_plain(file: BinaryIO, path: Path, column: str, bad: BadRecords) -> Iterator[str]:
@@ -102,7 +104,7 @@ def read_plain(file: BinaryIO, path: Path, column: str, bad: BadRecords) -> Iter
 
 
 def read_json_lines(file: BinaryIO, path: Path, column: str, bad: BadRecords) -> Iterator[str]:
-    """The text of each line, a JSON object; empty lines do not count."""
+    """The text of each line, which holds a JSON object; empty lines do not count."""
     filled = False
     for number, line in enumerate(file, 1):
         where = f"{path} line {number}"
@@ -129,7 +131,7 @@ def read_json_lines(file: BinaryIO, path: Path, column: str, bad: BadRecords) ->
 
 
 def read_parquet(path: Path, column: str, bad: BadRecords) -> Iterator[str]:
-    """The texts of one column."""
+    """The text of each row, from one column."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -149,13 +151,13 @@ def read_parquet(path: Path, column: str, bad: BadRecords) -> Iterator[str]:
                     try:
                         text = scalar.as_py()
                     except UnicodeDecodeError:
-                        bad.report("not UTF-8", where, "write the file anew from UTF-8 text")
+                        bad.report("not UTF-8", where, "write the file again from UTF-8 text")
                         continue
                     if bad.accepts(text, where):
                         yield text
     except (pyarrow.ArrowException, OSError) as error:
         where = f"{path} after row {row}" if row else str(path)
-        bad.report("unreadable file", where, "fetch or write it again", one_line(error))
+        bad.report("unreadable file", where, "fetch or write it again", reason(error))
         return
     if row == 0:
         bad.report("empty file", str(path), "give a file with rows")
@@ -166,16 +168,16 @@ SUFFIXES = (*READERS, *(f"{suffix}.gz" for suffix in READERS), ".parquet")
 
 
 def known_suffix(path: Path) -> str | None:
-    """That of SUFFIXES by which the file is read."""
+    """The one of SUFFIXES that decides how the file is read, if it has one."""
     return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
 
 
 def read_file(path: Path, column: str, bad: BadRecords) -> Iterator[str]:
     """
-    The texts of one file, in order, read as they are asked for. A text that is null or blank is left out.
+    The texts of one file, in order, read lazily. Null and blank texts are left out.
 
     Raises:
-        ValueError: on the first record that is no text, naming file and line, if `bad` refuses them.
+        ValueError: on the first record that is not text, with file and line, if `bad` refuses them.
     """
     suffix = known_suffix(path)
     try:
@@ -189,4 +191,4 @@ def read_file(path: Path, column: str, bad: BadRecords) -> Iterator[str]:
             with (gzip.open if suffix.endswith(".gz") else open)(path, "rb") as file:
                 yield from READERS[suffix.removesuffix(".gz")](file, path, column, bad)
     except (OSError, EOFError, zlib.error) as error:
-        bad.report("unreadable file", str(path), "fetch or write it again", one_line(error))
+        bad.report("unreadable file", str(path), "fetch or write it again", reason(error))

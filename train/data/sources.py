@@ -1,4 +1,4 @@
-"""The documents of a source: local files, or a data set on the Hugging Face hub."""
+"""The documents of a source, which is files on disk or a data set on the Hugging Face hub."""
 
 import glob
 import hashlib
@@ -9,14 +9,15 @@ from functools import cached_property
 from pathlib import Path
 
 from dijiang.checkpoint.provenance import public_name
+from dijiang.common.errors import one_line
 from dijiang.common.library_calls import call_named
 
 from ..recipe.schema import DataConfig, SourceConfig
-from .readers import SUFFIXES, BadRecords, known_suffix, one_line, read_file, shortened
+from .readers import SUFFIXES, BadRecords, known_suffix, read_file, shortened
 
-TOKEN_FILES = ("tokens.bin", "starts.bin", "meta.json")  # of a folder of text that is tokenised already
+TOKEN_FILES = ("tokens.bin", "starts.bin", "meta.json")  # files of a folder of text that is already tokenized
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-HUB_SECONDS = 10.0  # to ask for the revision
+HUB_SECONDS = 10.0  # time limit of the question for the revision
 
 
 def is_token_folder(path: str) -> bool:
@@ -27,40 +28,40 @@ def is_token_folder(path: str) -> bool:
 
 def local_files(path: str) -> list[Path] | None:
     """
-    The files that a source's path means, in order; None if it is the name of a hub data set.
+    The files of a source, in order; None if its path is the name of a hub data set.
 
-    Of a folder these are all files below it with a known suffix; hidden ones are left out. Of a folder of tokens it is the one
-    that holds them.
+    A folder stands for all files below it that have a known suffix and are not hidden, a folder of tokens for the file that
+    holds the tokens.
 
     Raises:
         ValueError: if there is no such file.
     """
     here = Path(path).expanduser()
     if is_token_folder(path):
-        found = [here / TOKEN_FILES[0]]
+        files = [here / TOKEN_FILES[0]]
     elif here.is_dir():
-        found = [
+        files = [
             file
             for file in here.rglob("*")
             if known_suffix(file) and file.is_file() and not any(part[0] == "." for part in file.relative_to(here).parts)
         ]
-        if not found:
+        if not files:
             raise ValueError(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}; name a folder with text")
     elif here.exists():
-        found = [here]
+        files = [here]
     elif glob.has_magic(path):
-        found = [Path(name) for name in glob.glob(str(here), recursive=True) if Path(name).is_file()]
-        if not found:
+        files = [Path(name) for name in glob.glob(str(here), recursive=True) if Path(name).is_file()]
+        if not files:
             raise ValueError(f"{path} matches no file; correct it (** stands for any folders)")
     elif HUB_NAME.fullmatch(path) and not known_suffix(here):
         return None
     else:
         raise ValueError(f"{path}: no such file or folder; correct the path")
-    return sorted(found, key=lambda file: file.parts)
+    return sorted(files, key=lambda file: file.parts)
 
 
 def public_source(path: str) -> str:
-    """What a record says of a source: a hub name as it is, of a local path its name alone, of a glob also what follows."""
+    """The name of a source without folders of this machine: a hub name, the end of a path, or the pattern of a glob."""
     parts = Path(path).parts
     pattern = [i for i, part in enumerate(parts) if glob.has_magic(part)]
     if not pattern or Path(path).expanduser().exists():
@@ -70,6 +71,8 @@ def public_source(path: str) -> str:
 
 def refuse_leaks(data: DataConfig) -> None:
     """
+    Refuse text that is both trained on and held out.
+
     Raises:
         ValueError: if a file, or a split of a hub data set, is both trained on and held out.
     """
@@ -82,7 +85,7 @@ def refuse_leaks(data: DataConfig) -> None:
 
 
 def identities(source: SourceConfig) -> list[tuple[tuple, str]]:
-    """What tells each file of a source from all others, links seen through, with its name."""
+    """An identity of each file of a source, the same for all links to it, and the name of the file."""
     files = local_files(source.path)
     if files is None:
         return [((source.path, source.subset, source.split), f"split {source.split} of {source.path}")]
@@ -95,7 +98,8 @@ def hub_rows(source: SourceConfig, revision: str | None) -> Iterator[dict]:
     The rows of a hub data set, as they arrive.
 
     Raises:
-        ValueError: if it cannot be read, or no further: that is never a bad record, for the rest of the text would be lost.
+        ValueError: if it cannot be read, or reading breaks off. That is never a bad record, because the rest of the text would
+            be lost.
     """
     try:
         import datasets
@@ -110,7 +114,7 @@ def hub_rows(source: SourceConfig, revision: str | None) -> Iterator[dict]:
             rows = rows.select_columns([source.column])
         for number, row in enumerate(rows, 1):  # noqa: B007
             yield row
-    except Exception as error:  # of many libraries
+    except Exception as error:  # many libraries take part, each with errors of its own
         if number:
             raise ValueError(f"reading {name} from the hub broke off after row {number}: {one_line(error)}") from error
         raise ValueError(
@@ -120,18 +124,18 @@ def hub_rows(source: SourceConfig, revision: str | None) -> Iterator[dict]:
 
 class Documents:
     """
-    The documents of a source, as strings, read while they are asked for; every pass starts anew. One document is the whole of
-    a text file, or the text column of one JSON line or row. Null and blank texts are left out.
+    The documents of a source, as strings, read lazily; every pass starts again. One document is a whole text file, or the text
+    column of one JSON line or row. Null and blank texts are left out.
 
     Args:
-        source: where they are.
-        bad_records: `error` or `skip`, what to do about a record that cannot be read.
+        source: the files or hub data set.
+        bad_records: `error` or `skip`: what to do about a record that cannot be read.
 
     Attributes:
-        bad: the account of what the latest pass left out.
+        bad: the records that the latest pass left out.
 
     Raises:
-        ValueError: if the source has no files; while reading, if the hub cannot give the data set or its column, and under
+        ValueError: if the source has no files; while reading, if the hub does not have the data set or its column, and with
             `error` on the first bad record.
     """
 
@@ -150,18 +154,18 @@ class Documents:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Records that the latest pass left out so far, by kind."""
+        """Number of records that the latest pass has left out, by kind."""
         return dict(self.bad.counts)
 
     def describe_skipped(self) -> str | None:
-        """`skipped` in words, with the place of the first of each kind; None if nothing was left out."""
+        """`skipped` in words, with the location of the first record of each kind; None if nothing was left out."""
         if not self.bad.counts:
             return None
         kinds = [f"{count:,} {kind} (first: {self.bad.first[kind]})" for kind, count in self.bad.counts.most_common()]
         return f"left out of {self.source.path}: {', '.join(kinds)}"
 
     def fingerprint(self) -> str:
-        """SHA-256 of what the documents depend on: the files' names, sizes and times, or the data set's revision."""
+        """SHA-256 of everything that the documents depend on: names, sizes and times of files, or the data set's revision."""
         if self.files is None:
             content: list = [self.source.path, self.source.subset, self.source.split, self.revision]
         else:
@@ -171,21 +175,21 @@ class Documents:
 
     @cached_property
     def revision(self) -> str | None:
-        """Commit of the hub data set, as far as the hub can be asked."""
+        """Commit of the hub data set; None if the hub does not answer."""
         from huggingface_hub import HfApi
 
         try:
             return HfApi().dataset_info(self.source.path, timeout=HUB_SECONDS).sha
-        except (TypeError, AttributeError):  # not the hub's doing: another version of its client
+        except (TypeError, AttributeError):  # an incompatible version of the client, not a failure of the hub
             raise
-        except Exception:  # reading it gives the reason
+        except Exception:  # reading the data set will tell the reason
             return None
 
     def hub_texts(self, bad: BadRecords) -> Iterator[str]:
         column = self.source.column
         for number, row in enumerate(hub_rows(self.source, self.revision), 1):
             where = f"{self.source.path} split {self.source.split} row {number}"
-            if column not in row:  # of all rows, so there is no use in going on
+            if column not in row:  # no row will have it
                 columns = shortened(row)
                 raise ValueError(f"{where}: missing column {column!r}; set column to one of its own: {columns}")
             if bad.accepts(row[column], where):

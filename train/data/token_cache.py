@@ -1,25 +1,26 @@
-"""Tokenised text on disk: each source is tokenised once and then read without being loaded."""
+"""Tokenized text on disk: each source is tokenized once and then mapped into memory."""
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
-import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from dijiang.common.outputs import new_folder
 from dijiang.common.progress import TokenizeProgress
+from dijiang.common.result_cache import cache_folder
+from dijiang.common.text import tokenizer_fingerprint
 
 from ..recipe.schema import DataConfig, SourceConfig
 from .sources import Documents, is_token_folder, public_source
 
-FORMAT = 1  # raised when what the files hold changes, so that older ones are not taken
-BATCH_CHARACTERS = 1_000_000  # tokenised at a time
+FORMAT = 1  # raised when the content of the files changes, so that older ones are not read
+BATCH_CHARACTERS = 1_000_000  # tokenized at a time
 BATCH_TEXTS = 1_000
 PIECE_CHARACTERS = 1_000_000  # of a longer document at a time
 STALE_SECONDS = 24 * 3600
@@ -29,14 +30,15 @@ WORD_END = re.compile(r"(?<=\S)(?= \S)")
 
 class TokenFile:
     """
-    The tokens of one source, one document after another, in a folder that `tokenise` wrote.
+    The tokens of one source, one document after another, in a folder that `tokenize` wrote.
 
     Attributes:
-        tokens: (len(self),) uint16 or uint32, not loaded but mapped into memory.
+        folder: the folder.
+        skipped: number of records that were left out, by kind.
+        fingerprint: hash of the text, the tokenizer and the settings.
+        tokenizer: `tokenizer_fingerprint` of the tokenizer; None in folders of older versions, which did not record it.
+        tokens: (len(self),) uint16 or uint32, mapped into memory.
         starts: (documents,) int64, ascending: where each document starts in `tokens`; mapped too.
-        skipped: records that were left out, by kind.
-        fingerprint: of the text, the tokenizer and how it was used.
-        tokenizer: `tokenizer_hash` of the tokenizer; None in folders of older versions, which did not note it.
 
     Raises:
         OSError, ValueError, KeyError: if the folder does not hold what it should.
@@ -44,65 +46,68 @@ class TokenFile:
 
     def __init__(self, folder: Path):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        self.folder, self.skipped, self.fingerprint = folder, meta["skipped"], meta["fingerprint"]
+        self.folder = folder
+        self.skipped = meta["skipped"]
+        self.fingerprint = meta["fingerprint"]
         self.tokenizer = meta.get("tokenizer")
-        # a shape that the file is too short for is an error of memmap's
+        # memmap raises ValueError if the file is too short for the shape
         self.tokens = np.memmap(folder / "tokens.bin", mode="r", dtype=meta["dtype"], shape=(meta["tokens"],))
         self.starts = np.memmap(folder / "starts.bin", mode="r", dtype="<i8", shape=(meta["documents"],))
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __reduce__(self):  # a worker process maps the files itself; pickling a map would copy all tokens
+    def __reduce__(self):  # a worker process maps the files itself, because pickling a map would copy all tokens
         return TokenFile, (self.folder,)
 
 
-def tokenise(
-    source: SourceConfig, data: DataConfig, tokenizer, *, tokens_needed: int | None, progress: bool = True
-) -> TokenFile:
+def tokenize(source: SourceConfig, data: DataConfig, tokenizer, *, tokens_needed: int | None, progress: bool) -> TokenFile:
     """
-    The tokens of all documents of a source, each followed by the tokenizer's end-of-text token if it has one. They are taken
-    from the cache folder if they are there, else put there; several processes may do so at once. A source that is a folder of
-    tokens is taken as it is.
+    The tokens of all documents of a source, each followed by the tokenizer's end-of-text token if it has one. They are read
+    from the cache folder, or written to it first; several processes may do so at once. A source that is a folder of tokens is
+    used as it is.
 
     Args:
-        source: of the text.
-        data: says where the cache is, what to do about bad records, and whether to stop at `tokens_needed`.
+        source: the text.
+        data: the cache folder, what to do about bad records, and whether to stop at `tokens_needed`.
         tokenizer: a transformers tokenizer.
-        tokens_needed: with `data.streaming`, the document that completes so many is the last; None: read all.
-        progress: tell on stderr how far it is.
+        tokens_needed: with `data.streaming`, the document that completes this number of tokens is the last; None: read all.
+        progress: whether to report progress on stderr.
 
     Raises:
         ValueError: if there is no text, the source cannot be read, its tokens are another tokenizer's, or the cache folder
             cannot be written.
     """
     if is_token_folder(source.path):
-        return tokenised_source(Path(source.path).expanduser(), tokenizer)
+        return tokenized_source(Path(source.path).expanduser(), tokenizer)
     documents = Documents(source, data.bad_records)
     limit = tokens_needed if data.streaming else None
-    parts = [FORMAT, documents.fingerprint(), tokenizer_hash(tokenizer), tokenizer.eos_token_id, data.bad_records, limit]
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    parts = [FORMAT, documents.fingerprint(), fingerprint, tokenizer.eos_token_id, data.bad_records, limit]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    cache = cache_folder(data)
+    cache = cache_folder("tokens") if data.cache is None else Path(data.cache).expanduser()
     folder = cache / key
-    if (found := existing(folder)) is not None:
-        return found
-    temporary = cache / f"{key}.tmp-{uuid.uuid4().hex[:12]}"
+    if (cached := existing(folder)) is not None:
+        return cached
     try:
-        temporary.mkdir(parents=True)
+        cache.mkdir(parents=True, exist_ok=True)
         remove_stale(cache)
-        with TokenizeProgress(public_source(source.path), limit, shown=progress) as bar:
-            write_tokens(temporary, documents, tokenizer, limit=limit, fingerprint=key, bar=bar)
-            if left_out := documents.describe_skipped():
-                bar.say(left_out)
-        return publish(temporary, folder)
-    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)  # it is damaged, or `existing` would have returned it
+        with new_folder(folder) as draft, TokenizeProgress(public_source(source.path), limit, shown=progress) as bar:
+            write_tokens(draft, documents, tokenizer, limit=limit, fingerprint=key, advance=bar.update)
+            if skipped := documents.describe_skipped():
+                bar.line(skipped)
+    except (OSError, ValueError) as error:
+        if (cached := existing(folder)) is not None:  # another process was faster, and its tokens are the same
+            return cached
+        if isinstance(error, ValueError):
+            raise
         reason = error.strerror or error
         raise ValueError(f"cannot write tokens to {cache} ({reason}); make room or set cache to another folder") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already if it was published
+    return TokenFile(folder)
 
 
-def tokenised_source(folder: Path, tokenizer) -> TokenFile:
+def tokenized_source(folder: Path, tokenizer) -> TokenFile:
     """
     The tokens in `folder`, which the user named as a source.
 
@@ -113,28 +118,12 @@ def tokenised_source(folder: Path, tokenizer) -> TokenFile:
         file = TokenFile(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} is not a whole folder of tokens ({error}); write it again from its text") from None
-    if file.tokenizer != tokenizer_hash(tokenizer):
+    if file.tokenizer != tokenizer_fingerprint(tokenizer):
         whose = "does not say by which tokenizer" if file.tokenizer is None else "is of another tokenizer than the model's"
-        raise ValueError(f"{folder} {whose}; tokenise its text with the model's, or name the text")
+        raise ValueError(f"{folder} {whose}; tokenize its text with the model's, or name the text")
     if not len(file) or not len(file.starts):
         raise ValueError(f"{folder} holds no tokens; name another source")
     return file
-
-
-def cache_folder(data: DataConfig) -> Path:
-    if data.cache is not None:
-        return Path(data.cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dijiang" / "tokens"
-
-
-def tokenizer_hash(tokenizer) -> str:
-    """SHA-256 of all that decides which tokens a text becomes."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        content = backend.to_str().split('"added_tokens"', 1)[-1]  # before that: truncation and padding of the latest call
-    else:
-        content = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
-    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def existing(folder: Path) -> TokenFile | None:
@@ -145,68 +134,77 @@ def existing(folder: Path) -> TokenFile | None:
         return None
 
 
-def publish(temporary: Path, folder: Path) -> TokenFile:
-    """Give a finished folder its name. If another process was first, its tokens, which are the same, are used."""
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if (found := existing(folder)) is not None:
-            return found
-        shutil.rmtree(folder, ignore_errors=True)  # damaged, or `existing` would have given it
-        temporary.rename(folder)
-    return TokenFile(folder)
-
-
 def remove_stale(cache: Path) -> None:
-    """Remove what processes that were killed left behind; younger folders may still be written to."""
-    for folder in cache.glob("*.tmp-*"):
+    """Remove drafts that killed processes left behind; younger ones may still be written to."""
+    for folder in (*cache.glob(".*.partial"), *cache.glob("*.tmp-*")):  # the latter are those of older versions
         try:
             latest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-        except OSError:  # another process was faster
+        except OSError:  # another process has removed it meanwhile
             continue
         if latest < time.time() - STALE_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_tokens(folder: Path, documents: Documents, tokenizer, *, limit: int | None, fingerprint: str, bar) -> None:
-    """Write tokens.bin, starts.bin and, last, meta.json into `folder`."""
+def write_tokens(
+    folder: Path,
+    documents: Documents,
+    tokenizer,
+    *,
+    limit: int | None,
+    fingerprint: str,
+    advance: Callable[[int, int], None] = lambda tokens, documents: None,
+) -> None:
+    """
+    Write tokens.bin, starts.bin and, last, meta.json into `folder`.
+
+    Args:
+        folder: an empty folder.
+        documents: the text.
+        tokenizer: a transformers tokenizer.
+        limit: the document that completes this number of tokens is the last; None: write all.
+        fingerprint: hash to record.
+        advance: called with the number of tokens and of documents written so far.
+
+    Raises:
+        ValueError: if there is no text, or a document cannot be read.
+    """
     highest = max(*tokenizer.get_vocab().values(), tokenizer.eos_token_id or 0)
     dtype = np.dtype("<u2" if highest < 2**16 else "<u4")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    done = start = n_documents = 0
+    done = start = document_count = 0
     without_tokens: Counter[str] = Counter()
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "starts.bin", "wb") as starts:
-        for ids, complete in tokenised_pieces(documents, tokenizer):
+        for ids, complete in tokenized_pieces(documents, tokenizer):
             tokens.write(np.array(ids, dtype).tobytes())
             done += len(ids)
             if complete and done > start:
                 tokens.write(np.array(end, dtype).tobytes())
                 done += len(end)
                 starts.write(np.array(start, "<i8").tobytes())
-                n_documents += 1
+                document_count += 1
                 start = done
             elif complete:
                 without_tokens["text without tokens"] += 1
-            bar.update(done, n_documents)
+            advance(done, document_count)
             if complete and limit is not None and done >= limit:
                 break
     if not done:
-        left_out = documents.describe_skipped()
-        raise ValueError(f"{documents.source.path} holds no text{f'; {left_out}' if left_out else ''}")
+        skipped = documents.describe_skipped()
+        raise ValueError(f"{documents.source.path} holds no text{f'; {skipped}' if skipped else ''}")
     meta = {
         "source": documents.source.path,
         "fingerprint": fingerprint,
         "tokens": done,
-        "documents": n_documents,
+        "documents": document_count,
         "dtype": dtype.str,
-        "tokenizer": tokenizer_hash(tokenizer),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
         "skipped": documents.skipped | without_tokens,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
-def tokenised_pieces(documents: Documents, tokenizer) -> Iterator[tuple[list[int], bool]]:
-    """Token ids of each piece of each document, and whether the document is complete with it."""
+def tokenized_pieces(documents: Documents, tokenizer) -> Iterator[tuple[list[int], bool]]:
+    """Token ids of each piece of each document, and whether the piece is the last of its document."""
     batch: list[tuple[str, bool]] = []
     characters = 0
     for text in documents:
@@ -214,22 +212,22 @@ def tokenised_pieces(documents: Documents, tokenizer) -> Iterator[tuple[list[int
             batch.append(piece)
             characters += len(piece[0])
             if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_TEXTS:
-                yield from tokenised_batch(batch, tokenizer)
+                yield from tokenized_batch(batch, tokenizer)
                 batch, characters = [], 0
     if batch:
-        yield from tokenised_batch(batch, tokenizer)
+        yield from tokenized_batch(batch, tokenizer)
 
 
-def tokenised_batch(batch: list[tuple[str, bool]], tokenizer) -> Iterator[tuple[list[int], bool]]:
-    # the library would warn about texts longer than the model's context, which is what blocks are for
+def tokenized_batch(batch: list[tuple[str, bool]], tokenizer) -> Iterator[tuple[list[int], bool]]:
+    # verbose, it would warn about texts longer than the context of the model, although they are cut into blocks later
     ids = tokenizer([text for text, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]
     return zip(ids, (complete for _, complete in batch), strict=True)
 
 
 def pieces(text: str) -> Iterator[tuple[str, bool]]:
     """
-    Cut a long document to pieces of bounded size, each with whether it is the last. The cut is where a line or a word ends:
-    byte-level tokenizers never tokenise across it.
+    Cut a long document into pieces of bounded size, each with whether it is the last. Cuts are where a line or a word ends,
+    because byte-level tokenizers form no token across these.
     """
     start = 0
     while len(text) - start > PIECE_CHARACTERS:

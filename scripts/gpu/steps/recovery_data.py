@@ -13,10 +13,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dijiang.checkpoint.source import load_tokenizer, open_source
+from dijiang.common.text import tokenizer_fingerprint
 from dijiang.convert import load_source
 from dijiang.modeling import DiJiangForCausalLM
 from dijiang.train import DataConfig, SourceConfig
-from dijiang.train.data.token_cache import TokenFile, tokenise, tokenizer_hash
+from dijiang.train.data.token_cache import TokenFile, tokenize
 
 SAME_NAMES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -109,7 +110,7 @@ def own_tokens(folder: Path, tokenizer, copy: Path) -> tuple[Path, TokenFile]:
         file = TokenFile(folder)
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"{folder} is not a whole folder of tokens ({error}); bring its parts again") from None
-    if file.tokenizer == tokenizer_hash(tokenizer):
+    if file.tokenizer == tokenizer_fingerprint(tokenizer):
         return folder, file
     if not encodes_alike(file, tokenizer):
         raise SystemExit(f"{folder} holds tokens of another tokenizer than the teacher's; make the corpus again")
@@ -117,7 +118,7 @@ def own_tokens(folder: Path, tokenizer, copy: Path) -> tuple[Path, TokenFile]:
     for name in ("tokens.bin", "starts.bin"):
         (copy / name).unlink(missing_ok=True)
         os.symlink((folder / name).resolve(), copy / name)
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8")) | {"tokenizer": tokenizer_hash(tokenizer)}
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8")) | {"tokenizer": tokenizer_fingerprint(tokenizer)}
     (copy / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     return copy, TokenFile(copy)
 
@@ -177,7 +178,7 @@ def made_up_inputs(folder: Path) -> Inputs:
         file.write_text("".join(json.dumps({"text": text(100)}) + "\n" for _ in range(documents)), encoding="utf-8")
         source = SourceConfig(path=str(file))
         data = DataConfig(train=[source], cache=str(folder / "cache"))
-        sources[name] = SourceConfig(path=str(tokenise(source, data, tokenizer, tokens_needed=None, progress=False).folder))
+        sources[name] = SourceConfig(path=str(tokenize(source, data, tokenizer, tokens_needed=None, progress=False).folder))
     held = [source for name, source in sources.items() if name != "train"]
     runs = folder / "runs"
     runs.mkdir()

@@ -36,7 +36,7 @@ def build(layers: int = 3, **settings) -> DistillModel:
 
 def batch(seed: int = 0) -> dict[str, torch.Tensor]:
     positions = torch.arange(32) + torch.tensor([[3], [20]])
-    return {"input_ids": random_ids(2, 32, seed), "position_ids": positions, "places": torch.arange(2)}
+    return {"input_ids": random_ids(2, 32, seed), "position_ids": positions, "sample_indices": torch.arange(2)}
 
 
 def step(model: DistillModel, **inputs) -> tuple[dict, dict]:

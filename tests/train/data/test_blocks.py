@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dijiang.train.data.blocks import collate, held_out_blocks, training_blocks
-from dijiang.train.data.mixture import Mixture, Shuffle, whole_weights
+from dijiang.train.data.mixture import Shuffle
 from dijiang.train.recipe.schema import DataConfig, SourceConfig, StageConfig
 
 
@@ -61,24 +61,24 @@ def walk(texts, *, length, eos, respect_documents):
     index = 0
     for text in texts:
         for number, token in enumerate([ord(letter) for letter in text] + ([] if eos is None else [eos])):
-            starts_anew = index % length == 0 or (respect_documents and number == 0)
-            position = 0 if starts_anew else position + 1
+            starts_again = index % length == 0 or (respect_documents and number == 0)
+            position = 0 if starts_again else position + 1
             yield token, position
             index += 1
 
 
-def turns_and_parts(stage):
-    """(length, turn of the block, part of it) of each place, one after another."""
-    turn = 0
+def blocks_and_parts(stage):
+    """(length, block index, part of the block) of each sample, one after another."""
+    first = 0
     for steps, length in stage.phases:
         left, parts = steps * stage.batch_size, stage.block_size // length
         blocks = -(-left // parts)
         for part in range(parts):
             for number in range(blocks):
                 if left:
-                    yield length, turn + number, part
+                    yield length, first + number, part
                     left -= 1
-        turn += blocks
+        first += blocks
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -90,27 +90,27 @@ def test_sequences_are_those_of_a_walk_through_the_documents(write, build, seed,
     blocks = build(source, tokenizer=Letters(eos), data={"respect_documents": respect_documents}, steps=70, seed=seed, **sizes)
     lengths = blocks.stage.sequence_lengths
     walks = {n: list(walk(texts, length=n, eos=eos, respect_documents=respect_documents)) for n in lengths}
-    order = list(turns_and_parts(blocks.stage))
+    order = list(blocks_and_parts(blocks.stage))
     assert len(order) == len(blocks) == blocks.stage.steps * (1 + seed)
-    for place, (item, (length, turn, part)) in enumerate(zip(blocks, order, strict=True)):
-        assert item["input_ids"].shape == item["position_ids"].shape == (1, length) and item["place"] == place
+    for index, (item, (length, block, part)) in enumerate(zip(blocks, order, strict=True)):
+        assert item["input_ids"].shape == item["position_ids"].shape == (1, length) and item["sample_index"] == index
         assert item["input_ids"].dtype == item["position_ids"].dtype == torch.int64
         pairs = walks[length]
-        first = blocks.shuffles[0][turn] * block_size + part * length
-        found = zip(item["input_ids"][0].tolist(), item["position_ids"][0].tolist(), strict=True)
-        assert list(found) == pairs[first : first + length]
+        first = blocks.shuffles[0][block] * block_size + part * length
+        sequence = zip(item["input_ids"][0].tolist(), item["position_ids"][0].tolist(), strict=True)
+        assert list(sequence) == pairs[first : first + length]
 
 
 def test_no_part_of_a_block_is_trained_on_twice_in_an_epoch(write, build):
     blocks = build(write("a", documents=400)[0], steps=97, batch_size=3, block_size=16, start_block_size=4)
-    assert blocks.turns <= blocks.blocks[0]
-    order = list(turns_and_parts(blocks.stage))
+    assert blocks.total_blocks <= blocks.source_blocks[0]
+    order = list(blocks_and_parts(blocks.stage))
     assert len(set(order)) == len(order) and [length for length, _, _ in order].count(4) >= 97 * 4
     tokens = sorted(
-        token for length, turn, part in order for token in range(turn * 16 + part * length, turn * 16 + (part + 1) * length)
+        token for length, block, part in order for token in range(block * 16 + part * length, block * 16 + (part + 1) * length)
     )
     assert len(set(tokens)) == len(tokens) == blocks.stage.total_tokens
-    parts = [(blocks.shuffles[0][turn] * 16 + part * length, length) for length, turn, part in order]
+    parts = [(blocks.shuffles[0][block] * 16 + part * length, length) for length, block, part in order]
     stream = blocks.files[0].tokens
     assert all(item["input_ids"][0].tolist() == stream[a : a + n].tolist() for item, (a, n) in zip(blocks, parts, strict=True))
 
@@ -125,11 +125,11 @@ def test_sequences_start_at_random_positions(write, build, respect_documents):
         assert torch.equal(one["input_ids"], two["input_ids"])
         (start,) = (two["position_ids"] - one["position_ids"]).unique()
         starts[one["input_ids"].shape[1]].append(int(start))
-    for length, found in starts.items():
-        assert min(found) == 0 and max(found) == 40 - length, "the last position is used, none beyond"
-        assert abs(np.mean(found) - (40 - length) / 2) < 4 * (40 - length) / 12**0.5 / len(found) ** 0.5
+    for length, positions in starts.items():
+        assert min(positions) == 0 and max(positions) == 40 - length, "the last position is used, none beyond"
+        assert abs(np.mean(positions) - (40 - length) / 2) < 4 * (40 - length) / 12**0.5 / len(positions) ** 0.5
     again = build(source, position_range=40, **settings)
-    assert all(same(again[place], moved[place]) for place in reversed(range(len(moved))))
+    assert all(same(again[index], moved[index]) for index in reversed(range(len(moved))))
     tight = build(source, position_range=16, steps=9)
     assert all(same(one, two) for one, two in zip(tight, build(source, steps=9), strict=True)), "there is no room to move"
 
@@ -137,7 +137,7 @@ def test_sequences_start_at_random_positions(write, build, respect_documents):
 def test_every_epoch_takes_each_block_once_in_another_order(write, build):
     source, _ = write("a")
     blocks = build(source, steps=260, block_size=13)
-    n = blocks.blocks[0]
+    n = blocks.source_blocks[0]
     firsts = [tuple(item["input_ids"].flatten().tolist()) for item in blocks]
     epochs = [firsts[i : i + n] for i in range(0, len(firsts) - n, n)]
     assert len(epochs) > 3 and all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
@@ -153,16 +153,9 @@ def test_the_seed_and_the_number_of_the_source_decide_on_the_order(write, build)
         return [item["input_ids"].flatten().tolist() for item in build(*sources, **stage)]
 
     assert order(source) == order(source) and order(source, seed=1) != order(source) != order(source, seed=-1)
-    assert [Shuffle(50, 0, source)[turn] for source in (0, 1) for turn in range(9)] != [
-        Shuffle(50, 0, 0)[turn] for turn in range(9)
+    assert [Shuffle(50, 0, source)[draw] for source in (0, 1) for draw in range(9)] != [
+        Shuffle(50, 0, 0)[draw] for draw in range(9)
     ] * 2
-
-
-def test_the_order_is_the_same_with_every_release():
-    """For stored runs are resumed under other versions of numpy."""
-    shuffle = Shuffle(10, 3, 1)
-    assert [shuffle[turn] for turn in range(10)] == [3, 0, 4, 8, 2, 7, 9, 6, 1, 5]
-    assert [shuffle[turn] for turn in range(10, 20)] == [7, 2, 3, 1, 5, 9, 6, 8, 4, 0]
 
 
 def same(one, two):
@@ -175,58 +168,15 @@ def test_an_item_is_the_same_whatever_was_asked_before(write, build, seed):
     settings = {"steps": 37, "batch_size": 5, "start_block_size": 4, "seed": seed}
     blocks = build(*sources, **settings)
     items = list(blocks)
-    places = list(range(len(blocks)))
-    random.Random(seed).shuffle(places)
+    indices = list(range(len(blocks)))
+    random.Random(seed).shuffle(indices)
     again, late = build(*sources, **settings), build(*sources, **settings)
-    assert all(same(again[place], items[place]) for place in places)
-    assert all(same(late[place], items[place]) for place in range(101, len(blocks)))
+    assert all(same(again[index], items[index]) for index in indices)
+    assert all(same(late[index], items[index]) for index in range(101, len(blocks)))
     ranks = [pickle.loads(pickle.dumps(blocks)) for _ in range(2)]
-    assert all(same(ranks[place % 2][place], items[place]) for place in range(len(blocks)))
+    assert all(same(ranks[index % 2][index], items[index]) for index in range(len(blocks)))
     with pytest.raises(IndexError):
         blocks[len(blocks)]
-
-
-@pytest.mark.parametrize(
-    "weights",
-    [
-        (1,),
-        (0.7, 0.3),
-        (1, 1, 1),
-        (5, 1e-3),
-        (900, *[2] * 49),
-        (1 / 3, 2 / 3, 0.123456789),
-        (1, 1, 1, 1, 100, 100, 100),
-        tuple(range(1, 30)),
-        tuple(10 ** random.Random(4).uniform(0, 4) for _ in range(25)),
-    ],
-)
-def test_each_source_has_its_share_to_within_one_block(weights):
-    mixture = Mixture(weights, 3000)
-    pairs = [mixture(place) for place in range(3000)]
-    turns = [0] * len(weights)
-    for number, (source, turn) in enumerate(pairs, 1):
-        assert turn == turns[source]
-        turns[source] += 1
-        shares = np.array(weights) / sum(weights) * number
-        assert np.abs(shares - turns).max() < 1
-        if number % 500 == 0:
-            assert mixture.counts(number) == turns
-
-
-def test_weights_are_read_as_the_decimals_they_are():
-    assert whole_weights([0.7, 0.3]) == [7, 3] and whole_weights([1e-7, 2e9]) == [1, 2 * 10**16]
-    assert whole_weights([4.0, 6, 2]) == [2, 3, 1]
-    assert Mixture([0.7, 0.2, 0.1], 10**7).period == 10
-    with pytest.raises(ValueError, match="weight=inf must be finite"):
-        SourceConfig(path="a", weight=float("inf"))
-
-
-def test_ten_million_places_are_no_burden():
-    mixture = Mixture([0.65, 0.25, 0.1], 10**7)
-    assert mixture(10**7 - 1)[1] < 7 * 10**6 and mixture.counts(10**7) == [6_500_000, 2_500_000, 1_000_000]
-    assert mixture.source_of.nbytes + mixture.turn_of.nbytes < 1000
-    exact = Mixture([10**7 - 3, 3], 10**5)
-    assert exact.period == 10**5 and sum(exact.counts(10**5)) == 10**5
 
 
 def test_items_come_from_the_sources_by_weight(write, build):
@@ -282,19 +232,19 @@ def test_held_out_blocks_are_spread_over_each_source(write, tmp_path, tokens):
     pairs = list(walk(texts, length=16, eos=1, respect_documents=True))
     rows = [pairs[i : i + 16] for i in range(0, len(pairs) - 15, 16)]
     items = list(blocks)
-    assert [item["place"].item() for item in items] == list(range(len(blocks)))
+    assert [item["sample_index"].item() for item in items] == list(range(len(blocks)))
     assert all(item["input_ids"].shape == (1, 16) for item in items)
-    found = []
+    chosen = []
     for item in items:
         pair = list(zip(item["input_ids"][0].tolist(), item["position_ids"][0].tolist(), strict=True))
         if pair[0][0] < 456 and max(token for token, _ in pair) < 456:
-            found.append(rows.index(pair))
-    of_two = len(items) - len(found)
+            chosen.append(rows.index(pair))
+    of_two = len(items) - len(chosen)
     wanted = max(tokens // 2 // 16, 1)
-    assert len(found) == min(wanted, len(rows)) and of_two <= wanted
-    gaps = np.diff(found)
+    assert len(chosen) == min(wanted, len(rows)) and of_two <= wanted
+    gaps = np.diff(chosen)
     assert (gaps > 0).all() and (len(gaps) == 0 or gaps.max() - gaps.min() <= 1)
-    assert found[0] == 0 and len(rows) - found[-1] <= -(-len(rows) // len(found)), "to the end of the text"
+    assert chosen[0] == 0 and len(rows) - chosen[-1] <= -(-len(rows) // len(chosen)), "to the end of the text"
     assert held_out_blocks(replace(data, held_out=[]), 16, Letters(), progress=False) is None
 
 
@@ -311,14 +261,14 @@ def test_text_that_is_both_trained_on_and_held_out(write, tmp_path):
 
 def test_collate(write, build):
     blocks = build(write("a")[0], data={"respect_documents": False}, steps=4, batch_size=3, start_block_size=8)
-    batch = collate([blocks[place] for place in (0, 1, 2)])
-    assert set(batch) == {"input_ids", "places"} and batch["input_ids"].shape == (3, 8)
-    assert batch["places"].tolist() == [0, 1, 2] and batch["places"].dtype == torch.int64
+    batch = collate([blocks[index] for index in (0, 1, 2)])
+    assert set(batch) == {"input_ids", "sample_indices"} and batch["input_ids"].shape == (3, 8)
+    assert batch["sample_indices"].tolist() == [0, 1, 2] and batch["sample_indices"].dtype == torch.int64
     assert torch.equal(batch["input_ids"][1:2], blocks[1]["input_ids"])
     blocks = build(write("b")[0], steps=4, batch_size=3)
-    items = [blocks[place] for place in (9, 11)]
+    items = [blocks[index] for index in (9, 11)]
     batch = collate(items)
     assert torch.equal(batch["position_ids"], torch.cat([item["position_ids"] for item in items]))
-    assert batch["places"].tolist() == [9, 11] and batch["input_ids"].shape == (2, 16)
+    assert batch["sample_indices"].tolist() == [9, 11] and batch["input_ids"].shape == (2, 16)
     loader = torch.utils.data.DataLoader(blocks, batch_size=4, collate_fn=collate)
-    assert torch.equal(torch.cat([batch["places"] for batch in loader]), torch.arange(12))
+    assert torch.equal(torch.cat([batch["sample_indices"] for batch in loader]), torch.arange(12))

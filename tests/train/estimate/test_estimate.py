@@ -25,7 +25,7 @@ from dijiang.train.recipe.schema import (
     SourceConfig,
 )
 from dijiang.train.stages.distill import prepare
-from dijiang.train.stages.teacher_pass import kernel_parameters
+from dijiang.train.stages.parameters import added_parameters
 
 PUBLISHED = {
     "HuggingFaceTB/SmolLM2-135M": 134_515_008,
@@ -100,7 +100,7 @@ def test_what_trains_is_what_the_stage_trains(config, preset, settings):
     for change in changes:
         made = dijiang_config(config, {"layer_types": "linear_attention"} | PRESETS[preset] | settings)
         student = DiJiangForCausalLM(made)
-        kernel = sum(p.numel() for p in kernel_parameters(student).values())
+        kernel = sum(p.numel() for p in added_parameters(student).values())
         prepare(student, DistillConfig(**change))
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
         found = estimate(recipe(distill=change, preset=preset, settings=settings), shape=config)
