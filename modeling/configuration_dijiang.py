@@ -1,6 +1,7 @@
 """Configuration of a DiJiang model: one decoder shape for every source family, and what each linear layer is made of."""
 
 import math
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PretrainedConfig
@@ -15,15 +16,14 @@ AUTO_MAP = {
 CHOICES = {
     "norm_type": ("rms_norm", "layer_norm"),
     "mlp_type": ("gated", "plain"),
-    "feature_map": ("wdcf", "ldcf", "wpff", "pff", "prf", "hedgehog", "elu", "relu", "cosformer", "identity"),
     "feature_activation": ("softmax", "exp"),
     "radial": ("normal", "chi"),
     "dct_direction": ("forward", "inverse"),
     "decay": ("none", "retnet", "learned"),
     "output_norm": ("none", "group_norm"),
 }
-# maps whose features have signs, hence no sum of weights to divide by
-SIGNED_MAPS = ("identity",)
+# the classes of all feature maps by name. `register_feature_map` fills it when their files, which need torch, are imported
+FEATURE_MAPS: dict[str, Any] = {}
 
 
 @strict
@@ -36,7 +36,7 @@ class DiJiangConfig(PretrainedConfig):
     first `attention_sinks` tokens, and through its feature map to every token in between.
 
     Args (of a linear layer):
-        feature_map: name in the registry of `feature_maps.py`. `cosformer` counts positions up to max_position_embeddings;
+        feature_map: name of a registered map, see `feature_map_base.py`. `cosformer` counts positions up to max_position_embeddings;
             `identity` is plain q.k and needs normalize=False.
         feature_dim: m, features per head before pairing; `None` means the head size, which is all that maps without weights
             (`elu`, `cosformer`, `identity`) know.
@@ -158,13 +158,21 @@ class DiJiangConfig(PretrainedConfig):
             )
         if self.attention_sinks and not self.attention_window:
             raise ValueError(f"attention_sinks={self.attention_sinks} needs attention_window of at least 1")
-        if self.feature_map in SIGNED_MAPS and self.normalize:
+        if self.attention_window and not self.normalize:
+            raise ValueError("normalize=false needs attention_window=0: the softmax window shares the denominator")
+
+    def validate_feature_map(self):
+        """
+        Raise ValueError on an unknown feature map, or on one with negative features under a denominator. Where only this file
+        is imported no map is known, so nothing is checked before `build_feature_map` calls this again.
+        """
+        if FEATURE_MAPS and self.feature_map not in FEATURE_MAPS:
+            raise ValueError(f"feature_map={self.feature_map!r} is unknown; choose one of {', '.join(FEATURE_MAPS)}")
+        if FEATURE_MAPS and self.normalize and not FEATURE_MAPS[self.feature_map].positive:
             raise ValueError(
                 f"feature_map={self.feature_map} has negative features, whose sum is no denominator; "
                 "set normalize=false attention_window=0 attention_sinks=0"
             )
-        if self.attention_window and not self.normalize:
-            raise ValueError("normalize=false needs attention_window=0: the softmax window shares the denominator")
 
     @property
     def has_linear_layers(self) -> bool:

@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .feature_map_base import MAX_EXPONENT, FeatureMap
+from .feature_map_base import MAX_EXPONENT, FeatureMap, register_feature_map
 from .frequency import frequency_matrix, low_discrepancy, radii
 
 # up to so many rows per head, a matrix of its own for each head costs more to set up than it saves
@@ -57,6 +57,7 @@ class ExponentialMap(FeatureMap):
         return phi.permute(1, 2, 0, 3)
 
 
+@register_feature_map("wdcf")
 class WDCF(ExponentialMap):
     """
     Weighted discrete cosine features, phi(x) = D * exp(T C x) (equation 12): C the DCT matrix, T (H, m) radii, D = exp(log_D)
@@ -97,6 +98,7 @@ class WDCF(ExponentialMap):
         return torch.addcmul(log_D, z.view(*z.shape[:2], *halves), T, value=scale).flatten(-2)
 
 
+@register_feature_map("pff")
 class PFF(ExponentialMap):
     """
     Positive fixed features, phi(x) = exp(T V x) (equation 9): V (H, m, d) low-discrepancy directions on the sphere, T (H, m)
@@ -118,6 +120,7 @@ class PFF(ExponentialMap):
         return self.weight("V"), self.weight("T"), self.weight("log_D") if "log_D" in self._parameters else None
 
 
+@register_feature_map("wpff")
 class WPFF(PFF):
     """Weighted positive fixed features, phi(x) = D * exp(T V x) (equation 10), D = exp(log_D) (H, M). Shapes as `PFF`."""
 
@@ -129,6 +132,7 @@ class WPFF(PFF):
         return super().initial_values() | {"log_D": torch.zeros(self.size)}
 
 
+@register_feature_map("ldcf")
 class LDCF(WPFF):
     """
     Learnt discrete cosine features, phi(x) = D * exp(T V x): WDCF whose directions V (H, m, d) train. They start as the rows
@@ -143,6 +147,7 @@ class LDCF(WPFF):
         return {"T": radii(uniform, self.head_dim, self.radial), "V": V, "log_D": torch.zeros(self.size)}
 
 
+@register_feature_map("prf")
 class PRF(ExponentialMap):
     """
     Positive random features, phi(x) = exp(W x - |x|^2 / 2) / sqrt(m) (Performer, arXiv 2009.14794; equation 5): W (H, m, d)
@@ -168,6 +173,7 @@ class PRF(ExponentialMap):
         return z - (x.float() * scale).square().sum(-1, keepdim=True) / 2
 
 
+@register_feature_map("hedgehog")
 class Hedgehog(ExponentialMap):
     """
     Learnable softmax features, phi(x) = softmax([W x, -W x]) (Hedgehog, arXiv 2402.04347): W (H, m, d) starts as the identity.

@@ -5,13 +5,31 @@ section 3), or for q.k itself.
 B batch, T tokens, H heads, d head size, m features, M features after pairing (2m if `pairs`, else m).
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import nn
 from transformers import initialization as init
 
+from .configuration_dijiang import FEATURE_MAPS
+
 # exponents of phi(q), phi(k) and of a key's weight stay inside this range: the product of all three, summed over millions of
 # tokens, is finite in float32
 MAX_EXPONENT = 20.0
+
+
+Map = TypeVar("Map", bound="type[FeatureMap]")
+
+
+def register_feature_map(name: str) -> Callable[[Map], Map]:
+    """Make the decorated class the one that `feature_map: name` in a config selects."""
+
+    def register(feature_map: Map) -> Map:
+        FEATURE_MAPS[name] = feature_map
+        return feature_map
+
+    return register
 
 
 class FeatureMap(nn.Module):

@@ -9,13 +9,14 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .feature_map_base import FeatureMap
+from .feature_map_base import FeatureMap, register_feature_map
 from .frequency import orthogonal_rows
 
 # added to features that a ReLU can make all zero, so that no denominator vanishes and its gradient stays finite
 FLOOR = 1e-3
 
 
+@register_feature_map("elu")
 class ELU(FeatureMap):
     """phi(x) = 1 + elu(x) (arXiv 2006.16236), without weights: M = d. Input and output (B, T, H, d)."""
 
@@ -29,6 +30,7 @@ class ELU(FeatureMap):
         return 1.0 + F.elu(x.float() * scale)
 
 
+@register_feature_map("relu")
 class ReLU(FeatureMap):
     """
     Learnable rectified features, phi(x) = relu(W x + b) + 1e-3 (T2R, arXiv 2103.13076, which has no constant): W (H, m, d)
@@ -52,6 +54,7 @@ class ReLU(FeatureMap):
         return self.project(x, self.weight("W"), self.weight("b"), scale).relu() + FLOOR
 
 
+@register_feature_map("cosformer")
 class CosFormer(FeatureMap):
     """
     phi(x_i) = [r_i cos(a_i), r_i sin(a_i)], r_i = relu(x_i) + 1e-3, a_i = pi/2 p_i / N (cosFormer, arXiv 2202.08791, which has
@@ -80,6 +83,7 @@ class CosFormer(FeatureMap):
         return torch.cat((r * cos[..., None, None], r * sin[..., None, None]), dim=-1)
 
 
+@register_feature_map("identity")
 class Identity(FeatureMap):
     """
     phi(x) = x, without weights: plain linear attention, whose kernel is q.k (RetNet, arXiv 2307.08621, and most since). Input

@@ -6,8 +6,6 @@ import scipy.fft
 import torch
 from dijiang_testing.model_checks import MAPS, assert_close, build_map, features, rows, tiny_model
 
-from dijiang.modeling import FEATURE_MAPS
-from dijiang.modeling.configuration_dijiang import CHOICES, SIGNED_MAPS
 from dijiang.modeling.frequency import frequency_matrix
 
 WITH_WEIGHTS = [name for name in MAPS if [*build_map(name).parameters()]]
@@ -207,11 +205,6 @@ def test_features_that_are_not_learned_stay_fixed_even_if_loading_says_otherwise
     assert x.grad.abs().max() > 0 and all(p.grad is None for p in fixed.parameters())
     learned(x, positions).square().sum().backward()
     assert all(p.grad is not None for p in learned.parameters())
-
-
-def test_config_knows_every_map():
-    assert set(CHOICES["feature_map"]) == set(FEATURE_MAPS)
-    assert set(SIGNED_MAPS) == {name for name, feature_map in FEATURE_MAPS.items() if not feature_map.positive}
 
 
 @pytest.mark.parametrize("activation", ["softmax", "exp"])

@@ -3,9 +3,8 @@ from itertools import product
 
 import pytest
 import torch
-from dijiang_testing.model_checks import EVERY, MAPS, WINDOWS, assert_close, features, tiny_config, tiny_model
+from dijiang_testing.model_checks import EVERY, MAPS, SIGNED_MAPS, WINDOWS, assert_close, features, tiny_config, tiny_model
 
-from dijiang.modeling.configuration_dijiang import SIGNED_MAPS
 from dijiang.modeling.linear_attention_layer import Decay, DiJiangLinearAttention
 
 

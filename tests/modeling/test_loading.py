@@ -182,7 +182,7 @@ def test_config_round_trip_and_equality(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"feature_map": "cosine"}, "feature_map='cosine' is unknown; choose one of wdcf, ldcf, wpff"),
+        ({"feature_map": "cosine"}, "feature_map='cosine' is unknown; choose one of wdcf, pff, wpff, ldcf"),
         ({"decay": "gated"}, "decay='gated' is unknown; choose one of none, retnet, learned"),
         ({"layer_types": ["linear_attention"]}, "number of layer|layer_types"),
         ({"layer_types": ["linear_attention", "mamba2"]}, "mamba2"),

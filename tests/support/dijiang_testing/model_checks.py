@@ -3,9 +3,9 @@
 import torch
 
 from dijiang.modeling import FEATURE_MAPS, DiJiangConfig, DiJiangForCausalLM, build_feature_map
-from dijiang.modeling.configuration_dijiang import SIGNED_MAPS
 
 MAPS = tuple(FEATURE_MAPS)
+SIGNED_MAPS = tuple(name for name, feature_map in FEATURE_MAPS.items() if not feature_map.positive)
 DECAYS = ("none", "retnet", "learned")
 WINDOWS = ((0, 0), (1, 0), (5, 2))
 # every layer that a config allows: features with signs have no denominator that a window could share
