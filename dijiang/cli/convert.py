@@ -14,8 +14,7 @@ def convert(
     preset: Annotated[
         str,
         typer.Option(
-            help="recommended: window + sinks + DiJiang features; linear: exact on a token's own key and the first "
-            "four alone, heads that forget, to be recovered; paper: the released code's layer."
+            help="recommended (window, sinks, linear branch), linear (no window; to be recovered), paper (the released code's)."
         ),
     ] = "recommended",
     set_: Annotated[
@@ -25,7 +24,7 @@ def convert(
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of the stored weights: auto (as in the source), float32, bfloat16, float16.")
+        str, typer.Option(help="Type of the stored weights: auto (the source's), float32, bfloat16, float16.")
     ] = "auto",
 ) -> None:
     """
@@ -47,7 +46,7 @@ def refresh_code(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace code files that were edited, too.")] = False,
 ) -> None:
     """
-    Replace the code files inside a checkpoint with those of the installed version; weights and settings stay.
+    Give a checkpoint the installed version's code; weights and settings stay.
 
     Use it when a checkpoint warns that its code was not tested with your version of transformers.
 

@@ -14,7 +14,7 @@ def demo(
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="Another recipe with both stages; its source, output and data are the demo's all the same."),
+        typer.Option(help="Another recipe with both stages; the demo replaces its source, output and data."),
     ] = None,
     contexts: Annotated[
         list[int] | None,
@@ -22,9 +22,9 @@ def demo(
     ] = None,
 ) -> None:
     """
-    Convert, align, distil and evaluate a small real model on this machine, without a GPU, in minutes.
+    Convert, recover and evaluate a small model here, without a GPU, in minutes.
 
-    Leaves `model/` (a standard checkpoint with its card), `report.html` and what it is drawn from in the output folder.
+    Writes `model/` (a standard checkpoint with its card), `report.html` and the results behind it into the output folder.
     """
     from dijiang.demo import run_demo
 

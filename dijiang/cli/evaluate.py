@@ -1,4 +1,4 @@
-"""The commands that measure: evaluate, report, card, benchmark latency and benchmark kernels."""
+"""The commands that measure and report: evaluate, report, card, benchmark latency and benchmark kernels."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,7 +73,7 @@ def report(
     output: Annotated[Path, typer.Option(help="New folder for report.html and figures.")] = Path("report"),
 ) -> None:
     """
-    Draw the report again from results, those of `evaluate` and of `benchmark latency` in one page.
+    Draw one report from results of evaluate and of benchmark latency.
 
     Example: dijiang report evaluation latency.json --output report
     """
@@ -90,7 +90,9 @@ def card(
     validate: Annotated[bool, typer.Option("--validate", help="Have the hub check the card before it is written.")] = False,
 ) -> None:
     """
-    Write the checkpoint's model card, README.md: method, provenance, scores with the controls, limits, how to use it.
+    Write a checkpoint's model card, README.md.
+
+    It says how the model was made, its scores with baselines and ablations, its limits and how to use it.
 
     Example: dijiang card smollm2-recovered/distill/model --evaluation evaluation/evaluation.json
     """
@@ -100,9 +102,9 @@ def card(
     refuse_missing_packages("jinja2")
     from dijiang.evaluate.report.model_card import write_model_card
 
-    found = read_results([path for path in (evaluation, latency) if path])
+    results = read_results([path for path in (evaluation, latency) if path])
     path = write_model_card(
-        checkpoint, found.get("evaluation"), found.get("latency"), replace=replace, validate_online=validate
+        checkpoint, results.get("evaluation"), results.get("latency"), replace=replace, validate_online=validate
     )
     typer.echo(f"wrote {path}")
 
@@ -135,7 +137,7 @@ def latency(
     plot: Annotated[Path | None, typer.Option(help="New folder for the figures.")] = None,
 ) -> None:
     """
-    Time to the first token, decoding speed, peak memory and cache size beside the softmax model, against context and batch.
+    Measure time to the first token, decoding speed and memory next to softmax.
 
     Example: dijiang benchmark latency --shape pythia-410m --contexts 2048 --contexts 8192 --output latency.json
     """
@@ -178,7 +180,9 @@ def kernels(
     ] = False,
 ) -> None:
     """
-    The error of feature maps for exp(q.k) against their number of features, on Gaussian and on real queries and keys.
+    Measure how well feature maps estimate exp(q.k), by their number of features.
+
+    On Gaussian and on real queries and keys.
 
     Example: dijiang benchmark kernels --output kernels.json --plot kernels.png
     """

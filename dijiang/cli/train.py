@@ -10,7 +10,7 @@ from dijiang.common.errors import AlreadyReported
 
 
 def bundled_names() -> str:
-    """The recipes to start from; `dijiang.train` knows them too, but needs torch. The demo's is no use without the demo."""
+    """Names of the bundled recipes, without importing torch. The demo's is of no use outside the demo."""
     files = (importlib.resources.files("dijiang.configs") / "recipes").iterdir()
     return ", ".join(sorted(file.name.removesuffix(".yaml") for file in files if file.name != "demo.yaml"))
 
@@ -24,7 +24,7 @@ Sets = Annotated[
 
 def align(recipe: RecipeName, sets: Sets = None) -> None:
     """
-    Fit the linear layers of a recipe's student to its teacher's attention: the first stage of `recover`, alone.
+    Fit the linear layers to the teacher's attention: the first stage of recover.
 
     Converts the source first if that has not been done; leaves `align/model` in the recipe's output folder.
 
@@ -38,7 +38,7 @@ def align(recipe: RecipeName, sets: Sets = None) -> None:
 
 def distill(recipe: RecipeName, sets: Sets = None) -> None:
     """
-    Train a recipe's student on its teacher's next-token distribution: the second stage of `recover`, alone.
+    Train the student on the teacher's predictions: the second stage of recover.
 
     Starts from `align/model`, or from the converted model if the recipe has no section align; leaves `distill/model`.
 
@@ -52,7 +52,9 @@ def distill(recipe: RecipeName, sets: Sets = None) -> None:
 
 def recover(recipe: RecipeName, sets: Sets = None) -> None:
     """
-    Convert a recipe's source and run all of its stages. Interrupted at any moment, the same command goes on.
+    Convert a recipe's source and run all of its stages.
+
+    Run an interrupted command again to continue.
 
     Leaves the model of each stage in the recipe's output folder, the last one as `distill/model`.
 
@@ -65,7 +67,7 @@ def recover(recipe: RecipeName, sets: Sets = None) -> None:
 
 
 def train(option: str | None, recipe: str, sets: list[str] | None) -> None:
-    """The run that launchers start too; it tells its errors itself."""
+    """Run the command that launchers start too; it prints its errors itself."""
     if importlib.util.find_spec("accelerate") is None:
         raise ValueError("training needs packages that are missing; run: pip install 'dijiang[train]'")
     from dijiang.train.__main__ import main as run
@@ -81,7 +83,7 @@ def estimate(
     sets: Sets = None,
 ) -> None:
     """
-    What a recipe costs: hours of each stage and memory per device at each ZeRO level. No weights are read.
+    Compute the hours and the memory that a recipe takes; no weights are read.
 
     Example: dijiang estimate llama2-7b --gpu h100 --gpus 8
 
