@@ -19,7 +19,7 @@ from dijiang.modeling.linear_attention_layer import DiJiangLinearAttention
 from dijiang.modeling.window_attention import queries_per_block
 
 from ..recipe.schema import Recipe
-from ..stages.teacher_pass import KERNEL_PARTS, kernel_parameters
+from ..stages.parameters import ADDED_PARTS, added_parameters
 from .hardware import DEVICES
 
 LEVELS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -171,8 +171,8 @@ def model_size(model: DiJiangForCausalLM) -> ModelSize:
     head, tables = model.lm_head.weight.numel(), {id(p): p for p in (model.lm_head.weight, model.model.embed_tokens.weight)}
     inner = [module for module in model.model.layers.modules() if type(module) is nn.Linear]
     every = [module for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
-    kernel = sum(p.numel() for p in kernel_parameters(model).values())
-    parts = [part for layer in linear for name in KERNEL_PARTS if (part := getattr(layer, name)) is not None]
+    kernel = sum(p.numel() for p in added_parameters(model).values())
+    parts = [part for layer in linear for name in ADDED_PARTS if (part := getattr(layer, name)) is not None]
     return ModelSize(
         total=sum(p.numel() for p in model.parameters()),
         kernel=kernel,

@@ -14,18 +14,19 @@ from dijiang.modeling.packing import PackedGroup, group_sequences, sequence_boun
 from ..recipe.schema import AlignConfig
 from .base import RecoveryModel
 from .calibrate import calibrate_layer
-from .teacher_pass import PROJECTIONS, TeacherPass, kernel_parameters, run_teacher
+from .parameters import PROJECTIONS, added_parameters
+from .teacher_pass import TeacherPass, run_teacher
 
 
 class AlignModel(RecoveryModel):
     """
-    A student whose linear layers learn to give what the teacher's attention gives on the teacher's own hidden states (LoLCATs,
-    arXiv 2410.10254; RADLADS, arXiv 2505.03005). Layers do not depend on one another, so one teacher pass trains all of them.
+    A student whose linear layers learn to reproduce the teacher's attention on the teacher's own hidden states (LoLCATs, arXiv
+    2410.10254; RADLADS, arXiv 2505.03005). Layers do not depend on one another, so one teacher pass trains all of them.
 
     Args:
-        student: made ready for training here: what trains becomes float32 and requires gradients, nothing else does.
+        student: the model to train; what trains becomes float32 and requires gradients, nothing else does.
         teacher: the softmax model in our decoder, in the dtype in which it is to run, on the student's device.
-        config: of the stage.
+        config: settings of the stage.
         dtype: of computations and frozen weights, bfloat16 or float32.
 
     Raises:
@@ -50,7 +51,7 @@ class AlignModel(RecoveryModel):
                 parameter.requires_grad_(True)
 
     def parameter_groups(self) -> list[dict]:
-        """What trains, by learning rate: dicts of `name` (kernel or attention), `params` and `lr`."""
+        """The parameters that train, by learning rate: dicts of `name` (kernel or attention), `params` and `lr`."""
         rates = {"kernel": self.stage.kernel_learning_rate, "attention": self.stage.attention_learning_rate}
         groups = self.parameters_of.items()
         return [{"name": name, "params": params, "lr": rates[name]} for name, params in groups if params]
@@ -59,76 +60,87 @@ class AlignModel(RecoveryModel):
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
-        places: torch.Tensor | None = None,
+        sample_indices: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
             input_ids: (B, T).
             position_ids: (B, T); where they do not rise by one, another document begins.
-            places: (B,), numbers of the sequences; that of their step decides whether it is one of window dropout.
-            num_items_in_batch: brought along by trainers; the loss, a mean, does not depend on it.
+            sample_indices: (B,), numbers of the sequences; they give the step, which decides on window dropout.
+            num_items_in_batch: unused, because the loss is a mean; trainers pass it.
 
         Returns:
-            In training `loss`, the mean over layers, and each layer's own, detached, as `layer_00`, ... In eval mode `loss`
-            alone: the mean cross-entropy of the next tokens.
+            In training `loss`, the mean over layers, and each layer's own, detached, as `layer_00`, ... In eval mode only
+            `loss`: the mean cross-entropy of the next tokens.
         """
         if not self.training:
             return {"loss": self.text_loss(input_ids, position_ids)}
-        return self.losses(run_teacher(self.teacher, input_ids, position_ids), input_ids, position_ids, places)
+        return self.losses(run_teacher(self.teacher, input_ids, position_ids), input_ids, position_ids, sample_indices)
 
-    def losses(self, kept: TeacherPass, input_ids, position_ids=None, places=None) -> dict[str, torch.Tensor]:
-        """`forward` in training, with what the teacher did on these inputs."""
+    def losses(self, teacher_pass: TeacherPass, input_ids, position_ids=None, sample_indices=None) -> dict[str, torch.Tensor]:
+        """`forward` in training, with the teacher's pass over these inputs."""
         bounds = None if position_ids is None else sequence_bounds(position_ids)
         groups = None if bounds is None else group_sequences(bounds, input_ids.numel())
-        alone = self.drops_window(places)
+        alone = self.drops_window(sample_indices)
         layers = linear_layers(self.student)
-        losses = {}
         if any(hasattr(parameter, "ds_id") for parameter in self.student.parameters()):
-            # ZeRO-3 takes a layer's weights away after its forward pass and brings them back for its backward pass
+            # ZeRO-3 frees a layer's weights after its forward pass and gathers them again for its backward pass
+            losses = {}
             for i, attention in layers.items():
-                losses[i] = checkpoint(self.layer_loss, i, attention, kept, groups, alone, use_reentrant=False)
+                losses[i] = checkpoint(self.layer_loss, i, attention, teacher_pass, groups, alone, use_reentrant=False)
             total = torch.stack(list(losses.values())).mean()
         else:
-            total = self.loss_with_gradients(layers, kept, groups, alone, losses)
+            total, losses = self.loss_with_gradients(layers, teacher_pass, groups, alone)
         return {"loss": total} | {f"layer_{i:02d}": loss.detach() for i, loss in losses.items()}
 
-    def drops_window(self, places: torch.Tensor | None) -> bool:
+    def drops_window(self, sample_indices: torch.Tensor | None) -> bool:
         """
-        Whether the step of these sequences trains the linear branch alone: a function of its number, so that all processes and
-        resumed runs agree.
+        Whether the step of these sequences trains the linear branch alone: a function of the step's number, so that all
+        processes and resumed runs agree.
         """
         if not self.stage.window_dropout:
             return False
-        generator = torch.Generator().manual_seed(self.stage.seed * 1_000_003 + int(places[0]) // self.stage.batch_size)
+        generator = torch.Generator().manual_seed(
+            self.stage.seed * 1_000_003 + int(sample_indices[0]) // self.stage.batch_size
+        )
         return torch.rand((), generator=generator).item() < self.stage.window_dropout
 
-    def loss_with_gradients(self, layers, kept: TeacherPass, groups, alone: bool, losses: dict) -> torch.Tensor:
-        """The mean of the layers' losses. Gradients are taken layer by layer, so that one layer's graph exists at a time."""
+    def loss_with_gradients(
+        self, layers: dict[int, DiJiangLinearAttention], teacher_pass: TeacherPass, groups, alone: bool
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """
+        The mean of the layers' losses, and each layer's own, detached. Gradients are computed layer by layer, so that only one
+        layer's graph exists at a time.
+        """
         parameters = [p for group in self.parameter_groups() for p in group["params"]]
         gradients = dict.fromkeys(parameters)
+        losses = {}
         for i, attention in layers.items():
             own = [p for p in attention.parameters() if p.requires_grad]
-            loss = self.layer_loss(i, attention, kept, groups, alone)
+            loss = self.layer_loss(i, attention, teacher_pass, groups, alone)
             losses[i] = loss.detach()
             if torch.is_grad_enabled():
-                # zeros, for data-parallel training waits for every parameter's gradient
-                found = torch.autograd.grad(loss, own, allow_unused=True, materialize_grads=True)
-                gradients.update(zip(own, found, strict=True))
+                # zeros, because data-parallel training waits for every parameter's gradient
+                layer_gradients = torch.autograd.grad(loss, own, allow_unused=True, materialize_grads=True)
+                gradients.update(zip(own, layer_gradients, strict=True))
         total = torch.stack(list(losses.values())).mean()
-        return WithGradients.apply(total, len(layers), list(gradients.values()), *parameters)
+        return WithGradients.apply(total, len(layers), list(gradients.values()), *parameters), losses
 
-    def layer_loss(self, i: int, attention: DiJiangLinearAttention, kept: TeacherPass, groups, alone: bool) -> torch.Tensor:
+    def layer_loss(
+        self, i: int, attention: DiJiangLinearAttention, teacher_pass: TeacherPass, groups, alone: bool
+    ) -> torch.Tensor:
         """
         The squared error of a layer's attention over the squared target, summed over the combined output and the linear
         branch by their weights. With `trains: attention` outputs are compared after the output projection, whose weights
         train too, else before it.
         """
-        config, target = self.stage, kept.outputs[i]
+        config = self.stage
+        target = teacher_pass.outputs[i]
         after = config.trains == "attention"
         with self.autocast(target.device):
             with nullcontext() if after else torch.no_grad():
-                q, k, v = attention.project(kept.inputs[i], kept.position_embeddings)
+                q, k, v = attention.project(teacher_pass.inputs[i], teacher_pass.position_embeddings)
             if after:
                 target = self.teacher.model.layers[i].self_attn.o_proj(target)
             target, total = target.float(), 0.0
@@ -146,21 +158,24 @@ class AlignModel(RecoveryModel):
     @torch.no_grad()
     def calibrate(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> float | None:
         """
-        Closed-form start of all linear layers on input_ids (B, T), one document each; returns the mean R^2 of the branch
-        scales' fit, None if no layer has a window.
+        Give all linear layers their closed-form start on input_ids (B, T), one document each.
+
+        Returns:
+            The mean R^2 of the branch scales' fit; None if no layer has a window.
         """
-        kept, fits = run_teacher(self.teacher, input_ids, position_ids), []
+        teacher_pass = run_teacher(self.teacher, input_ids, position_ids)
+        fits = []
         for i, attention in linear_layers(self.student).items():
             with self.autocast(input_ids.device):
-                q, k, v = attention.project(kept.inputs[i], kept.position_embeddings)
-            target = kept.outputs[i].float().view_as(q)
+                q, k, v = attention.project(teacher_pass.inputs[i], teacher_pass.position_embeddings)
+            target = teacher_pass.outputs[i].float().view_as(q)
             fits.append(calibrate_layer(attention, q, k, v, target, self.stage.branch_scale_offset))
         fits = [fit for fit in fits if fit is not None]
         return sum(fits) / len(fits) if fits else None
 
 
 class WithGradients(torch.autograd.Function):
-    """A value whose gradients with respect to `parameters` are known already; backward hands them out."""
+    """A value whose gradients with respect to `parameters` are known already; `backward` returns them."""
 
     @staticmethod
     def forward(ctx, total, layers: int, gradients: list, *parameters):
@@ -175,7 +190,7 @@ class WithGradients(torch.autograd.Function):
 
 
 def refuse_what_cannot_be_aligned(student: DiJiangForCausalLM, config: AlignConfig) -> None:
-    """Raise ValueError on a student without linear layers to train, or whose outputs softmax attention has no match for."""
+    """Raise ValueError on a student without linear layers to train, or with outputs that softmax attention lacks."""
     if not linear_layers(student):
         raise ValueError("the checkpoint has no linear-attention layer, so there is nothing to align")
     if student.config.output_norm != "none" or student.config.output_gate:
@@ -183,9 +198,10 @@ def refuse_what_cannot_be_aligned(student: DiJiangForCausalLM, config: AlignConf
             "the checkpoint has output_norm or output_gate, so its outputs cannot be compared with softmax attention's; "
             "attention transfer is for layers without them, such as preset recommended or linear; leave the align section out"
         )
-    if config.trains == "kernel" and not kernel_parameters(student):
+    if config.trains == "kernel" and not added_parameters(student):
         raise ValueError(
-            "the checkpoint's linear layers have no kernel parameters, so nothing can be aligned; set align.trains=attention"
+            "conversion added no parameters to the checkpoint's linear layers, so nothing can be aligned; set "
+            "align.trains=attention"
         )
     windows = any(attention.window for attention in linear_layers(student).values())
     if not windows and (config.linear_weight or config.window_dropout):
@@ -194,7 +210,7 @@ def refuse_what_cannot_be_aligned(student: DiJiangForCausalLM, config: AlignConf
 
 def trained_parameters(student: DiJiangForCausalLM, config: AlignConfig) -> dict[str, list[nn.Parameter]]:
     """The parameters that train, by the name of their group."""
-    groups = {"kernel": list(kernel_parameters(student).values()), "attention": []}
+    groups = {"kernel": list(added_parameters(student).values()), "attention": []}
     if config.trains == "attention":
         for attention in linear_layers(student).values():
             groups["attention"] += [p for name in PROJECTIONS for p in getattr(attention, name).parameters()]
@@ -202,13 +218,13 @@ def trained_parameters(student: DiJiangForCausalLM, config: AlignConfig) -> dict
 
 
 def attend(attention: DiJiangLinearAttention, q, k, v, groups: list[PackedGroup] | None) -> torch.Tensor:
-    """The layer's output (B, T, H, d), documents apart if there are several in a row."""
+    """The layer's output (B, T, H, d), where documents of one row do not see each other."""
     return attention.attend(q, k, v)[0] if groups is None else attention.attend_packed(q, k, v, groups)
 
 
 @contextmanager
 def linear_branch_alone(attention: DiJiangLinearAttention) -> Iterator[None]:
-    """Within the block the layer attends through its feature map to all tokens, without window and sinks."""
+    """Let the layer attend through its feature map to all tokens in the block, without window and sinks."""
     saved = attention.window, attention.sinks
     attention.window = attention.sinks = 0
     try:

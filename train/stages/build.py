@@ -1,4 +1,4 @@
-"""Builds what a stage trains, from the checkpoint it starts from and the teacher, and takes the result out of it."""
+"""Builds the model that a stage trains, and gathers the trained weights."""
 
 import hashlib
 import json
@@ -13,95 +13,112 @@ from dijiang.checkpoint.provenance import read_provenance
 from dijiang.convert import load_source
 from dijiang.modeling import DiJiangForCausalLM
 
-from ..recipe.schema import Recipe
-from ..trainer.distributed import is_main, rank, share_errors, world_size
+from ..data.blocks import TrainingBlocks
+from ..trainer.distributed import is_main, share_errors
 from .align import AlignModel
 from .distill import DistillModel
 from .job_folder import StageFolder
-from .teacher_logits import WithTeacherLogits, is_complete, write_teacher_logits
+from .teacher_logits import WithTeacherLogits, is_complete, layout_of, write_teacher_logits
 
 
-class StageModels:
+def build_model(
+    folder: StageFolder, blocks: TrainingBlocks, *, device: torch.device, dtype: torch.dtype, progress: bool
+) -> tuple[nn.Module, Dataset]:
     """
-    Builds the model of one stage, the same in all processes.
+    Build the model of one stage, the same in all processes.
 
     Args:
-        dtype: of computations, frozen weights and the teacher.
+        folder: of the stage.
+        blocks: the training text.
         device: of the teacher.
-        shown: whether to show progress.
-    """
+        dtype: of computations, frozen weights and the teacher.
+        progress: show progress on stderr.
 
-    def __init__(self, recipe: Recipe, stage: str, folder: StageFolder, dtype: torch.dtype, device: torch.device, shown: bool):
-        self.recipe, self.stage, self.config, self.folder = recipe, stage, getattr(recipe, stage), folder
-        self.dtype, self.device, self.shown = dtype, device, shown
-
-    def build(self, blocks: Dataset) -> tuple[nn.Module, Dataset]:
-        """
+    Returns:
         The model to train, and `blocks`, with the teacher's logits if those come from disk.
 
-        Raises:
-            ValueError: if checkpoint, teacher and settings do not fit each other.
-        """
-        with share_errors():
-            student, _ = load_source(self.folder.source, dtype=self.loaded_dtype())
-        from_disk = self.stage == "distill" and self.config.teacher_top_k > 0
-        if from_disk:
-            blocks = self.with_teacher_logits(blocks, student)
-        set_seed(self.config.seed)
-        with share_errors():
-            if self.stage == "align":
-                model = AlignModel(student, self.load_teacher(student), self.config, self.dtype)
-            else:
-                beside = self.config.kl_weight > 0 and not from_disk
-                model = DistillModel(student, self.load_teacher(student) if beside else None, self.config, self.dtype)
-        if self.recipe.run.gradient_checkpointing:
-            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return model, blocks
+    Raises:
+        ValueError: if checkpoint, teacher and settings do not fit each other.
+    """
+    config = folder.config
+    aligns = folder.stage == "align"
+    from_disk = not aligns and config.teacher_top_k > 0
+    with share_errors():
+        # what trains starts from what is stored; DistillModel converts the rest to `dtype` itself
+        loaded_dtype = (dtype if config.trains == "kernel" else torch.float32) if aligns else "auto"
+        student, _ = load_source(folder.source, dtype=loaded_dtype)
 
-    def loaded_dtype(self) -> torch.dtype | str:
-        """Of the student: what trains starts from what is stored. The distil stage's model converts the rest itself."""
-        if self.stage == "distill":
-            return "auto"
-        return self.dtype if self.config.trains == "kernel" else torch.float32
+    text: Dataset = blocks
+    if from_disk:
+        text = with_teacher_logits(folder, blocks, student, device=device, dtype=dtype, progress=progress)
+    set_seed(config.seed)
+    with share_errors():
+        if aligns:
+            model = AlignModel(student, load_teacher(folder, student, device, dtype), config, dtype)
+        else:
+            in_memory = config.kl_weight > 0 and not from_disk
+            teacher = load_teacher(folder, student, device, dtype) if in_memory else None
+            model = DistillModel(student, teacher, config, dtype)
+    if folder.recipe.run.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, text
 
-    def load_teacher(self, student: DiJiangForCausalLM) -> DiJiangForCausalLM:
-        teacher, _ = load_source(self.recipe.source, dtype=self.dtype)
-        refuse_misfit(student, teacher, self.recipe.source)
-        return teacher.to(self.device)
 
-    def with_teacher_logits(self, blocks: Dataset, student: DiJiangForCausalLM) -> WithTeacherLogits:
-        """`blocks` with the teacher's most likely tokens, which all processes write together where they are not on disk."""
-        folder, config, data = self.folder.path / "teacher_logits", self.config, self.recipe.data
-        depends = [
-            read_provenance(self.folder.source)["source_files"],
-            [source["fingerprint"] for source in blocks.facts()["sources"]],
-            [source.weight for source in data.train],
-            data.respect_documents,
-            [config.seed, config.tokens, config.block_size, config.start_block_size, config.position_range, config.batch_size],
-            str(self.dtype),
-        ]
-        fingerprint = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
-        settings = {"top_k": config.teacher_top_k, "temperature": config.temperature, "fingerprint": fingerprint}
-        with share_errors():
-            if not is_complete(blocks, folder, vocab_size=student.config.vocab_size, **settings):
-                write_teacher_logits(
-                    self.load_teacher(student),
-                    blocks,
-                    folder,
-                    batch_size=self.recipe.run.micro_batch_size,
-                    chunk_tokens=config.chunk_tokens,
-                    rank=rank(),
-                    world_size=world_size(),
-                    progress=self.shown,
-                    **settings,
-                )
-        return WithTeacherLogits(blocks, folder, vocab_size=student.config.vocab_size, **settings)
+def load_teacher(
+    folder: StageFolder, student: DiJiangForCausalLM, device: torch.device, dtype: torch.dtype
+) -> DiJiangForCausalLM:
+    """The recipe's source in our decoder; ValueError if it does not fit the student."""
+    teacher, _ = load_source(folder.recipe.source, dtype=dtype)
+    refuse_misfit(student, teacher, folder.recipe.source)
+    return teacher.to(device)
+
+
+def with_teacher_logits(
+    folder: StageFolder,
+    blocks: TrainingBlocks,
+    student: DiJiangForCausalLM,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: bool,
+) -> WithTeacherLogits:
+    """`blocks` with the teacher's most likely tokens, which all processes write together where they are not on disk."""
+    config = folder.config
+    data = folder.recipe.data
+    provenance = read_provenance(folder.source)
+    depends_on = [
+        provenance["source_files"],
+        [source["fingerprint"] for source in blocks.facts()["sources"]],
+        [source.weight for source in data.train],
+        data.respect_documents,
+        [config.seed, config.tokens, config.block_size, config.start_block_size, config.position_range, config.batch_size],
+        str(dtype),
+    ]
+    layout = layout_of(
+        blocks,
+        top_k=config.teacher_top_k,
+        vocab_size=student.config.vocab_size,
+        temperature=config.temperature,
+        fingerprint=hashlib.sha256(json.dumps(depends_on).encode()).hexdigest(),
+    )
+    with share_errors():
+        if not is_complete(folder.teacher_logits, layout):
+            write_teacher_logits(
+                load_teacher(folder, student, device, dtype),
+                blocks,
+                folder.teacher_logits,
+                layout,
+                batch_size=folder.recipe.run.micro_batch_size,
+                chunk_tokens=config.chunk_tokens,
+                progress=progress,
+            )
+    return WithTeacherLogits(blocks, folder.teacher_logits, layout)
 
 
 def gathered_parameters(student: DiJiangForCausalLM) -> dict[str, torch.Tensor]:
     """
-    By name, the parameters of `student` that its trained weights are made of. All processes call it; under ZeRO-3 the main one
-    alone gets them, on the CPU.
+    The parameters of `student` that its trained weights consist of, by name. All processes must call it; under ZeRO-3 only
+    the main one gets the values, on the CPU.
     """
     named = student.named_parameters()
     parameters = {name: parameter for name, parameter in named if parameter.requires_grad or ".base_layer." in name}

@@ -1,18 +1,22 @@
-"""The distil stage's model: the student, its teacher, and the loss between them."""
+"""The distill stage's model: the student, its teacher, and the loss between them."""
 
 import torch
 
 from dijiang.modeling import DiJiangForCausalLM
-from dijiang.modeling.linear_attention_layer import linear_layers
 
 from ..recipe.schema import DistillConfig
 from .adapters import add_adapters
 from .base import RecoveryModel, next_token_labels
-from .teacher_pass import KERNEL_PARTS, PROJECTIONS, kernel_parameters
-
-MLP_MATRICES = ("gate_proj", "up_proj", "down_proj")
-EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
-ADDED_BESIDE_KERNELS = ("output_norm", "output_gate")  # by conversion, so they have to be learnt like the kernels
+from .parameters import (
+    ADDED_PARTS,
+    EMBEDDINGS,
+    MLP_MATRICES,
+    PROJECTIONS,
+    added_parameters,
+    belongs_to,
+    output_parameter_names,
+    source_weight_names,
+)
 
 
 class DistillModel(RecoveryModel):
@@ -20,9 +24,9 @@ class DistillModel(RecoveryModel):
     A student that learns the teacher's next-token distributions.
 
     Args:
-        student: which `prepare` makes ready for training.
-        teacher: the softmax model in our decoder, in the dtype in which it is to run, on the student's device. None if
-            the batches bring the teacher's most likely tokens, or kl_weight is 0.
+        student: the model to train; `prepare` makes it ready.
+        teacher: the softmax model in our decoder, in the dtype in which it is to run, on the student's device. None if the
+            batches hold the teacher's most likely tokens, or kl_weight is 0.
         config: of the stage.
         dtype: of computations and frozen weights, bfloat16 or float32.
 
@@ -45,7 +49,7 @@ class DistillModel(RecoveryModel):
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
-        places: torch.Tensor | None = None,
+        sample_indices: torch.Tensor | None = None,
         teacher_ids: torch.Tensor | None = None,
         teacher_logprobs: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | None = None,
@@ -54,10 +58,10 @@ class DistillModel(RecoveryModel):
         Args:
             input_ids: (B, T).
             position_ids: (B, T), 0 where a document begins. Default: one document per row.
-            teacher_ids, teacher_logprobs: (B, T, k), the teacher's most likely tokens and their log-probabilities at the
-                config's temperature, in place of a teacher.
-            places, num_items_in_batch: what batches and trainers bring along; the loss, a mean over all B * T tokens,
-                does not depend on them.
+            sample_indices: (B,), unused; batches hold them.
+            teacher_ids: (B, T, k), the teacher's most likely tokens, in place of a teacher.
+            teacher_logprobs: (B, T, k), their log-probabilities at the config's temperature.
+            num_items_in_batch: unused, because the loss is a mean over all B * T tokens; trainers pass it.
 
         Returns:
             In training `loss`, and detached `ce` and, with a teacher, `kl`. In eval mode `loss` alone: the mean cross-entropy
@@ -68,7 +72,8 @@ class DistillModel(RecoveryModel):
         """
         if not self.training:
             return {"loss": self.text_loss(input_ids, position_ids)}
-        config, targets = self.stage, {}
+        config = self.stage
+        targets = {}
         if teacher_ids is not None:
             targets["top_k"] = teacher_ids.flatten(0, 1), teacher_logprobs.flatten(0, 1)
         elif config.kl_weight and self.teacher is None:
@@ -79,35 +84,41 @@ class DistillModel(RecoveryModel):
             targets = {"teacher_hidden": run.last_hidden_state.flatten(0, 1), "teacher_head": self.teacher.lm_head.weight}
         settings = {key: getattr(config, key) for key in ("kl_weight", "ce_weight", "temperature", "chunk_tokens")}
         hidden, labels = self.last_hidden(input_ids, position_ids), next_token_labels(input_ids, position_ids)
-        loss, measures = self.loss_on(hidden, labels.flatten(), **targets, **settings)
-        return {"loss": loss} | measures
+        loss, metrics = self.loss_on(hidden, labels.flatten(), **targets, **settings)
+        return {"loss": loss} | metrics
 
     def parameter_groups(self) -> list[dict]:
         """
-        What trains, by learning rate: dicts of `name` (kernel, attention or rest), `params` and `lr`; empty groups are left
-        out.
+        The parameters that train, by learning rate.
+
+        Returns:
+            Dicts of `name` (kernel, attention or rest), `params` and `lr`; empty groups are left out.
         """
-        kernel = {id(parameter) for parameter in kernel_parameters(self.student).values()}
-        groups = {"kernel": [], "attention": [], "rest": []}
+        added = {id(parameter) for parameter in added_parameters(self.student).values()}
+        config = self.stage
+        rates = {
+            "kernel": config.kernel_learning_rate,
+            "attention": config.attention_learning_rate,
+            "rest": config.learning_rate,
+        }
+        groups: dict[str, list[torch.nn.Parameter]] = {name: [] for name in rates}
         for name, parameter in self.student.named_parameters():
             if parameter.requires_grad:
                 attention = "attention" if ".self_attn." in name else "rest"
-                groups["kernel" if id(parameter) in kernel else attention].append(parameter)
-        config = self.stage
-        rates = (config.kernel_learning_rate, config.attention_learning_rate, config.learning_rate)
-        pairs = zip(groups.items(), rates, strict=True)
-        return [{"name": name, "params": params, "lr": lr} for (name, params), lr in pairs if params]
+                groups["kernel" if id(parameter) in added else attention].append(parameter)
+        return [{"name": name, "params": params, "lr": rates[name]} for name, params in groups.items() if params]
 
 
 def prepare(student: DiJiangForCausalLM, config: DistillConfig, dtype: torch.dtype = torch.float32) -> None:
     """
-    Say which parameters of `student` train, by config.trains, and make them float32; the frozen ones become `dtype`, but for
-    those of kernels, which are float32 always. With config.lora_rank adapters are added. What conversion added always trains.
+    Choose by config.trains which parameters of `student` train, and make them float32. The frozen ones become `dtype`, except
+    those that conversion added, which are float32 always; of the latter all train that are not fixed. With config.lora_rank
+    adapters are added.
 
     Raises:
         ValueError: if nothing is left to train.
     """
-    weights = weights_that_train(student, config)
+    weights = source_weight_names(student, config)
     if config.lora_rank:
         matrices = tuple(f".{part}.weight" for part in PROJECTIONS + MLP_MATRICES)
         modules = [name.removesuffix(".weight") for name in weights if name.endswith(matrices)]
@@ -115,36 +126,16 @@ def prepare(student: DiJiangForCausalLM, config: DistillConfig, dtype: torch.dty
         if modules:
             alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
             add_adapters(student, modules, config.lora_rank, alpha, config.seed)
-    trained = {*weights, *kernel_parameters(student), *added_beside_kernels(student)}
+    trained = {*weights, *added_parameters(student), *output_parameter_names(student)}
     for name, parameter in student.named_parameters():
         adapter = config.lora_rank and ".lora_" in name
         parameter.requires_grad_(adapter or name in trained)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-        elif not (is_kernel_part(name) or ".base_layer." in name):  # with which the adapters will be merged
+        elif not (belongs_to(name, ADDED_PARTS) or ".base_layer." in name):  # adapters are merged with base layers as stored
             parameter.data = parameter.data.to(dtype)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError(
             f"trains={config.trains} leaves nothing to train: the model has no linear-attention layer with parameters of that "
             "kind; choose trains=all"
         )
-
-
-def weights_that_train(student: DiJiangForCausalLM, config: DistillConfig) -> list[str]:
-    """Names of the source model's own parameters that config.trains covers."""
-    if config.trains == "kernel":
-        return []
-    names = [name for name, _ in student.named_parameters() if not is_kernel_part(name)]
-    if config.trains == "attention":
-        prefixes = tuple(f"model.layers.{i}.self_attn.{part}." for i in linear_layers(student) for part in PROJECTIONS)
-        return [name for name in names if name.startswith(prefixes)]
-    return [name for name in names if config.train_embeddings or not name.endswith(EMBEDDINGS)]
-
-
-def added_beside_kernels(student: DiJiangForCausalLM) -> list[str]:
-    parts = tuple(f".self_attn.{part}." for part in ADDED_BESIDE_KERNELS)
-    return [name for name, _ in student.named_parameters() if any(part in name for part in parts)]
-
-
-def is_kernel_part(name: str) -> bool:
-    return any(f".self_attn.{part}." in name for part in KERNEL_PARTS)

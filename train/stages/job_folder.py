@@ -1,79 +1,100 @@
-"""The folders of a job: `converted`, and for each stage its own, with the recipe it was begun with and a lock on the whole."""
+"""The folders of a job: `converted`, and one for each stage, with the recipe it was begun with; and a lock on all of them."""
 
-import fcntl
+import errno
 import hashlib
+import itertools
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from dijiang.checkpoint.code_files import before_refreshing
 from dijiang.checkpoint.lineage import refuse_other_source
 from dijiang.checkpoint.provenance import provenance_text, read_provenance
+from dijiang.common.outputs import write_text_whole
 from dijiang.convert import convert_model
 
 from ..recipe.load import NOT_LEARNED, differences, dump_recipe, load_recipe
-from ..recipe.schema import Recipe
+from ..recipe.schema import Recipe, StageConfig
 
 RECIPE_FILE = "recipe.yaml"
-UNUSED = {"align": ("distill",), "distill": ()}  # sections that have no part in a stage
+UNUSED = {"align": ("distill",), "distill": ()}  # by stage: sections that have no part in it
 
 
 class StageFolder:
     """
-    Where one stage of a recipe reads and writes.
+    The place where one stage of a recipe reads and writes.
+
+    Args:
+        recipe: of the whole job.
+        stage: `align` or `distill`.
 
     Attributes:
-        output: of the whole job.
+        output: the job's folder.
         path: the stage's own folder in it.
         model: the result; exists only when it is complete.
+        teacher_logits: the teacher's most likely tokens, if the stage reads them from disk.
+        converted: the converted source.
         source: the checkpoint that the stage starts from.
     """
 
     def __init__(self, recipe: Recipe, stage: str):
-        self.recipe, self.stage = recipe, stage
+        self.recipe = recipe
+        self.stage = stage
         self.output = Path(recipe.output).expanduser()
         self.path = self.output / stage
         self.model = self.path / "model"
+        self.teacher_logits = self.path / "teacher_logits"
         self.converted = self.output / "converted"
         self.source = self.output / "align" / "model" if stage == "distill" and recipe.align else self.converted
 
     @property
+    def config(self) -> StageConfig:
+        """The recipe's section of the stage."""
+        return getattr(self.recipe, self.stage)
+
+    @property
     def recipe_file(self) -> Path:
+        """The recipe that the stage was begun with."""
         return self.path / RECIPE_FILE
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """
-        Hold the job's folder; the operating system lets go of it when this process ends in any way.
+        Hold the job's folder; the operating system releases it when this process ends in any way.
 
         Raises:
             ValueError: if another run holds it, or the folder cannot be made.
         """
+        lock = FileLock(self.output / ".lock", timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.output / ".lock", "w")
+            lock.acquire()
+        except Timeout:
+            raise ValueError(f"another run is writing to {self.output}; wait for it, or end it") from None
         except OSError as error:
-            raise ValueError(f"cannot write to {self.output} ({error.strerror}); choose another output") from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another run is writing to {self.output}; wait for it, or end it") from None
-            except OSError:  # a file system without locks
-                pass
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
+                raise ValueError(f"cannot write to {self.output} ({error.strerror}); choose another output") from None
+        try:
             yield
+        finally:
+            lock.release()
 
     def prepare(self, progress: bool) -> None:
         """
-        Convert the source if that has not been done, and note the recipe.
+        Remove the drafts of killed runs, convert the source if that has not been done, and store the recipe.
 
         Raises:
             ValueError: if the recipe is not the one that the folder was begun with, or the stage before is not complete.
         """
-        for folder in (self.output, self.path):  # left by a kill
-            for path in folder.glob(".*.partial"):
+        drafts = (self.output.glob(".*.partial"), self.path.glob("*.partial"), self.teacher_logits.glob("*.partial"))
+        for path in itertools.chain(*drafts):
+            if path.is_dir():
                 shutil.rmtree(path)
+            else:
+                path.unlink()
         self.refuse_other_recipe()
         convert = self.recipe.convert
         if self.source != self.converted:
@@ -83,20 +104,18 @@ class StageFolder:
             settings = {"dtype": convert.dtype, "progress": progress}
             convert_model(self.recipe.source, self.converted, convert.preset, **settings, **convert.settings)
         if not self.recipe_file.exists():
-            draft = self.recipe_file.with_suffix(".partial")
-            draft.write_text(dump_recipe(self.recipe), encoding="utf-8")
-            draft.replace(self.recipe_file)
+            write_text_whole(self.recipe_file, dump_recipe(self.recipe))
 
     def refuse_other_recipe(self) -> None:
-        """Raise ValueError if what is here was begun with other settings than the recipe's."""
+        """Raise ValueError if this stage, or one that it depends on, was begun with other settings than the recipe's."""
         for path in self.output.glob(f"*/{RECIPE_FILE}"):
             unused = {*UNUSED[self.stage], *UNUSED.get(path.parent.name, ())}
             if path.parent.name == "distill" != self.stage:
-                continue  # made from what this stage gives; it is judged when it runs
-            if found := differences(load_recipe(path, stored=True), self.recipe, (*NOT_LEARNED, *sorted(unused))):
+                continue  # the distill stage depends on this one, and is checked when it runs
+            if keys := differences(load_recipe(path, stored=True), self.recipe, (*NOT_LEARNED, *sorted(unused))):
                 raise ValueError(
-                    f"{path.parent} was begun with another recipe: {', '.join(found)} differ; "
-                    f"name another output, or delete that folder to start anew"
+                    f"{path.parent} was begun with another recipe: {', '.join(keys)} differ; "
+                    f"name another output, or delete that folder to start again"
                 )
 
     def refuse_other_lineage(self) -> None:
@@ -104,17 +123,17 @@ class StageFolder:
         provenance = read_provenance(self.source)
         refuse_other_source(provenance, self.recipe.source)
         convert = self.recipe.convert
-        done = next((stage for stage in provenance["stages"] if stage["stage"] == "convert"), {})
-        wanted = {"preset": convert.preset, "overrides": convert.settings, "dtype": convert.dtype}
-        for key, value in wanted.items():
-            if done.get(key) != value:
+        conversion = next((stage for stage in provenance["stages"] if stage["stage"] == "convert"), {})
+        expected = {"preset": convert.preset, "overrides": convert.settings, "dtype": convert.dtype}
+        for key, value in expected.items():
+            if conversion.get(key) != value:
                 raise ValueError(
-                    f"{self.source} was converted with {key} {done.get(key)}, the recipe's is {value}; "
+                    f"{self.source} was converted with {key} {conversion.get(key)}, the recipe's is {value}; "
                     f"name another output, or delete {self.output}"
                 )
 
     def fingerprint(self) -> str:
-        """Of the checkpoint that the stage starts from, by its record; newer code in it makes it no other checkpoint."""
+        """Fingerprint of the checkpoint that the stage starts from, by its provenance; newer code files do not change it."""
         path, provenance = self.source / "provenance.json", read_provenance(self.source)
         before = before_refreshing(provenance)
         content = path.read_bytes() if before is provenance else provenance_text(before).encode()

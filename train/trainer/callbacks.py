@@ -1,4 +1,4 @@
-"""What a run tells the world (bar, metrics file, TensorBoard) and what the world tells it (signals)."""
+"""Trainer callbacks (schedule, progress, metrics.jsonl, TensorBoard) and the handling of SIGINT and SIGTERM."""
 
 import json
 import os
@@ -11,12 +11,13 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+from dijiang.common.outputs import write_text_whole
 from dijiang.common.progress import TokenProgress
 
 from ..recipe.schema import RunConfig
 
-AGAIN_SECONDS = 1.0  # launchers pass a Ctrl-C on that the process got already
-SHOW_CURSOR = "\x1b[?25h"  # which a running bar hides
+AGAIN_SECONDS = 1.0  # a second Ctrl-C within this time is the same one, passed on by a launcher
+SHOW_CURSOR = "\x1b[?25h"  # a running bar hides the cursor
 ON_CONSOLE = ("loss", "kl", "ce")
 
 
@@ -27,11 +28,13 @@ class FlowCallback(TrainerCallback):
     Args:
         run: how often.
         evaluates: whether there is held-out text.
-        stop_wanted: says whether the run is to save and stop after this step.
+        stop_wanted: says whether to save and stop after this step.
     """
 
     def __init__(self, run: RunConfig, evaluates: bool, stop_wanted: Callable[[], bool]):
-        self.run, self.evaluates, self.stop_wanted = run, evaluates, stop_wanted
+        self.run = run
+        self.evaluates = evaluates
+        self.stop_wanted = stop_wanted
 
     def on_step_end(self, args, state, control, **kwargs):
         def due(every: int) -> bool:
@@ -46,25 +49,23 @@ class FlowCallback(TrainerCallback):
 
 class MetricsFile(TrainerCallback):
     """
-    `metrics.jsonl`: one JSON object for each log, with its step, in order. A resumed run first drops the lines of steps that
-    it does again.
+    Writes `metrics.jsonl`: one JSON object for each log, with its step, in order. A resumed run first drops the lines of steps
+    that it repeats.
     """
 
     def __init__(self, path: Path):
         self.path = path
 
     def on_train_begin(self, args, state, control, **kwargs):
-        kept = []
+        lines = []
         if self.path.is_file():
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 try:
                     if json.loads(line)["step"] <= state.global_step:
-                        kept.append(line + "\n")
-                except ValueError:  # cut off by a kill
+                        lines.append(line + "\n")
+                except ValueError:  # a killed run may leave half a line
                     continue
-        draft = self.path.with_suffix(".partial")
-        draft.write_text("".join(kept), encoding="utf-8")
-        os.replace(draft, self.path)
+        write_text_whole(self.path, "".join(lines))
 
     def on_log(self, args, state, control, logs, **kwargs):
         with open(self.path, "a", encoding="utf-8") as file:
@@ -72,10 +73,11 @@ class MetricsFile(TrainerCallback):
 
 
 class TensorBoardLog(TrainerCallback):
-    """All measures as TensorBoard scalars by step; those of steps that a resumed run does again are purged."""
+    """Writes all metrics as TensorBoard scalars by step; those of steps that a resumed run repeats are purged."""
 
     def __init__(self, folder: Path):
-        self.folder, self.writer = folder, None
+        self.folder = folder
+        self.writer = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         from torch.utils.tensorboard import SummaryWriter
@@ -93,21 +95,24 @@ class TensorBoardLog(TrainerCallback):
 
 class ConsoleProgress(TrainerCallback):
     """
-    A bar of the tokens and a line for each log, on stderr.
+    Shows a bar of the tokens and a line for each log, on stderr.
 
     Args:
-        title: what is going on.
-        tokens_after: gives the tokens seen when so many steps are done.
+        title: name of the stage.
+        tokens_after: gives the tokens of a number of steps.
         last_loss: gives the loss of the step that just ended.
         shown: False for silence.
     """
 
     def __init__(self, title: str, tokens_after: Callable[[int], int], last_loss: Callable[[], float], shown: bool):
-        self.title, self.tokens_after, self.last_loss, self.shown = title, tokens_after, last_loss, shown
+        self.title = title
+        self.tokens_after = tokens_after
+        self.last_loss = last_loss
+        self.shown = shown
         self.bar = None
 
     def close(self) -> None:
-        """End the bar, after an error too."""
+        """End the bar; call it after an error too."""
         if self.bar is not None:
             self.bar.__exit__()
 
@@ -115,7 +120,7 @@ class ConsoleProgress(TrainerCallback):
         done, total = self.tokens_after(state.global_step), self.tokens_after(state.max_steps)
         self.bar = TokenProgress(self.title, total, done=done, shown=self.shown, lines=False).__enter__()
         if done:
-            self.bar.line(f"{self.title}: going on at step {state.global_step:,} of {state.max_steps:,}")
+            self.bar.line(f"{self.title}: continuing at step {state.global_step:,} of {state.max_steps:,}")
 
     def on_step_end(self, args, state, control, **kwargs):
         step = state.global_step
@@ -124,23 +129,18 @@ class ConsoleProgress(TrainerCallback):
     def on_log(self, args, state, control, logs, **kwargs):
         if "eval_loss" in logs:
             perplexity, teacher = logs["eval_perplexity"], logs.get("eval_teacher_perplexity")
-            said = f"held-out loss {logs['eval_loss']:.4f}, perplexity {perplexity:.3f}"
-            said += f", {perplexity / teacher:.3f} times the teacher's {teacher:.3f}" if teacher else ""
+            text = f"held-out loss {logs['eval_loss']:.4f}, perplexity {perplexity:.3f}"
+            text += f", {perplexity / teacher:.3f} times the teacher's {teacher:.3f}" if teacher else ""
         else:
             rates = [f"{value:.2e}" for name, value in logs.items() if name.startswith("learning_rate/")]
-            said = ", ".join(
-                [
-                    f"{logs['tokens']:,} tokens, {logs['tokens_per_second']:,.0f} tokens/s",
-                    *(f"{name} {logs[name]:.4f}" for name in ON_CONSOLE if name in logs),
-                    f"learning rate {' '.join(rates)}",
-                    f"{duration(logs['seconds_left'])} left",
-                ]
-            )
-        self.bar.line(f"{self.title}: step {state.global_step:,}/{state.max_steps:,}, {said}")
+            losses = "".join(f"{name} {logs[name]:.4f}, " for name in ON_CONSOLE if name in logs)
+            text = f"{logs['tokens']:,} tokens, {logs['tokens_per_second']:,.0f} tokens/s, {losses}"
+            text += f"learning rate {' '.join(rates)}, {duration(logs['seconds_left'])} left"
+        self.bar.line(f"{self.title}: step {state.global_step:,}/{state.max_steps:,}, {text}")
 
 
 def duration(seconds: float) -> str:
-    """As `1:02:03`, or `2:03` below an hour."""
+    """A time as `1:02:03`, or `2:03` below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -149,11 +149,13 @@ def duration(seconds: float) -> str:
 class StopSignals:
     """
     Notes SIGINT (Ctrl-C) and SIGTERM in `caught` instead of ending the process, so that a checkpoint can be written first. A
-    second Ctrl-C ends it at once. A context manager; outside the main thread, where Python takes no signals, it does nothing.
+    second Ctrl-C ends it at once. A context manager; it does nothing outside the main thread, where Python handles no signals.
     """
 
     def __init__(self):
-        self.caught, self.before, self.time = None, {}, 0.0
+        self.caught = None
+        self.before = {}
+        self.time = 0.0
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
@@ -173,4 +175,5 @@ class StopSignals:
                 sys.stderr.flush()
             os._exit(128 + signal.SIGINT)
         if self.caught is None:
-            self.caught, self.time = number, now
+            self.caught = number
+            self.time = now

@@ -1,11 +1,12 @@
-"""Checkpoints of a running stage: each is complete once it has its name, and only such a one is ever picked."""
+"""Checkpoints of a running stage. One that has its name is complete, and no other is ever resumed from."""
 
 import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
+
+from dijiang.common.errors import print_line
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
@@ -17,39 +18,40 @@ class Checkpoints:
     The folders `checkpoint-<step>` below `folder`.
 
     Args:
-        folder: that holds them; made when the first is written.
+        folder: that holds them; created with the first.
         keep: how many of the newest stay.
     """
 
     def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep = folder, keep
+        self.folder = folder
+        self.keep = keep
 
     def all(self) -> list[Path]:
         """The folders that have the name of a checkpoint, newest first."""
-        found = [path for path in self.folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
-        return sorted(found, key=step_of, reverse=True)
+        folders = [path for path in self.folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
+        return sorted(folders, key=step_of, reverse=True)
 
     def newest(self) -> Path | None:
-        """The newest one that is whole. A damaged one is reported on stderr and passed over."""
+        """The newest one that is complete. Damaged ones are reported on stderr and skipped."""
         for path in self.all():
             if (problem := damage(path)) is None:
                 return path
-            print(f"dijiang: {path} is damaged ({problem}); using the one before it", file=sys.stderr)
+            print_line(f"{path} is damaged ({problem}); using the one before it")
         return None
 
     def partial(self, step: int) -> Path:
-        """The folder below which everything of this step's checkpoint is written, as `checkpoint-<step>`."""
+        """The folder in which all processes write this step's checkpoint, as `checkpoint-<step>`."""
         return self.folder / f"{PARTIAL}{step}"
 
     def clean(self) -> None:
-        """Remove what killed runs left half-written or half-removed."""
+        """Remove what killed runs left half written or half removed."""
         for path in self.folder.glob(f"{PARTIAL}*"):
             shutil.rmtree(path)
 
     def commit(self, step: int, facts: dict) -> Path:
         """
-        Give the checkpoint below `partial(step)` its name, with a manifest of `facts` and of its files' sizes, once all of it
-        is on disk; then remove the oldest beyond `keep`.
+        Add a manifest of `facts` and of the files' sizes to the checkpoint in `partial(step)`, put all of it on disk, and give
+        it its name; then remove the oldest beyond `keep`.
         """
         partial = self.partial(step)
         written = partial / f"checkpoint-{step}"
@@ -60,7 +62,7 @@ class Checkpoints:
         for path in (*files, manifest, *(path for path in written.rglob("*") if path.is_dir()), written):
             to_disk(path)
         target = self.folder / written.name
-        if target.exists():  # damaged, or it would have been resumed from
+        if target.exists():  # it is damaged, else the run would have resumed from it
             self.remove(target)
         written.rename(target)
         to_disk(self.folder)
@@ -70,23 +72,24 @@ class Checkpoints:
         return target
 
     def remove(self, path: Path) -> None:
-        """Take the name first, so that no half-removed folder looks like a checkpoint."""
-        doomed = self.folder / f"{PARTIAL}removed-{step_of(path)}"
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        """Remove a checkpoint, its name first, so that no half-removed folder looks like one."""
+        nameless = self.folder / f"{PARTIAL}removed-{step_of(path)}"
+        path.rename(nameless)
+        shutil.rmtree(nameless)
 
 
 def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
     return int(NAME.fullmatch(path.name).group(1))
 
 
 def read_manifest(path: Path) -> dict:
-    """What `commit` wrote of the checkpoint `path`."""
+    """The manifest that `commit` wrote into the checkpoint `path`."""
     return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint `path`, by its manifest; None if nothing is."""
+    """A description of what the checkpoint `path` lacks by its manifest; None if it is complete."""
     try:
         files = read_manifest(path)["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -101,7 +104,7 @@ def damage(path: Path) -> str | None:
 
 
 def to_disk(path: Path) -> None:
-    """Have the operating system write a file's content, or a folder's list of names, to the disk now."""
+    """Make the operating system write a file's content, or a folder's list of names, to the disk now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

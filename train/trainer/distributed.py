@@ -1,5 +1,6 @@
 """One process or many: the environment of a run, its process group, and how the processes agree with one another."""
 
+import functools
 import importlib.resources
 import json
 import logging
@@ -15,9 +16,11 @@ import torch
 import torch.distributed as dist
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from dijiang.common.device import device_named
+
 from ..recipe.schema import RunConfig, StageConfig
 
-# how long processes wait while the first one converts, downloads or tokenises
+# processes wait this long while the first one converts, downloads or tokenizes
 PATIENCE = timedelta(days=7)
 SET_BY_RECIPE = {
     "train_batch_size": "batch_size of the stage",
@@ -32,10 +35,10 @@ SIZED_BY_MODEL = {  # what `auto` stands for, from the model's hidden size
     "stage3_prefetch_bucket_size": lambda size: int(0.9 * size * size),
     "stage3_param_persistence_threshold": lambda size: 10 * size,
 }
-_waiting: list = []  # the group in which processes wait for PATIENCE, once it is made
 
 
 def rank() -> int:
+    """Rank among all processes."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -45,19 +48,21 @@ def local_rank() -> int:
 
 
 def world_size() -> int:
+    """Number of processes."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_main() -> bool:
+    """Whether this is the process that writes, prints and converts."""
     return rank() == 0
 
 
 def prepare_process(run: RunConfig) -> torch.device:
     """
-    Choose this process's device and join the process group, if a launcher started several processes or DeepSpeed is asked for.
+    Choose this process's device, and join the process group if a launcher started several processes or DeepSpeed is used.
 
     Raises:
-        ValueError: if the device cannot be had, or the launcher was given DeepSpeed, FSDP or precision settings of its own.
+        ValueError: if the device cannot be used, or the launcher was given DeepSpeed or FSDP settings of its own.
     """
     for name in ("DEEPSPEED", "FSDP"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
@@ -65,8 +70,9 @@ def prepare_process(run: RunConfig) -> torch.device:
                 f"accelerate launch was configured with {name} settings of its own; launch without them and name "
                 "DeepSpeed settings as run.deepspeed in the recipe"
             )
-    os.environ.pop("ACCELERATE_USE_CPU", None)  # the device is the recipe's; with this, DeepSpeed would be left out unsaid
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # so is the precision
+    # the recipe chooses device and precision; with the first variable set, accelerate would silently leave DeepSpeed out
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     device = choose_device(run.device)
     if run.deepspeed is not None:
         prepare_deepspeed(device)
@@ -80,41 +86,38 @@ def choose_device(name: str) -> torch.device:
     The device that `auto`, `cpu` or `cuda` stands for in this process.
 
     Raises:
-        ValueError: if it cannot be had here.
+        ValueError: if it cannot be used here.
     """
-    if name not in ("auto", "cpu") and not name.startswith("cuda"):
-        raise ValueError(f"device={name!r} is unknown; choose auto, cpu or cuda")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if ":" in name:
+    if name.startswith("cuda:"):
         number = name.partition(":")[2]
         raise ValueError(f"device={name!r} names one GPU; use device='cuda' and CUDA_VISIBLE_DEVICES={number}")
-    try:
-        if name == "cpu":
-            return torch.device("cpu")
-        device = torch.device(name, local_rank())
-        torch.empty(0, device=device)
-        torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    device = device_named(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank())
+        try:
+            torch.empty(0, device=device)
+            torch.cuda.set_device(device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device={name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
 
 
 def prepare_deepspeed(device: torch.device) -> None:
-    """Make DeepSpeed ready for use without a launcher and without a compiler; raises ValueError if it is not installed."""
+    """Make DeepSpeed ready for use without a launcher and without a compiler; ValueError if it is not installed."""
     try:
         import deepspeed
     except ImportError:
         raise ValueError("run.deepspeed needs the package deepspeed; pip install 'dijiang[train]'") from None
-    if (found := deepspeed.accelerator.get_accelerator().device_name()) != device.type:
-        raise ValueError(f"run.device is {device.type}, but DeepSpeed would use {found}; set DS_ACCELERATOR={device.type}")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # old names that DeepSpeed calls
-    # which counts no micro-batches itself, and says so every time
+    chosen = deepspeed.accelerator.get_accelerator().device_name()
+    if chosen != device.type:
+        raise ValueError(f"run.device is {device.type}, but DeepSpeed would use {chosen}; set DS_ACCELERATOR={device.type}")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed calls old names
+    # DeepSpeed counts no micro-batches itself, and accelerate would mention that in every step
     logging.getLogger("accelerate.accelerator").addFilter(lambda record: "accumulation steps mismatch" not in str(record.msg))
     if device.type == "cpu" and "deepspeed_shm_comm" in getattr(deepspeed.ops, "__compatible_ops__", {}):
-        # a faster all-reduce between CPU processes, which a C++ compiler would build for minutes; gloo does it too
+        # this faster all-reduce between CPU processes would be compiled for minutes; gloo does the same
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:  # no launcher; DeepSpeed would ask MPI
+    if "RANK" not in os.environ:  # without a launcher DeepSpeed would ask MPI
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -123,18 +126,24 @@ def prepare_deepspeed(device: torch.device) -> None:
 
 
 def forget_deepspeed() -> None:
-    """Undo what Trainer did to this process for DeepSpeed; models would be loaded in parts from now on."""
+    """Undo what Trainer did to this process for DeepSpeed, or models would be loaded in parts from now on."""
     unset_hf_deepspeed_config()
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
-def deepspeed_settings(name: str, stage: StageConfig, run: RunConfig, hidden_size: int) -> dict:
+def deepspeed_settings(stage: StageConfig, run: RunConfig, hidden_size: int) -> dict | None:
     """
-    DeepSpeed's JSON for one stage: a file, or a bundled one by its name, with everything in it that the recipe sets.
+    DeepSpeed's JSON for one stage: the file that run.deepspeed names, with everything in it that the recipe sets.
+
+    Returns:
+        The settings; None if the recipe does not use DeepSpeed.
 
     Raises:
         ValueError: if there is no such file, it is not JSON, or it sets what the recipe sets.
     """
+    name = run.deepspeed
+    if name is None:
+        return None
     bundled = importlib.resources.files("dijiang.configs") / "deepspeed"
     path = bundled / f"{name}.json" if (bundled / f"{name}.json").is_file() else Path(name)
     try:
@@ -165,7 +174,12 @@ def deepspeed_settings(name: str, stage: StageConfig, run: RunConfig, hidden_siz
 
 
 def micro_batch(stage: StageConfig, run: RunConfig) -> int:
-    """Sequences of each process at a time: `run.micro_batch_size`, or fewer if its share of the batch asks for that."""
+    """
+    Sequences that each process handles at a time: the largest divisor of its share of the batch up to run.micro_batch_size.
+
+    Raises:
+        ValueError: if the batch cannot be dealt out evenly to the processes.
+    """
     share, rest = divmod(stage.batch_size, world_size())
     if rest:
         raise ValueError(
@@ -176,20 +190,19 @@ def micro_batch(stage: StageConfig, run: RunConfig) -> int:
 
 
 def accumulation(stage: StageConfig, run: RunConfig) -> int:
-    """Micro-batches of each process in a step; raises ValueError if the batch cannot be dealt out evenly."""
+    """Micro-batches of each process in a step; ValueError as for `micro_batch`."""
     return stage.batch_size // (micro_batch(stage, run) * world_size())
 
 
 def several() -> bool:
-    """Whether this process has others to talk to."""
+    """Whether there are other processes to exchange values with."""
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
+@functools.cache
 def waiting_group():
-    """A group of all processes whose collectives wait for days, unlike those of training."""
-    if not _waiting:
-        _waiting.append(dist.new_group(backend="gloo", timeout=PATIENCE))
-    return _waiting[0]
+    """The group of all processes whose collectives wait for days, unlike those of training."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
@@ -200,12 +213,13 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
 
 
 def barrier() -> None:
+    """Wait until all processes are here."""
     if several():
         dist.barrier(waiting_group())
 
 
 def from_main(value):
-    """What the main process passes; the others' `value` is left aside. It must be small."""
+    """The main process's value, on all of them. It must be small."""
     if not several():
         return value
     box = [value]
@@ -217,16 +231,16 @@ def gather(value) -> list:
     """Every process's value, in order of rank, on all of them. They must be small."""
     if not several():
         return [value]
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value, group=waiting_group())
-    return found
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=waiting_group())
+    return values
 
 
 @contextmanager
 def share_errors() -> Iterator[None]:
     """
-    A ValueError that any process raises in this block is raised by all of them at its end, where all wait for each other. No
-    other exchange may happen inside.
+    Raise a ValueError of any process on all of them, at the end of the block, where all wait for each other. Processes must
+    not communicate inside the block.
     """
     error = None
     try:

@@ -1,8 +1,8 @@
-"""Methods of transformers' Trainer that ours replace. Some are private, and a renamed one would never be called again."""
+"""Methods of transformers' Trainer that ours replace. Some are private: once renamed, ours would never be called."""
 
 from transformers import Trainer, __version__
 
-# method: what would happen without a word if Trainer did not call it
+# by method: what would silently happen if Trainer did not call it
 HOOKS = {
     "_get_train_sampler": "the text would be shuffled, and a resumed run would see other text",
     "_get_output_dir": "checkpoints would appear before they are complete",

@@ -8,7 +8,7 @@ from ..recipe.schema import StageConfig
 
 
 def adamw(groups: list[dict], stage: StageConfig) -> torch.optim.AdamW:
-    """AdamW on `groups` of {"name", "params", "lr"}; the group `kernel`, biases and norms do not decay."""
+    """AdamW on `groups` of {"name", "params", "lr"}, without decay for the group `kernel`, biases and norms."""
     split = []
     for group in groups:
         decays = [p for p in group["params"] if dimensions(p) > 1 and group["name"] != "kernel"]
@@ -20,12 +20,16 @@ def adamw(groups: list[dict], stage: StageConfig) -> torch.optim.AdamW:
 
 
 def dimensions(parameter: torch.nn.Parameter) -> int:
-    """Of the whole parameter, where DeepSpeed holds a flat part of it."""
+    """Number of dimensions of the whole parameter, also where DeepSpeed holds a flat part of it."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def learning_rate_factor(step: int, stage: StageConfig) -> float:
-    """Share of the peak in step 0 .. steps - 1: a linear warm-up from 0, then flat or along a cosine to `final_share`."""
+    """
+    Share of the peak in step 0 .. steps - 1: a linear warm-up, then flat or along a cosine to `final_share`.
+
+    transformers' own schedules differ: their first step has learning rate 0, ours the first part of the warm-up.
+    """
     warmup = round(stage.warmup_share * stage.steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)

@@ -1,94 +1,91 @@
-"""The part of the training loop that writes and reads checkpoints, with DeepSpeed or without."""
+"""The content of a training loop's checkpoints, with DeepSpeed or without, and who may resume from them."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
 
 from .checkpoints import Checkpoints, read_manifest
 from .distributed import barrier, gather, is_main, world_size
-from .metrics import Tally
+from .metrics import StageMetrics
 
-WEIGHTS, SCHEDULE, TALLY = "trained.safetensors", "scheduler.pt", "tally.json"
+WEIGHTS = "trained.safetensors"
+SCHEDULE = "scheduler.pt"
+METRICS = "tally.json"
 
 
-class SavingTrainer(Trainer):
-    """A Trainer whose checkpoints hold what trains and no more, and appear only when all processes have written them."""
+class CheckpointWriter:
+    """
+    Writes checkpoints that hold what trains and no more, and that appear only when all processes have written their parts.
 
-    checkpoints: Checkpoints
-    tally: Tally
-    save_folder: Path | None = None  # while a checkpoint is written
+    Args:
+        checkpoints: their folders.
+        model: the model that trains.
+        deepspeed: DeepSpeed's settings, or None.
+
+    Attributes:
+        partial: the folder to write into at the moment; None between checkpoints.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, model: torch.nn.Module, deepspeed: dict | None):
+        self.checkpoints = checkpoints
+        self.model = model
+        self.deepspeed = deepspeed
+        self.partial: Path | None = None
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that train, by name."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
-    def not_finite(self, what: str) -> str:
-        raise NotImplementedError
-
-    def _get_output_dir(self, trial=None) -> str:
-        return str(self.save_folder or self.args.output_dir)
-
-    def _save_checkpoint(self, model, trial=None) -> None:
+    def weights_are_finite(self) -> bool:
+        """Whether all weights that train are finite, on all processes."""
         # ZeRO-3 leaves each process a part of a parameter, `ds_tensor`
         finite = all(bool(torch.isfinite(getattr(p, "ds_tensor", p)).all()) for p in self.trained().values())
-        if not all(gather(finite)):
-            raise ValueError(self.not_finite("a weight"))
-        step = self.state.global_step
-        self.save_folder = self.checkpoints.partial(step)
+        return all(gather(finite))
+
+    @contextmanager
+    def writing(self, step: int, metrics: StageMetrics) -> Iterator[None]:
+        """Set `partial` inside the block, in which all processes write; the checkpoint of `step` appears at its end."""
+        self.partial = self.checkpoints.partial(step)
         try:
-            super()._save_checkpoint(model, trial)
+            yield
         finally:
-            self.save_folder = None
+            self.partial = None
         if is_main():
-            text = json.dumps(self.tally.state())
-            (self.checkpoints.partial(step) / f"checkpoint-{step}" / TALLY).write_text(text, encoding="utf-8")
+            file = self.checkpoints.partial(step) / f"checkpoint-{step}" / METRICS
+            file.write_text(json.dumps(metrics.state()), encoding="utf-8")
         barrier()
         if is_main():
-            facts = {name: self.tally.facts.get(name) for name in ("dtype", "source", "text")}
-            self.checkpoints.commit(step, writer(self.args.deepspeed) | facts)
-        barrier()
-
-    def save_model(self, output_dir=None, _internal_call=False) -> None:
-        """Write what trains; all else is in the checkpoint that the stage started from. DeepSpeed writes files of its own."""
-        if not self.is_deepspeed_enabled and is_main():
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file({name: p.detach().cpu().contiguous() for name, p in self.trained().items()}, Path(output_dir) / WEIGHTS)
-
-    def _save_optimizer_and_scheduler(self, output_dir) -> None:
-        if not self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        if is_main():
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULE)
-
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        resumed = None if self.is_deepspeed_enabled else resume_from_checkpoint
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resumed)
-        engine = type(self.model_wrapped).__name__ == "DeepSpeedEngine"
-        if engine != (self.args.deepspeed is not None) or self.args.world_size != world_size():
-            raise RuntimeError(
-                f"the launcher started {world_size()} processes, Trainer sees {self.args.world_size}; "
-                f"DeepSpeed is {'active' if engine else 'not active'}; launch with torchrun or deepspeed"
+            record = metrics.record.to_json()
+            self.checkpoints.commit(
+                step, writer(self.deepspeed) | {key: record.get(key) for key in ("dtype", "source", "text")}
             )
-        if engine and resume_from_checkpoint is not None:
-            # frozen weights are not in it
-            loaded, _ = self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
-            if loaded is None:
-                raise ValueError(f"DeepSpeed finds nothing to load in {resume_from_checkpoint}; delete it")
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
-        return prepared
+        barrier()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        saved, trained = load_file(Path(resume_from_checkpoint) / WEIGHTS), self.trained()
+    def save_weights(self, folder: Path) -> None:
+        """Write what trains; all else is in the checkpoint that the stage started from. DeepSpeed writes files of its own."""
+        if self.deepspeed is None and is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            weights = {name: parameter.detach().cpu().contiguous() for name, parameter in self.trained().items()}
+            save_file(weights, folder / WEIGHTS)
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Copy the weights of a checkpoint into the model; ValueError if other parameters train now."""
+        saved = load_file(checkpoint / WEIGHTS)
+        trained = self.trained()
         if saved.keys() != trained.keys():
-            raise ValueError(f"{resume_from_checkpoint} holds other weights than those that train now; delete it")
+            raise ValueError(f"{checkpoint} holds other weights than those that train now; delete it")
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(saved[name])
+
+
+def read_metrics(checkpoint: Path, steps: int) -> StageMetrics:
+    """The metrics of a stage of `steps` steps, as a checkpoint holds them."""
+    return StageMetrics.from_state(steps, json.loads((checkpoint / METRICS).read_text(encoding="utf-8")))
 
 
 def writer(deepspeed: dict | None) -> dict:
@@ -100,15 +97,12 @@ def writer(deepspeed: dict | None) -> dict:
 
 
 def refuse_other_writer(checkpoint: Path, deepspeed: dict | None) -> None:
-    """Raise ValueError unless this run can go on from `checkpoint`, whose parts may fit one number of processes only."""
-    there, here = read_manifest(checkpoint), writer(deepspeed)
-    whole = here["written_by"] in ("PyTorch", "DeepSpeed ZeRO-0")  # every process holds the whole optimiser
-    if there["written_by"] != here["written_by"] or (there["world_size"] != here["world_size"] and not whole):
+    """Raise ValueError unless this run can resume from `checkpoint`, whose parts may fit one number of processes only."""
+    there = read_manifest(checkpoint)
+    here = writer(deepspeed)
+    any_number = here["written_by"] in ("PyTorch", "DeepSpeed ZeRO-0")  # every process holds the whole optimizer
+    if there["written_by"] != here["written_by"] or (there["world_size"] != here["world_size"] and not any_number):
         raise ValueError(
             f"{checkpoint} was written by {there['world_size']} processes of {there['written_by']} and cannot be resumed by "
-            f"{here['world_size']} of {here['written_by']}; run it as before, or delete {checkpoint.parent} to start anew"
+            f"{here['world_size']} of {here['written_by']}; run it as before, or delete {checkpoint.parent} to start again"
         )
-
-
-def read_tally(checkpoint: Path, steps: int) -> Tally:
-    return Tally.from_state(steps, json.loads((checkpoint / TALLY).read_text(encoding="utf-8")))

@@ -18,7 +18,7 @@ from dijiang.train import Recipe
 from dijiang.train.data.blocks import training_blocks
 from dijiang.train.estimate.estimate import model_size, stage_flops
 from dijiang.train.stages import compiled as compiling
-from dijiang.train.stages.build import StageModels
+from dijiang.train.stages.build import build_model
 from dijiang.train.stages.job_folder import StageFolder
 from dijiang.train.stages.teacher_logits import collate_with_teacher
 from dijiang.train.trainer.optimizer import adamw
@@ -48,8 +48,8 @@ class Speed:
         began = time.monotonic()
         self.recipe, self.stage, self.config, self.device = recipe, stage, getattr(recipe, stage), device
         blocks = training_blocks(recipe.data, self.config, tokenizer, progress=False)
-        models = StageModels(recipe, stage, StageFolder(recipe, stage), dtype, device, False)
-        model, self.blocks = models.build(blocks)
+        folder = StageFolder(recipe, stage)
+        model, self.blocks = build_model(folder, blocks, device=device, dtype=dtype, progress=False)
         self.model = model.to(device).train()
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.before = torch.get_float32_matmul_precision()

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from dijiang.train.data.blocks import collate
 from dijiang.train.recipe.schema import RunConfig, StageConfig
 from dijiang.train.trainer.distributed import choose_device, deepspeed_settings
-from dijiang.train.trainer.trainer import RecoveryTrainer
+from dijiang.train.trainer.trainer import RecoveryTrainer, TrainingJob
 
 VOCAB, WIDTH, LENGTH = 31, 12, 9
 
@@ -33,8 +33,8 @@ class Student(nn.Module):
 class FakeModel(nn.Module):
     """
     Args:
-        broken_at: place of the block whose loss is NaN.
-        steep_at: place of the block whose loss is finite, but its gradient is not.
+        broken_at: sample index of the block whose loss is NaN.
+        steep_at: sample index of the block whose loss is finite, but its gradient is not.
     """
 
     def __init__(self, seed: int = 0, broken_at: int = -1, steep_at: int = -1):
@@ -42,14 +42,14 @@ class FakeModel(nn.Module):
         torch.manual_seed(seed)
         self.student, self.broken_at, self.steep_at = Student(), broken_at, steep_at
 
-    def forward(self, input_ids, position_ids=None, places=None):
+    def forward(self, input_ids, position_ids=None, sample_indices=None):
         logits = self.student(input_ids)
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
         if not self.training:
             return {"loss": loss}
-        if (places == self.broken_at).any():
+        if (sample_indices == self.broken_at).any():
             loss = loss * torch.nan
-        if (places == self.steep_at).any():
+        if (sample_indices == self.steep_at).any():
             loss = loss + (logits.mean() - logits.mean().detach()).sqrt()
         return {"loss": loss, "logit": logits.detach().square().mean()}
 
@@ -68,9 +68,9 @@ class FakeBlocks(Dataset):
     def __len__(self):
         return len(self.ids)
 
-    def __getitem__(self, place):
+    def __getitem__(self, index):
         positions = torch.arange(LENGTH)[None]
-        return {"input_ids": self.ids[place], "position_ids": positions, "place": torch.tensor(place)}
+        return {"input_ids": self.ids[index], "position_ids": positions, "sample_index": torch.tensor(index)}
 
 
 def stage_config(steps: int = 6, batch_size: int = 4, **settings) -> StageConfig:
@@ -83,18 +83,19 @@ def run_config(**settings) -> RunConfig:
 
 def build_trainer(folder: Path, stage: StageConfig, run: RunConfig, model: FakeModel | None = None, **settings):
     """A RecoveryTrainer of a FakeModel on as many blocks as the stage needs, with seven held-out ones."""
-    zero = run.deepspeed
     settings = {
+        "stage": stage,
+        "run": run,
         "blocks": FakeBlocks(stage.steps * stage.batch_size),
         "held_out": FakeBlocks(7, seed=1),
         "collate": collate,
         "folder": Path(folder),
         "device": choose_device("cpu"),
         "title": "Testing",
-        "deepspeed": deepspeed_settings(zero, stage, run, WIDTH) if zero else None,
+        "deepspeed": deepspeed_settings(stage, run, WIDTH),
         "progress": False,
     } | settings
-    return RecoveryTrainer(model or FakeModel(), stage, run, **settings)
+    return RecoveryTrainer(model or FakeModel(), TrainingJob(**settings))
 
 
 def metrics(folder: Path) -> list[dict]:

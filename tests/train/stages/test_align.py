@@ -10,7 +10,8 @@ from dijiang.evaluate import perplexity
 from dijiang.modeling.linear_attention_layer import linear_layers
 from dijiang.train.recipe.schema import AlignConfig
 from dijiang.train.stages.align import AlignModel, linear_branch_alone
-from dijiang.train.stages.teacher_pass import kernel_parameters, run_teacher
+from dijiang.train.stages.parameters import added_parameters
+from dijiang.train.stages.teacher_pass import run_teacher
 
 WINDOWLESS = {"layer_types": "linear_attention", "attention_window": 0, "attention_sinks": 0}
 
@@ -91,7 +92,7 @@ def test_what_trains_and_at_which_rate(make):
     kernel, attention = model.parameter_groups()
     assert (kernel["name"], kernel["lr"], attention["name"], attention["lr"]) == ("kernel", 0.3, "attention", 0.01)
     named = {id(p): name for name, p in model.student.named_parameters()}
-    assert {named[id(p)] for p in kernel["params"]} == kernel_parameters(model.student).keys()
+    assert {named[id(p)] for p in kernel["params"]} == added_parameters(model.student).keys()
     assert {named[id(p)].split(".")[-2] for p in attention["params"]} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     trained = {name for name, p in model.student.named_parameters() if p.requires_grad}
     assert trained == {named[id(p)] for group in model.parameter_groups() for p in group["params"]}
@@ -103,7 +104,7 @@ def test_a_layers_gradient_does_not_depend_on_the_other_layers(make, tokens):
     model(ids)["loss"].backward()
     first = {name: x.clone() for name, x in gradients(model).items() if ".layers.0." in name}
     with torch.no_grad():
-        for p in kernel_parameters(model.student).values():
+        for p in added_parameters(model.student).values():
             p.grad = None
         for name, p in model.student.named_parameters():
             if ".layers.1.self_attn" in name:
@@ -134,15 +135,15 @@ def test_documents_of_a_row_are_compared_on_their_own(make, tokens):
 def test_window_dropout_is_decided_by_the_sequences_number_alone(make, tokens):
     model, ids = make(window_dropout=0.3, seed=5), tokens(20)
     with_window, alone = (sum(x.item() for x in plain_losses(model, ids, weights=w).values()) / 2 for w in ((1, 0), (0, 1)))
-    found = [model(ids, places=torch.tensor([place]))["loss"].item() for place in range(60)]
+    found = [model(ids, sample_indices=torch.tensor([index]))["loss"].item() for index in range(60)]
     dropped = [loss == pytest.approx(alone, rel=1e-5) for loss in found]
     assert all(drop or loss == pytest.approx(with_window, rel=1e-5) for drop, loss in zip(dropped, found, strict=True))
     assert 8 <= sum(dropped) <= 28  # 18 are expected
     assert not hasattr(model, "config"), "trackers would take it for one of transformers"
     together = make(window_dropout=0.3, seed=5, batch_size=4)  # all sequences of a step decide alike
-    assert [together.drops_window(torch.tensor([place])) for place in range(240)] == [x for x in dropped for _ in range(4)]
+    assert [together.drops_window(torch.tensor([index])) for index in range(240)] == [x for x in dropped for _ in range(4)]
     again = make(window_dropout=0.3, seed=5)
-    assert [again.drops_window(torch.tensor([place])) for place in range(60)] == dropped
+    assert [again.drops_window(torch.tensor([index])) for index in range(60)] == dropped
     assert [make(window_dropout=0.3, seed=6).drops_window(torch.tensor([p])) for p in range(60)] != dropped
 
 
@@ -178,7 +179,7 @@ def test_calibration_lowers_the_loss_and_makes_a_silent_branch_heard(make, token
         ({"layer_types": "linear_attention", "output_gate": True}, {}, "output_norm or output_gate"),
         (WINDOWLESS, {"linear_weight": 1.0}, "no effect without a window"),
         (WINDOWLESS, {"window_dropout": 0.5}, "no effect without a window"),
-        (WINDOWLESS | {"feature_map": "elu", "key_scale": False}, {}, "no kernel parameters"),
+        (WINDOWLESS | {"feature_map": "elu", "key_scale": False}, {}, "conversion added no parameters"),
     ],
 )
 def test_what_cannot_be_aligned_is_refused(make, conversion, config, message):

@@ -9,7 +9,7 @@ from dijiang.train.recipe.schema import DistillConfig
 from dijiang.train.stages.adapters import merged_state
 from dijiang.train.stages.base import next_token_labels
 from dijiang.train.stages.distill import DistillModel
-from dijiang.train.stages.teacher_pass import kernel_parameters
+from dijiang.train.stages.parameters import added_parameters
 
 FULL = ["full_attention", "full_attention"]
 HYBRID = ["full_attention", "linear_attention"]
@@ -56,7 +56,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 @pytest.mark.parametrize("types", [None, HYBRID])
 def test_what_trains(types):
     model = build(settings={"trains": "kernel"}, layer_types=types)
-    kernel = set(kernel_parameters(model.student))
+    kernel = set(added_parameters(model.student))
     assert trained(model) == kernel
     layers = [1] if types else [0, 1]
     linear = {name for i in layers for name in names(model, *(f"layers.{i}.self_attn.{part}" for part in PROJECTIONS))}
@@ -70,7 +70,7 @@ def test_what_trains(types):
 @pytest.mark.parametrize("trains", ["kernel", "attention", "all"])
 def test_fixed_kernels_stay_and_what_conversion_added_beside_them_trains(trains):
     model = build(settings={"trains": trains}, **PAPER, attention_window=0, attention_sinks=0, key_scale=False)
-    assert not kernel_parameters(model.student)
+    assert not added_parameters(model.student)
     added = names(model, "output_norm", "output_gate")
     assert added <= trained(model) and not trained(model) & names(model, "feature_map", "decay")
     groups = {group["name"]: group["params"] for group in model.parameter_groups()}
@@ -79,7 +79,7 @@ def test_fixed_kernels_stay_and_what_conversion_added_beside_them_trains(trains)
 
 
 def test_adapters_stand_in_for_the_matrices():
-    kernel, own = set(kernel_parameters(tiny_model(1))), tiny_model(1)
+    kernel, own = set(added_parameters(tiny_model(1))), tiny_model(1)
     matrices = {name.removesuffix(".weight") for name, p in own.named_parameters() if "_proj" in name}
     for trains, expected in (("all", matrices), ("attention", {name for name in matrices if "self_attn" in name})):
         model = build(settings={"trains": trains, "lora_rank": 2})
@@ -254,7 +254,7 @@ def test_what_cannot_be_trained_is_refused():
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    ("settings", "message"),
     [
         ({"trains": "kernel", "lora_rank": 4}, "lora_rank=4 needs trains=attention or all"),
         ({"lora_alpha": 8.0}, "lora_alpha=8.0 needs lora_rank"),

@@ -74,7 +74,7 @@ def test_values_and_gradients_are_autograds(monkeypatch, temperature, weights, k
         check(p, arguments, expected, 1e-9)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("k", [None, 12])
 def test_lower_precision_stays_near_the_oracle_on_the_same_numbers(dtype, tolerance, k):
     options = {"kl_weight": 1.0, "ce_weight": 0.5, "temperature": 1.5}

@@ -24,32 +24,33 @@ from dijiang.train.stages.teacher_logits import (
     bytes_needed,
     collate_with_teacher,
     is_complete,
+    layout_of,
     write_teacher_logits,
 )
 
-PLACES, BLOCK, VOCAB = 11, 12, 97
-SETTINGS = {"top_k": 5, "temperature": 1.0, "fingerprint": "teacher and text"}
-READ = SETTINGS | {"vocab_size": VOCAB}
+SAMPLES, BLOCK, VOCAB = 11, 12, 97
+SETTINGS = {"top_k": 5, "vocab_size": VOCAB, "temperature": 1.0, "fingerprint": "teacher and text"}
 
 
 class Blocks(Dataset):
     """Blocks whose rows double in length, a document's start in every third one."""
 
-    def __init__(self, places=PLACES):
-        self.ids, self.asked = random_ids(places, BLOCK, seed=3), []
+    def __init__(self, samples=SAMPLES):
+        self.ids = random_ids(samples, BLOCK, seed=3)
+        self.asked = []
 
     def __len__(self):
         return len(self.ids)
 
-    def __getitem__(self, place):
-        if not 0 <= place < len(self):
-            raise IndexError(place)
-        self.asked.append(place)
-        length = 3 if place < 4 else 6 if place < 8 else 12
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        self.asked.append(index)
+        length = 3 if index < 4 else 6 if index < 8 else 12
         positions = torch.arange(length).repeat(BLOCK // length, 1)
-        if place % 3 == 0:
+        if index % 3 == 0:
             positions[-1, 2:] = torch.arange(length - 2)
-        return {"input_ids": self.ids[place].view(-1, length), "position_ids": positions, "place": torch.tensor(place)}
+        return {"input_ids": self.ids[index].view(-1, length), "position_ids": positions, "sample_index": torch.tensor(index)}
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +60,23 @@ def teacher():
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    """Two places per file."""
+    """Two samples per file."""
     monkeypatch.setattr(teacher_logits, "SHARD_BYTES", bytes_needed(2, BLOCK, 5, VOCAB))
 
 
-def write(teacher, folder, blocks=None, **settings):
-    write_teacher_logits(teacher, blocks or Blocks(), folder, **SETTINGS | {"progress": False} | settings)
+def layout(blocks=None, **settings):
+    return layout_of(blocks or Blocks(), **SETTINGS | settings)
+
+
+def write(teacher, folder, blocks=None, batch_size=1, chunk_tokens=256, **settings):
+    blocks = blocks or Blocks()
+    sizes = {"batch_size": batch_size, "chunk_tokens": chunk_tokens}
+    write_teacher_logits(teacher, blocks, folder, layout(blocks, **settings), **sizes, progress=False)
     return folder
+
+
+def read(folder, blocks=None, **settings):
+    return WithTeacherLogits(blocks or Blocks(), folder, layout(blocks, **settings))
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -73,16 +84,16 @@ def contents(folder) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("batch_size, chunk_tokens", [(1, 256), (3, 5)])
+@pytest.mark.parametrize(("batch_size", "chunk_tokens"), [(1, 256), (3, 5)])
 @torch.no_grad()
 def test_items_hold_what_the_teacher_says_of_each_document(
     teacher, tmp_path, small_shards, temperature, batch_size, chunk_tokens
 ):
     write(teacher, tmp_path, temperature=temperature, batch_size=batch_size, chunk_tokens=chunk_tokens)
-    found = WithTeacherLogits(Blocks(), tmp_path, **READ | {"temperature": temperature})
-    assert len(found) == PLACES
-    for place in (*range(PLACES), 3, 0):
-        item = found[place]
+    found = read(tmp_path, temperature=temperature)
+    assert len(found) == SAMPLES
+    for index in (*range(SAMPLES), 3, 0):
+        item = found[index]
         ids, positions = item["input_ids"], item["position_ids"]
         assert item["teacher_ids"].shape == item["teacher_logprobs"].shape == (*ids.shape, 5)
         assert item["teacher_ids"].dtype == torch.int64 and item["teacher_logprobs"].dtype == torch.float16
@@ -97,13 +108,13 @@ def test_items_hold_what_the_teacher_says_of_each_document(
 
 
 def test_batches_carry_the_teachers_part_row_by_row(teacher, tmp_path):
-    found = WithTeacherLogits(Blocks(), write(teacher, tmp_path), **READ)
-    items = [found[place] for place in (4, 5, 6)]
+    found = read(write(teacher, tmp_path))
+    items = [found[index] for index in (4, 5, 6)]
     batch = collate_with_teacher(items)
-    assert batch["places"].tolist() == [4, 5, 6]
+    assert batch["sample_indices"].tolist() == [4, 5, 6]
     assert torch.equal(batch["teacher_ids"][2:4], items[1]["teacher_ids"]) and batch["teacher_ids"].shape == (6, 6, 5)
     assert torch.equal(batch["teacher_logprobs"][4:], items[2]["teacher_logprobs"])
-    assert collate_with_teacher([Blocks()[8]]).keys() == {"input_ids", "places"}, "held-out text has no teacher"
+    assert collate_with_teacher([Blocks()[8]]).keys() == {"input_ids", "sample_indices"}, "held-out text has no teacher"
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.5])
@@ -112,9 +123,9 @@ def test_training_from_disk_is_training_beside_the_teacher(teacher, tmp_path, te
     config = DistillConfig(tokens=BLOCK, block_size=BLOCK, temperature=temperature)
     beside, alone = (DistillModel(tiny_model(1), model, config).train() for model in (teacher, None))
     write(teacher, tmp_path, top_k=1000, temperature=temperature)
-    found = WithTeacherLogits(Blocks(), tmp_path, **READ | {"top_k": 1000, "temperature": temperature})
-    for place in (0, 5, 10):
-        batch = collate_with_teacher([found[place]])
+    found = read(tmp_path, top_k=1000, temperature=temperature)
+    for index in (0, 5, 10):
+        batch = collate_with_teacher([found[index]])
         right = beside(**{key: value for key, value in batch.items() if not key.startswith("teacher")})["loss"]
         assert abs(alone(**batch)["loss"] - right) < 2e-3 * right
 
@@ -122,7 +133,7 @@ def test_training_from_disk_is_training_beside_the_teacher(teacher, tmp_path, te
 def test_bytes_on_disk_are_those_foretold(teacher, tmp_path):
     write(teacher, tmp_path, top_k=7)
     size = sum(path.stat().st_size for path in tmp_path.glob("*.bin"))
-    assert size == bytes_needed(PLACES, BLOCK, 7, VOCAB) == PLACES * BLOCK * 7 * 4
+    assert size == bytes_needed(SAMPLES, BLOCK, 7, VOCAB) == SAMPLES * BLOCK * 7 * 4
     assert bytes_needed(3, 10, 4, 65_536) == 3 * 10 * 4 * 4 and bytes_needed(3, 10, 4, 65_537) == 3 * 10 * 4 * 6
     assert bytes_needed(3, 10, 500, 60) == bytes_needed(3, 10, 60, 60)
 
@@ -137,22 +148,25 @@ def test_ids_beyond_16_bits_are_kept(tmp_path):
         def model(self, input_ids, **_):
             return SimpleNamespace(last_hidden_state=torch.ones(*input_ids.shape, 1))
 
-    write(LastToken(), tmp_path, top_k=4)
-    item = WithTeacherLogits(Blocks(), tmp_path, **READ | {"top_k": 4, "vocab_size": 70_000})[9]
+    write(LastToken(), tmp_path, top_k=4, vocab_size=70_000)
+    item = read(tmp_path, top_k=4, vocab_size=70_000)[9]
     assert (item["teacher_ids"] == torch.tensor([69_999, 69_998, 69_997, 69_996])).all()
     assert item["teacher_logprobs"].isfinite().all()
 
 
-def test_shared_among_processes_they_are_the_same(teacher, tmp_path, small_shards):
+def test_shared_among_processes_they_are_the_same(teacher, tmp_path, small_shards, monkeypatch):
     alone = contents(write(teacher, tmp_path / "alone"))
     together, asked = tmp_path / "together", []
     for rank in (2, 0, 1):  # one after another, so each sees other shards missing
-        assert not is_complete(Blocks(), together, **READ)
+        assert not is_complete(together, layout())
         blocks = Blocks()
-        write(teacher, together, blocks, rank=rank, world_size=3)
+        with monkeypatch.context() as patch:
+            patch.setenv("RANK", str(rank))
+            patch.setenv("WORLD_SIZE", "3")
+            write(teacher, together, blocks)
         asked.append(set(blocks.asked) - {0})
-    assert contents(together) == alone and is_complete(Blocks(), together, **READ)
-    assert set.union(*asked) | {0} == set(range(PLACES)) and sum(map(len, asked)) == PLACES - 1
+    assert contents(together) == alone and is_complete(together, layout())
+    assert set.union(*asked) | {0} == set(range(SAMPLES)) and sum(map(len, asked)) == SAMPLES - 1
 
 
 KILLED = """
@@ -179,12 +193,15 @@ def test_killed_while_it_writes_it_goes_on(teacher, tmp_path, small_shards):
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     before = contents(tmp_path / "killed")
-    assert sorted(before) == ["logits-000000.bin", "logits-000001.bin", "logits-000002.bin.partial", "meta.json"]
+    draft, *names = sorted(before)
+    assert draft.startswith(".logits-000002.bin.") and draft.endswith(".partial")
+    assert names == ["logits-000000.bin", "logits-000001.bin", "meta.json"]
     with pytest.raises(ValueError, match="lacks 4 of 6 files"):
-        WithTeacherLogits(Blocks(), tmp_path / "killed", **READ)
+        read(tmp_path / "killed")
     blocks = Blocks()
     write(teacher, tmp_path / "killed", blocks)
-    assert set(blocks.asked) == {0, *range(4, PLACES)}, "what was there is not computed again"
+    assert set(blocks.asked) == {0, *range(4, SAMPLES)}, "what was there is not computed again"
+    (tmp_path / "killed" / draft).unlink()  # as `StageFolder.prepare` does
     assert contents(tmp_path / "killed") == contents(write(teacher, tmp_path / "whole"))
 
 
@@ -192,36 +209,36 @@ def test_a_cut_file_is_written_again(teacher, tmp_path, small_shards):
     expected = contents(write(teacher, tmp_path))
     cut = tmp_path / "logits-000003.bin"
     cut.write_bytes(cut.read_bytes()[:-1])
-    assert not is_complete(Blocks(), tmp_path, **READ)
+    assert not is_complete(tmp_path, layout())
     write(teacher, tmp_path)
     assert contents(tmp_path) == expected
 
 
 def test_complete_logits_need_no_teacher(teacher, tmp_path):
     write(teacher, tmp_path)
-    assert is_complete(Blocks(), tmp_path, **READ) and not is_complete(Blocks(), tmp_path / "none", **READ)
+    assert is_complete(tmp_path, layout()) and not is_complete(tmp_path / "none", layout())
     blocks = Blocks()
     write(teacher, tmp_path, blocks)
     assert set(blocks.asked) == {0}
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"fingerprint": "other text"}, "fingerprint teacher and text where other text is expected"),
         ({"top_k": 6}, "top_k 5 where 6 is expected"),
         ({"temperature": 2.0}, "temperature 1.0 where 2.0 is expected"),
-        ({"places": 9}, "places 11 where 9 is expected"),
+        ({"samples": 9}, "places 11 where 9 is expected"),
     ],
 )
 def test_other_logits_are_refused(teacher, tmp_path, change, message):
     expected = contents(write(teacher, tmp_path))
     change = dict(change)
-    blocks = Blocks(change.pop("places", PLACES))
+    blocks = Blocks(change.pop("samples", SAMPLES))
     for call in (
         lambda: write(teacher, tmp_path, blocks, **change),
-        lambda: is_complete(blocks, tmp_path, **READ | change),
-        lambda: WithTeacherLogits(blocks, tmp_path, **READ | change),
+        lambda: is_complete(tmp_path, layout(blocks, **change)),
+        lambda: read(tmp_path, blocks, **change),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             call()
@@ -229,7 +246,7 @@ def test_other_logits_are_refused(teacher, tmp_path, change, message):
     assert contents(tmp_path) == expected
 
 
-@pytest.mark.parametrize("text", ["{", "[]", json.dumps({"places": PLACES})])
+@pytest.mark.parametrize("text", ["{", "[]", json.dumps({"places": SAMPLES})])
 def test_a_damaged_description_is_named(teacher, tmp_path, text):
     (tmp_path / "meta.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="is damaged; delete the folder"):
@@ -237,22 +254,22 @@ def test_a_damaged_description_is_named(teacher, tmp_path, text):
 
 
 def test_a_disk_too_small_is_refused_before_the_work(teacher, tmp_path, small_shards, monkeypatch):
-    needed, usage = bytes_needed(PLACES, BLOCK, 5, VOCAB), shutil.disk_usage(tmp_path)
+    needed, usage = bytes_needed(SAMPLES, BLOCK, 5, VOCAB), shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
     with pytest.raises(ValueError, match=f"need {needed:,} bytes and {needed - 1:,} are free; lower teacher_top_k=5"):
         write(teacher, tmp_path)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
     write(teacher, tmp_path)
-    (tmp_path / "logits-000005.bin").unlink()  # of one place: only its bytes are missing
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed // PLACES))
+    (tmp_path / "logits-000005.bin").unlink()  # of one sample: only its bytes are missing
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed // SAMPLES))
     write(teacher, tmp_path)
 
 
 def test_records_are_the_documented_bytes(teacher, tmp_path):
-    """Readable without our code: ids, then log-probabilities, of one place after another."""
+    """Readable without our code: ids, then log-probabilities, of one sample after another."""
     write(teacher, tmp_path)
-    item = WithTeacherLogits(Blocks(), tmp_path, **READ)[10]
-    raw = np.fromfile(tmp_path / "logits-000000.bin", "<u2").reshape(PLACES, 2, BLOCK, 5)
+    item = read(tmp_path)[10]
+    raw = np.fromfile(tmp_path / "logits-000000.bin", "<u2").reshape(SAMPLES, 2, BLOCK, 5)
     assert np.array_equal(raw[10, 0], item["teacher_ids"].view(BLOCK, 5).numpy())
     assert np.array_equal(raw[10, 1].view("<f2"), item["teacher_logprobs"].view(BLOCK, 5).numpy())

@@ -5,7 +5,8 @@ import torch
 
 from dijiang.convert import load_source
 from dijiang.modeling.linear_attention_layer import linear_layers
-from dijiang.train.stages.teacher_pass import kernel_parameters, run_teacher
+from dijiang.train.stages.parameters import added_parameters
+from dijiang.train.stages.teacher_pass import run_teacher
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +58,12 @@ def test_kernel_parameters_are_those_that_conversion_added(teacher, make_student
     for settings in ({}, {"layer_types": "linear_attention", "decay": "learned"}):
         student = make_student(**settings)
         added = {name for name, _ in student.named_parameters()} - {name for name, _ in teacher.named_parameters()}
-        found = kernel_parameters(student)
+        found = added_parameters(student)
         assert found.keys() == added
         assert all(found[name] is student.get_parameter(name) for name in found)
-    fixed = kernel_parameters(make_student(layer_types="linear_attention", decay="retnet"))
+    fixed = added_parameters(make_student(layer_types="linear_attention", decay="retnet"))
     assert fixed.keys() == {name for name in found if "decay" not in name}
-    assert kernel_parameters(teacher) == {} and linear_layers(teacher) == {}
+    assert added_parameters(teacher) == {} and linear_layers(teacher) == {}
 
 
 def test_linear_layers_by_their_index(make_student):

@@ -255,7 +255,8 @@ def test_ctrl_c_ends_with_130_and_errors_with_1(job, tmp_path):
     _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     last = err.splitlines()[-1]
-    assert last.startswith("dijiang: distill was stopped after step ") and last.endswith("run the same command again to go on")
+    assert last.startswith("dijiang: distill was stopped after step ")
+    assert last.endswith("run the same command again to continue")
     step = int(last.split("step ")[1].split(" ")[0])
     assert (lines.parent / "checkpoints" / f"checkpoint-{step}").is_dir() and metrics(lines.parent)[-1]["step"] == step
 
