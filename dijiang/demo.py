@@ -2,9 +2,7 @@
 
 import json
 import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from dijiang.bundled import HELD_OUT_TEXT, TRAIN_TEXT, packaged_model
+from dijiang.common.memory import peak_bytes
 from dijiang.common.outputs import refuse_occupied
 from dijiang.common.text import read_tokens
 from dijiang.convert import convert_model, load_source
@@ -127,11 +126,6 @@ def demo_recipe(recipe: str | Path | None, source: str | Path, work: Path) -> Re
         if stage not in found.stages:
             raise ValueError(f"recipe {recipe} has no section {stage}, and the demo runs {' and '.join(STAGES)}; add it")
     return found
-
-
-def peak_bytes() -> int:
-    """The most memory that this process held at a time."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextmanager

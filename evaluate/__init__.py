@@ -8,6 +8,7 @@ from importlib import import_module
 
 _MODULE_OF = {
     "EvaluationConfig": "dijiang.evaluate.quality.config",
+    "LatencyConfig": "dijiang.evaluate.latency.config",
     "evaluate_model": "dijiang.evaluate.quality.run",
     "linear_only": "dijiang.evaluate.quality.ablations",
     "logits_without_package": "dijiang.evaluate.quality.reload",

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dijiang.checkpoint.provenance import public_name, versions
+from dijiang.common.machine import own_command
 from dijiang.common.outputs import refuse_taken_file, write_whole
 
-from ..latency.timing import own_command
 from ..report.style import refuse_missing_packages
 from . import report as kernel_report
 from .inputs import Case, InputSet, gaussian_inputs, normal_radius_limit, real_inputs

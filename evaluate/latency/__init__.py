@@ -1,1 +1,1 @@
-"""Time and memory of prefill and decoding beside softmax models."""
+"""Time and memory of prefill and decoding, next to softmax models."""

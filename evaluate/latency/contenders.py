@@ -1,8 +1,8 @@
 """
-The contenders of the latency benchmark: each reads a prompt, decodes a token of every sequence and takes it back, and knows
-how many bytes its cache has and what a decoding step must at least compute and move.
+Contenders of the latency benchmark: a model with one kind of cache that reads prompts, decodes one token of every sequence and
+takes it back, with the bytes of its cache and the least that a decoding step computes and moves.
 
-B batch, T tokens of context, H heads, G key/value heads, d head size, M features, W window, S sinks.
+B batch, T tokens of context, H heads, G key/value heads, d head size, M features.
 """
 
 from copy import deepcopy
@@ -29,13 +29,15 @@ WORDS = {
 
 
 class Contender:
-    """A model with one kind of cache, which subclasses make, and whose bytes they know."""
+    """A model with one kind of cache; subclasses build the cache and count its bytes."""
 
     def __init__(self, model: PreTrainedModel):
-        self.model, self.device, self.dtype = model, model.device, model.dtype
+        self.model = model
+        self.device = model.device
+        self.dtype = model.dtype
 
     def new_cache(self, tokens: int) -> Cache:
-        """An empty cache with room for so many tokens."""
+        """An empty cache with room for `tokens` tokens."""
         raise NotImplementedError
 
     def filled_cache(self, batch: int, context: int) -> Cache:
@@ -43,15 +45,15 @@ class Contender:
         raise NotImplementedError
 
     def step_back(self, cache: Cache) -> None:
-        """Take the last token out again where the cache grows by it."""
+        """Remove the last token from a cache that grows with every token."""
         raise NotImplementedError
 
     def cache_bytes(self, batch: int, context: int) -> int:
-        """Of `filled_cache`."""
+        """Bytes of `filled_cache`."""
         raise NotImplementedError
 
     def mixing(self, batch: int, context: int) -> tuple[int, int]:
-        """FLOPs and bytes of the cache that one decoding step takes between the projections, all layers."""
+        """FLOPs, and bytes moved of the cache, of one decoding step between the projections of all layers."""
         raise NotImplementedError
 
     def random_ids(self, batch: int, tokens: int) -> torch.Tensor:
@@ -59,14 +61,14 @@ class Contender:
 
     @torch.no_grad()
     def prefill(self, ids: torch.Tensor) -> tuple[list[int], Cache]:
-        """The tokens that follow ids (B, T), known to the host, and the cache."""
+        """The tokens that follow ids (B, T), copied to the host, and the cache."""
         cache = self.new_cache(ids.shape[1] + 1)
         logits = self.model(input_ids=ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1].argmax(-1).tolist(), cache
 
     @torch.no_grad()
     def step(self, ids: torch.Tensor, cache: Cache) -> list[int]:
-        """The tokens that follow ids (B, 1), known to the host."""
+        """The tokens that follow ids (B, 1), copied to the host."""
         return self.model(input_ids=ids, **{CACHE_NAME: cache}, use_cache=True).logits[:, -1].argmax(-1).tolist()
 
     @property
@@ -75,24 +77,26 @@ class Contender:
 
     def least_work(self, batch: int, context: int) -> tuple[int, int]:
         """
-        FLOPs and bytes of one decoding step: each matrix multiplies every sequence and is read once, the cache as `mixing`
-        says. Of an embedding that is not the head too, only single rows are read.
+        Least FLOPs and bytes of one decoding step: each matrix multiplies every sequence and is read once, and `mixing` is
+        added. Only single rows are read of an embedding that is not tied to the head.
         """
         matrices = sum(module.weight.numel() for module in self.model.modules() if isinstance(module, nn.Linear))
-        embedding, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
+        embedding = self.model.get_input_embeddings().weight
+        tied = embedding is self.model.get_output_embeddings().weight
         flops, moved = self.mixing(batch, context)
-        read = self.weights_bytes - (0 if embedding is head else embedding.nbytes)
+        read = self.weights_bytes - (0 if tied else embedding.nbytes)
         return 2 * batch * matrices + flops, read + moved
 
 
 class SoftmaxContender(Contender):
-    """transformers' own class of the softmax model, with a cache that grows or a `static` one."""
+    """The softmax model in transformers' own class, with a cache that grows or with a `static` one."""
 
     def __init__(self, model: PreTrainedModel, *, static: bool):
         super().__init__(model)
         self.static = static
         config = model.config
-        self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
+        self.layers = config.num_hidden_layers
+        self.heads = config.num_attention_heads
         self.groups = getattr(config, "num_key_value_heads", None) or self.heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
 
@@ -129,19 +133,19 @@ class SoftmaxContender(Contender):
 
 
 class DiJiangContender(Contender):
-    """The DiJiang model; its softmax layers, if it kept some, count as those of a growing cache."""
+    """The DiJiang model; softmax layers that it kept count like those of a growing cache."""
 
     def __init__(self, model: DiJiangForCausalLM):
         super().__init__(model)
-        self.read: tuple[int, Cache | None] = (0, None)  # one sequence of so many tokens
+        self.prefix: tuple[int, Cache | None] = (0, None)  # number of tokens, and the cache of one sequence of them
 
     def new_cache(self, tokens: int) -> Cache:
         return DiJiangCache(self.model.config)
 
     def filled_cache(self, batch: int, context: int) -> Cache:
-        if self.read[0] != context:
-            self.read = context, self.prefill(self.random_ids(1, context))[1]
-        cache = deepcopy(self.read[1])
+        if self.prefix[0] != context:
+            self.prefix = (context, self.prefill(self.random_ids(1, context))[1])
+        cache = deepcopy(self.prefix[1])
         cache.batch_repeat_interleave(batch)
         return cache
 
@@ -151,14 +155,16 @@ class DiJiangContender(Contender):
                 layer.crop(-1)
 
     def cache_bytes(self, batch: int, context: int) -> int:
-        linear = sum(sums_bytes(x) + near_bytes(x, self.dtype) + bookkeeping_bytes(x) for x in self.linear)
+        linear = sum(sums_bytes(x) + window_bytes(x, self.dtype) + bookkeeping_bytes(x) for x in self.linear)
         return batch * (linear + self.softmax_tokens(context) * self.token_bytes)
 
     def mixing(self, batch: int, context: int) -> tuple[int, int]:
-        config, before, after = self.model.config, self.softmax_tokens(context), self.softmax_tokens(context + 1)
-        flops = sum(mixing_flops(x) for x in self.linear) + 4 * config.num_attention_heads * config.head_dim * after
-        # the sums are read and written, of the window one token is written
-        moved = sum(2 * sums_bytes(x) + near_bytes(x, self.dtype) for x in self.linear)
+        config = self.model.config
+        before = self.softmax_tokens(context)
+        after = self.softmax_tokens(context + 1)
+        flops = sum(linear_step_flops(x) for x in self.linear) + 4 * config.num_attention_heads * config.head_dim * after
+        # sums are read and written; the window is read
+        moved = sum(2 * sums_bytes(x) + window_bytes(x, self.dtype) for x in self.linear)
         return batch * flops, batch * (moved + (before + 2 * after) * self.token_bytes)
 
     @property
@@ -167,41 +173,44 @@ class DiJiangContender(Contender):
 
     @property
     def token_bytes(self) -> int:
-        """Of one key and value of one softmax layer."""
+        """Bytes of one key and value of one softmax layer."""
         return 2 * self.model.config.num_key_value_heads * self.model.config.head_dim * self.dtype.itemsize
 
     def softmax_tokens(self, tokens: int) -> int:
-        """Keys of one sequence, summed over the layers that kept softmax attention; sliding ones hold a token less."""
+        """Keys of one sequence, summed over the softmax layers; sliding ones hold one token less than their window."""
         config = self.model.config
-        near = min(tokens, (config.sliding_window or 1) - 1)
-        return sum({"full_attention": tokens, "sliding_attention": near}.get(kind, 0) for kind in config.layer_types)
+        sliding = min(tokens, (config.sliding_window or 1) - 1)
+        return sum({"full_attention": tokens, "sliding_attention": sliding}.get(kind, 0) for kind in config.layer_types)
 
 
 def sums_bytes(layer: DiJiangLinearAttention) -> int:
-    """Of one sequence's sum of phi(k) (v, 1), float32."""
+    """Bytes of one sequence's sum of phi(k) (v, 1), which is float32."""
     return 4 * layer.num_key_value_heads * layer.feature_map_k.size * (layer.head_dim + layer.normalize)
 
 
-def near_bytes(layer: DiJiangLinearAttention, dtype: torch.dtype) -> int:
-    """Of one sequence's keys and values in window and sinks."""
+def window_bytes(layer: DiJiangLinearAttention, dtype: torch.dtype) -> int:
+    """Bytes of one sequence's keys and values in window and sinks."""
     return 2 * (layer.window + layer.sinks) * layer.num_key_value_heads * layer.head_dim * dtype.itemsize
 
 
 def bookkeeping_bytes(layer: DiJiangLinearAttention) -> int:
-    """Of one sequence: the number of tokens, where each of the window came, whether each sink is filled."""
+    """Bytes of one sequence's number of tokens, positions in the window, and flags of filled sinks."""
     return 8 + 8 * layer.window + layer.sinks
 
 
-def mixing_flops(layer: DiJiangLinearAttention) -> int:
-    """Of one token: the features of its query and of the key that leaves the window, the sums' update and reading, softmax."""
+def linear_step_flops(layer: DiJiangLinearAttention) -> int:
+    """
+    FLOPs of one decoded token between the projections: features of its query and of the key that leaves the window, update
+    and reading of the sums, softmax over the window.
+    """
     H, G, d, M = layer.num_heads, layer.num_key_value_heads, layer.head_dim, layer.feature_map_k.size
     projected = "feature_dim" in FEATURE_MAPS[layer.config.feature_map].settings
     features = 2 * (H + G) * layer.feature_map_k.feature_dim * d if projected else 0
     return features + 2 * (H + G) * M * (d + layer.normalize) + 4 * H * d * (layer.window + layer.sinks)
 
 
-def contenders(pair: LatencyPair) -> dict[str, Contender]:
-    """By their names in results."""
+def contenders_of(pair: LatencyPair) -> dict[str, Contender]:
+    """The contenders by their names in results."""
     return {
         "softmax": SoftmaxContender(pair.softmax, static=False),
         "softmax static": SoftmaxContender(pair.softmax, static=True),

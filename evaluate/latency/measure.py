@@ -1,9 +1,9 @@
 """
-Latency and memory of a DiJiang model beside its softmax model: the time to the first token and that of a decoding step, over
+Latency and memory of a DiJiang model and of its softmax model: the time to the first token and that of a decoding step, over
 contexts and batches, and the least time that the machine allows for a step (as Table 1 and Figure 4 of arXiv 2403.19928).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -11,23 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from dijiang.checkpoint.provenance import versions
+from dijiang.common.device import dtype_name
+from dijiang.common.machine import machine, own_command
+from dijiang.common.memory import PeakMemory, trim
 from dijiang.modeling.linear_attention_native import native_is_usable
 
-from .contenders import WORDS, Contender, contenders
+from .config import LatencyConfig
+from .contenders import WORDS, Contender, contenders_of
 from .models import SPARE_BYTES, LatencyPair, shortage
-from .timing import (
-    PeakMemory,
-    alternate,
-    floor_seconds,
-    machine,
-    machine_limits,
-    own_command,
-    ratios,
-    trim,
-    waiting_for,
-)
+from .timing import alternate, floor_seconds, machine_limits, ratios, waiting_for
 
-PHASES = ("prefill", "decode")
 PEERS = ("softmax", "softmax static")
 # tokens/s of the softmax model and of DiJiang, decoding at 2,048 tokens on an A800 (arXiv 2403.19928, Table 1)
 PAPER_CONTEXT = 2048
@@ -54,46 +47,33 @@ MEANINGS = {
 }
 
 
-def measure_latency(
-    pair: LatencyPair,
-    *,
-    contexts: Sequence[int],
-    batches: Sequence[int] = (1,),
-    phases: Sequence[str] = PHASES,
-    rounds: int = 7,
-    seconds: float = 2.0,
-    advance: Callable[[int], None] = lambda done: None,
-) -> dict:
+def measure_latency(pair: LatencyPair, config: LatencyConfig, *, advance: Callable[[int], None] = lambda rows: None) -> dict:
     """
     Time both models, the softmax one with two kinds of cache; all take their turn in every round.
 
     Args:
-        pair: of `shape_pair` or `checkpoint_pair`, for contexts as long as these.
-        contexts: tokens; batches: sequences.
-        phases: of `PHASES`.
-        rounds: at least so many per row; more follow until `seconds` have passed.
-        advance: is told how many rows are done, of len(phases) * len(contexts) * len(batches).
+        pair: from `shape_pair` or `checkpoint_pair`.
+        config: what to measure; contexts may be no longer than those that `pair` was built for.
+        advance: called with the number of rows that were just finished.
 
     Returns:
-        The result, ready for JSON; what its numbers are stands under `meanings`. A row that does not fit into memory says
-        so under `left_out`.
-
-    Raises:
-        ValueError: on contexts, batches, phases or rounds that cannot be measured.
+        The result, ready for JSON; its entry `meanings` explains the numbers. A row that does not fit into memory says so
+        under `left_out`.
     """
-    check(contexts, batches, phases, rounds)
-    sides, device = contenders(pair), pair.dijiang.device
-    dtype = str(pair.dijiang.dtype).removeprefix("torch.")
+    contenders = contenders_of(pair)
+    device = pair.dijiang.device
+    dtype = dtype_name(pair.dijiang.dtype)
     limits = machine_limits([dtype], device=device)
     usable, reason = native_is_usable()
     rows = []
-    for phase in phases:
-        for context in sorted(contexts):
-            for batch in sorted(batches):
-                rows.append(measure_row(phase, sides, batch, context, limits, rounds=rounds, seconds=seconds))
+    for phase in config.phases:
+        for context in sorted(config.contexts):
+            for batch in sorted(config.batches):
+                row = measure_row(phase, contenders, batch, context, limits, rounds=config.rounds, seconds=config.seconds)
                 if phase == "decode" and context == PAPER_CONTEXT and pair.shape in PAPER_SPEEDS:
                     softmax, dijiang = PAPER_SPEEDS[pair.shape]
-                    rows[-1]["paper_ratio"] = round(dijiang / softmax, 2)
+                    row["paper_ratio"] = round(dijiang / softmax, 2)
+                rows.append(row)
                 advance(1)
     return {
         "kind": "latency",
@@ -109,104 +89,97 @@ def measure_latency(
         "attention": pair.softmax.config._attn_implementation,
         "contenders": WORDS,
         "meanings": MEANINGS,
-        "weights_bytes": {name: sides[name].weights_bytes for name in ("softmax", "dijiang")},
+        "weights_bytes": {name: contenders[name].weights_bytes for name in ("softmax", "dijiang")},
         "limits": limits,
         "rows": rows,
         "flatness": flatness(rows),
     }
 
 
-def check(contexts: Sequence[int], batches: Sequence[int], phases: Sequence[str], rounds: int) -> None:
-    """Raise ValueError on what cannot be measured."""
-    for name, values in (("contexts", contexts), ("batches", batches)):
-        if not values or min(values) < 1 or len(set(values)) < len(values):
-            raise ValueError(f"{name} {', '.join(map(str, values)) or '(none)'} must be numbers of at least 1, each once")
-    if not phases or set(phases) - set(PHASES) or len(set(phases)) < len(phases):
-        raise ValueError(f"phases {', '.join(phases) or '(none)'} are unknown; choose from {', '.join(PHASES)}, each once")
-    if rounds < 1:
-        raise ValueError(f"rounds={rounds} must be at least 1")
-
-
 def measure_row(
-    phase: str, sides: dict[str, Contender], batch: int, context: int, limits: dict, *, rounds: int, seconds: float
+    phase: str, contenders: dict[str, Contender], batch: int, context: int, limits: dict, *, rounds: int, seconds: float
 ) -> dict:
     """One row of the result."""
     row = {"phase": phase, "batch": batch, "context": context}
-    device = sides["dijiang"].device
+    device = contenders["dijiang"].device
     trim()
-    if reason := shortage(needed_bytes(phase, sides, batch, context), device):
+    if reason := shortage(needed_bytes(phase, contenders, batch, context), device):
         return row | {"left_out": reason}
     options = {"rounds": rounds, "seconds": seconds, "wait": waiting_for(device)}
     try:
         if phase == "prefill":
-            return row | prefill_row(sides, batch, context, options)
-        return row | decode_row(sides, batch, context, limits, options)
+            return row | prefill_row(contenders, batch, context, options)
+        return row | decode_row(contenders, batch, context, limits, options)
     except torch.OutOfMemoryError:  # of a GPU
         return row | {"left_out": "the GPU's memory ran out"}
 
 
-def needed_bytes(phase: str, sides: dict[str, Contender], batch: int, context: int) -> float:
-    """A generous estimate of what a row takes beside the weights."""
-    config, caches = sides["dijiang"].model.config, {name: side.cache_bytes(batch, context) for name, side in sides.items()}
+def needed_bytes(phase: str, contenders: dict[str, Contender], batch: int, context: int) -> float:
+    """A generous estimate of what a row takes in addition to the weights."""
+    config = contenders["dijiang"].model.config
+    caches = [contender.cache_bytes(batch, context) for contender in contenders.values()]
     # a layer's inputs and outputs while a prompt is read; ours reads its context with a batch of one before it decodes
     prompt = 4 * context * (8 * config.hidden_size + 3 * config.intermediate_size) * (batch if phase == "prefill" else 1)
-    if phase == "prefill":  # one after the other, keys and values once more while they are written
-        return prompt + 2 * max(caches.values()) + SPARE_BYTES
-    # all at once, the growing one with a copy of one layer
-    return prompt + sum(caches.values()) * (1 + 2 / config.num_hidden_layers) + SPARE_BYTES
+    if phase == "prefill":  # there is one cache at a time, and keys and values exist twice while they are written
+        return prompt + 2 * max(caches) + SPARE_BYTES
+    # all caches exist at the same time, the growing one with a copy of one layer
+    return prompt + sum(caches) * (1 + 2 / config.num_hidden_layers) + SPARE_BYTES
 
 
-def prefill_row(sides: dict[str, Contender], batch: int, context: int, options: dict) -> dict:
-    """Read a prompt of random tokens, one length for all sequences."""
-    ids = sides["dijiang"].random_ids(batch, context)
-    timings = alternate({name: lambda side=side: side.prefill(ids) for name, side in sides.items()}, **options)
+def prefill_row(contenders: dict[str, Contender], batch: int, context: int, options: dict) -> dict:
+    """Read a prompt of random tokens, of one length for all sequences."""
+    ids = contenders["dijiang"].random_ids(batch, context)
+    calls = {name: lambda contender=contender: contender.prefill(ids) for name, contender in contenders.items()}
+    timings = alternate(calls, **options)
     peaks = {}
-    for name, side in sides.items():
+    for name, contender in contenders.items():
         trim()
-        with PeakMemory(side.device) as peak:
-            side.prefill(ids)
+        with PeakMemory(contender.device) as peak:
+            contender.prefill(ids)
         peaks[name] = peak.bytes
-    return compared(sides, batch, context, timings, batch * context, peaks)
+    return compared(contenders, batch, context, timings, batch * context, peaks)
 
 
-def decode_row(sides: dict[str, Contender], batch: int, context: int, limits: dict, options: dict) -> dict:
-    """One token after `context` tokens."""
-    caches = {name: side.filled_cache(batch, context) for name, side in sides.items()}
-    ids = sides["dijiang"].random_ids(batch, 1)
-    steps = {name: lambda side=side, name=name: side.step(ids, caches[name]) for name, side in sides.items()}
-    after = {name: lambda side=side, name=name: side.step_back(caches[name]) for name, side in sides.items()}
+def decode_row(contenders: dict[str, Contender], batch: int, context: int, limits: dict, options: dict) -> dict:
+    """Decode one token of every sequence after `context` tokens."""
+    caches = {name: contender.filled_cache(batch, context) for name, contender in contenders.items()}
+    ids = contenders["dijiang"].random_ids(batch, 1)
+    steps = {name: lambda name=name: contenders[name].step(ids, caches[name]) for name in contenders}
+    after = {name: lambda name=name: contenders[name].step_back(caches[name]) for name in contenders}
     timings = alternate(steps, after=after, warmup=2, **options)
-    peaks, floors = {}, {}
-    dtype = str(sides["dijiang"].dtype).removeprefix("torch.")
-    for name, side in sides.items():
+    peaks = {}
+    floors = {}
+    for name, contender in contenders.items():
         trim()
-        with PeakMemory(side.device) as peak:
+        with PeakMemory(contender.device) as peak:
             for _ in range(2):
                 steps[name]()
                 after[name]()
-        peaks[name] = side.cache_bytes(batch, context) + peak.bytes
-        floors[name] = floor_seconds(*side.least_work(batch, context), limits, dtype)
-    return compared(sides, batch, context, timings, batch, peaks) | {
+        peaks[name] = contender.cache_bytes(batch, context) + peak.bytes
+        floors[name] = floor_seconds(*contender.least_work(batch, context), limits, dtype_name(contender.dtype))
+    return compared(contenders, batch, context, timings, batch, peaks) | {
         "floor_s": floors,
         "of_floor": {name: timings[name]["median_s"] / floor for name, floor in floors.items()},
         "floor_ratio": {peer: floors[peer] / floors["dijiang"] for peer in PEERS},
     }
 
 
-def compared(sides: dict[str, Contender], batch: int, context: int, timings: dict, tokens: int, peaks: dict) -> dict:
-    """What rows of both phases hold; `tokens` is what one call handles."""
+def compared(
+    contenders: dict[str, Contender], batch: int, context: int, timings: dict, tokens: int, peaks: dict[str, int]
+) -> dict:
+    """The entries of a row in either phase; `tokens` is what one call handles."""
     return {
         "timings": timings,
         "tokens_per_s": {name: tokens / x["median_s"] for name, x in timings.items()},
         "ratio": {peer: ratios(timings, peer)["dijiang"] for peer in PEERS},
         "peak_bytes": peaks,
-        "cache_bytes": {name: side.cache_bytes(batch, context) for name, side in sides.items()},
+        "cache_bytes": {name: contender.cache_bytes(batch, context) for name, contender in contenders.items()},
     }
 
 
 def flatness(rows: list[dict]) -> list[dict]:
-    """By batch, how much longer a decoding step takes at the longest context measured than at the shortest."""
-    found = []
+    """By batch, how much longer a decoding step takes at the longest context that was measured than at the shortest."""
+    entries = []
     measured = [row for row in rows if row["phase"] == "decode" and "left_out" not in row]
     for batch in sorted({row["batch"] for row in measured}):
         own = sorted((row for row in measured if row["batch"] == batch), key=lambda row: row["context"])
@@ -214,12 +187,12 @@ def flatness(rows: list[dict]) -> list[dict]:
         if first is not last:
             medians = {name: [row["timings"][name]["median_s"] for row in (first, last)] for name in first["timings"]}
             growth = {name: after / before for name, (before, after) in medians.items()}
-            found.append({"batch": batch, "from": first["context"], "to": last["context"], "ratio": growth})
-    return found
+            entries.append({"batch": batch, "from": first["context"], "to": last["context"], "ratio": growth})
+    return entries
 
 
 def show_latency(result: dict, console: Console) -> None:
-    """Print tables of times (ratios: to the growing cache / to the static one) and of memory, and how flat decoding is."""
+    """Print tables of times (ratios: to the growing cache / to the static one) and of memory, and the growth of a step."""
     titles = {"prefill": "time to the first token, s", "decode": "decoding step, ms"}
     for phase in dict.fromkeys(row["phase"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["phase"] == phase]
@@ -234,27 +207,29 @@ def show_latency(result: dict, console: Console) -> None:
             if "left_out" in row:
                 console.print(f"batch {row['batch']}, context {row['context']:,} was left out: {row['left_out']}")
     for x in result["flatness"]:
-        grown = ", ".join(f"{name} {value:.2f}" for name, value in x["ratio"].items())
-        console.print(f"step at {x['to']:,} tokens over step at {x['from']:,}, batch {x['batch']}: {grown}")
+        growth = ", ".join(f"{name} {value:.2f}" for name, value in x["ratio"].items())
+        console.print(f"step at {x['to']:,} tokens over step at {x['from']:,}, batch {x['batch']}: {growth}")
 
 
 def print_table(console: Console, title: str, columns: list[str], rows: list[tuple[dict, list[str]]]) -> None:
-    """A table of rows of a result and their cells, beside batch and context."""
+    """Print rows of a result, each with its cells, after columns of batch and context."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("batch", "context", *columns):
         table.add_column(column, justify="right")
-    for row, found in rows:
-        table.add_row(str(row["batch"]), f"{row['context']:,}", *found)
+    for row, cells in rows:
+        table.add_row(str(row["batch"]), f"{row['context']:,}", *cells)
     console.print(table)
 
 
 def times_of(row: dict) -> list[str]:
-    """Medians, and the ratios to both kinds of cache."""
+    """Cells with medians, and the ratios to both kinds of cache."""
     decoding = row["phase"] == "decode"
-    found = [f"{x['median_s'] * (1e3 if decoding else 1.0):,.2f}" for x in row["timings"].values()]
+    cells = [f"{x['median_s'] * (1e3 if decoding else 1.0):,.2f}" for x in row["timings"].values()]
     for key in ("ratio", "floor_ratio") if decoding else ("ratio",):
-        found.append("/".join(f"{row[key][peer]:.2f}" for peer in PEERS))
-    return [*found, f"{row['paper_ratio']:.2f}" if "paper_ratio" in row else ""] if decoding else found
+        cells.append("/".join(f"{row[key][peer]:.2f}" for peer in PEERS))
+    if decoding:
+        cells.append(f"{row['paper_ratio']:.2f}" if "paper_ratio" in row else "")
+    return cells
 
 
 def memory_of(row: dict) -> list[str]:

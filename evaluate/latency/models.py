@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from dijiang.checkpoint.lineage import SAME_IN_TEACHER
 from dijiang.checkpoint.provenance import public_name
 from dijiang.checkpoint.shapes import shape_config
 from dijiang.checkpoint.source import Source
 from dijiang.checkpoint.weights import no_library_bars
 from dijiang.common.device import placement
-from dijiang.common.errors import one_line
+from dijiang.common.errors import one_line, unknown
+from dijiang.common.memory import available_bytes
 from dijiang.convert import PRESETS
 from dijiang.convert.families import dijiang_config, open_convertible
 from dijiang.convert.layer_settings import check_effect, check_keys
@@ -22,26 +24,27 @@ from dijiang.convert.mapping import build_on_meta
 from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
 
 from ..quality.variants import file_hashes
-from .timing import available_bytes
+from .config import LatencyConfig
 
-try:  # releases that have it keep the weights quantised where they find a kernel for them
+try:  # releases that have it keep the weights quantized where they find a kernel for them
     from transformers.utils.quantization_config import GgufConfig
 except ImportError:
     GgufConfig = None
 
 SPARE_BYTES = 2 << 30  # what libraries, the rest of a step and the copy that times the machine take at most
-SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatencyPair:
     """
-    Two models of one size, in eval mode, on one device and in one dtype (kernels stay float32).
+    Two models of one size, in eval mode, on one device and in one dtype; added parameters stay float32.
 
     Attributes:
         name: of the shape or of the checkpoint.
-        shape: its short name where the weights are random, else None.
-        facts: what a result says of the pair.
+        shape: short name of the shape where the weights are random, else None.
+        softmax: the softmax model in transformers' own class.
+        dijiang: the DiJiang model.
+        facts: description of the pair in a result.
     """
 
     name: str
@@ -51,99 +54,78 @@ class LatencyPair:
     facts: dict
 
 
-def shape_pair(
-    shape: str,
-    *,
-    longest: int,
-    preset: str = "recommended",
-    settings: dict | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-) -> LatencyPair:
+def shape_pair(config: LatencyConfig) -> LatencyPair:
     """
-    Random weights in a known shape, for speed does not depend on them; the linear branch speaks from the start.
-
-    Args:
-        shape: a key of `SHORT_NAMES`.
-        longest: context to be measured; the config's max_position_embeddings is raised to it where need be.
-        preset, settings: of the linear layers, as for `convert_model`.
-        dtype: `auto` is the faster of float32 and bfloat16; device: `auto` is the GPU where there is one.
+    Random weights, on which no time depends, in the shape that `config` names.
 
     Raises:
         ValueError: on an unknown shape, preset, setting, dtype or device, and if the weights do not fit into memory.
     """
-    config = shape_config(shape)
-    return config_pair(shape, config, longest=longest, preset=preset, settings=settings, dtype=dtype, device=device)
+    return random_pair(config.shape, shape_config(config.shape), config)
 
 
-def config_pair(
-    name: str,
-    config: PreTrainedConfig,
-    *,
-    longest: int,
-    preset: str = "recommended",
-    settings: dict | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-) -> LatencyPair:
-    """`shape_pair` of the softmax model of `config`, which is changed; arguments as there."""
-    if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is unknown; choose from {', '.join(PRESETS)}")
-    settings = settings or {}
+def random_pair(name: str, softmax_config: PreTrainedConfig, config: LatencyConfig) -> LatencyPair:
+    """
+    Random weights for the softmax model of `softmax_config`, whose max_position_embeddings is raised to the longest context
+    where necessary; the scale of the linear branches starts at 1.
+
+    Raises:
+        ValueError: as `shape_pair`.
+    """
+    if config.preset not in PRESETS:
+        raise unknown("preset", config.preset, PRESETS)
+    settings = config.settings or {}
     check_keys(settings)
-    config.max_position_embeddings = max(config.max_position_embeddings, longest + 1)
-    device, dtype = placement(device, dtype)
-    ours = dijiang_config(
-        config, {"layer_types": "linear_attention"} | PRESETS[preset] | {"branch_scale_init": 0.0} | settings
-    )
-    check_effect(settings, ours)
-    refuse_too_large(name, ours, dtype, device)
+    softmax_config.max_position_embeddings = max(softmax_config.max_position_embeddings, config.longest + 1)
+    device, dtype = placement(config.device, config.dtype)
+    layers = {"layer_types": "linear_attention"} | PRESETS[config.preset] | {"branch_scale_init": 0.0} | settings
+    student_config = dijiang_config(softmax_config, layers)
+    check_effect(settings, student_config)
+    refuse_too_large(name, student_config, dtype, device)
     with device:
-        softmax, dijiang = (AutoModelForCausalLM.from_config(c, dtype=dtype).eval() for c in (config, ours))
+        softmax, dijiang = (
+            AutoModelForCausalLM.from_config(model_config, dtype=dtype).eval()
+            for model_config in (softmax_config, student_config)
+        )
     facts = {
         "weights": "random",
-        "preset": preset,
+        "preset": config.preset,
         "settings": settings,
-        "max_position_embeddings": config.max_position_embeddings,
+        "max_position_embeddings": softmax_config.max_position_embeddings,
     }
     return LatencyPair(name=name, shape=name, softmax=softmax, dijiang=dijiang, facts=facts)
 
 
-def checkpoint_pair(
-    checkpoint: str | Path, teacher: str | Path, *, longest: int, dtype: str = "auto", device: str = "auto"
-) -> LatencyPair:
+def checkpoint_pair(checkpoint: str | Path, teacher: str | Path, config: LatencyConfig) -> LatencyPair:
     """
-    A DiJiang checkpoint and the softmax model that it came from, a hub id, a folder or a GGUF file.
-
-    Args:
-        longest: context to be measured.
-        dtype, device: as for `shape_pair`.
+    A DiJiang checkpoint and the softmax model that it was converted from: a hub id, a folder or a GGUF file.
 
     Raises:
-        ValueError: if one cannot be loaded, is of the wrong kind, they differ in size, the context is longer than the
+        ValueError: if one cannot be loaded or is of the wrong kind, if they differ in size, if a context is longer than the
             positions they were made for, and if the weights do not fit into memory.
     """
-    device, dtype = placement(device, dtype)
+    device, dtype = placement(config.device, config.dtype)
     ours, theirs = open_convertible(checkpoint), open_convertible(teacher)
     if not ours.is_dijiang or not ours.config.has_linear_layers:
-        found = "DiJiang model without linear layers" if ours.is_dijiang else f"{ours.config.model_type} model"
-        raise ValueError(f"{checkpoint} is a {found}; give a checkpoint with linear layers, made with `dijiang convert`")
+        kind = "DiJiang model without linear layers" if ours.is_dijiang else f"{ours.config.model_type} model"
+        raise ValueError(f"{checkpoint} is a {kind}; give a checkpoint with linear layers, made with `dijiang convert`")
     if theirs.is_dijiang:
         raise ValueError(f"the teacher {teacher} is a DiJiang model; give the softmax model that {checkpoint} came from")
-    for key in SAME:
-        own, other = getattr(ours.config, key), getattr(theirs.config, key)
+    softmax_config = dijiang_config(theirs.config, {})
+    for key in ("intermediate_size", *SAME_IN_TEACHER):
+        own, other = getattr(ours.config, key), getattr(softmax_config, key)
         if own != other:
             raise ValueError(f"{checkpoint} has {key}={own}, {teacher} has {other}; give the model it came from")
-    if dijiang_config(theirs.config, {}).sliding_window:
+    if softmax_config.sliding_window:
         raise ValueError(
             f"{teacher} attends to its last sliding_window={theirs.config.sliding_window} tokens only, so its cache stops "
             "growing there; give a model with full attention"
         )
     positions = min(ours.config.max_position_embeddings, theirs.config.max_position_embeddings)
-    if longest > positions:
+    if config.longest > positions:
         raise ValueError(
-            f"a context of {longest:,} tokens is more than the {positions:,} positions that {teacher} was made for; give "
-            "shorter contexts, or a shape (--shape), whose weights are random"
+            f"a context of {config.longest:,} tokens is more than the {positions:,} positions that {teacher} was made for; "
+            "give shorter contexts, or a shape (--shape), whose weights are random"
         )
     refuse_too_large(str(checkpoint), ours.config, dtype, device, copies=4 if theirs.gguf else 2)
     return LatencyPair(
@@ -156,12 +138,12 @@ def checkpoint_pair(
 
 
 def load_softmax(source: Source, dtype: torch.dtype) -> PreTrainedModel:
-    """The source in transformers' own class, with its default attention, on the CPU; of a GGUF file, dense weights."""
+    """Load a source in transformers' own class on the CPU; a GGUF file is dequantized."""
     arguments = {"gguf_file": source.gguf.name} if source.gguf else {}
     if source.gguf and GgufConfig:
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        with no_library_bars(), contextlib.redirect_stderr(io.StringIO()):  # where the GGUF reader draws its own
+        with no_library_bars(), contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader draws a bar of its own
             return AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **arguments).eval()
     except Exception as error:
         raise ValueError(f"{source.name} cannot be loaded: {one_line(error)}") from None
