@@ -8,8 +8,7 @@ The op is `DiJiangLinearAttention.attend` without window, sinks and key weights:
 then the division by the sum of weights. All contenders of a comparison take turns.
 
 The floor at T tokens is max(flops / rate of a large matrix product, bytes of q, k, v and o / rate of a large copy), both rates
-measured in the same run. With d the head size, M features and blocks of C = 64, per token and head the flops are
-2*2*d*M (maps of q and k) + 2*2*M*d (state read and written) + 2*C*(M + d) (inside a block).
+measured in the same run; `measure.floor_flops` counts the flops.
 
 Inputs are (B, T, H, d) in memory, as projections leave them; SDPA sees transposed views, as it does in a transformers model.
 """
@@ -21,14 +20,16 @@ import itertools
 import json
 import shutil
 import warnings
-from pathlib import Path
 
 import measure
 import torch
 import torch.nn.functional as F
 
+from dijiang.common.memory import PeakMemory
+from dijiang.evaluate.latency.timing import alternate, floor_seconds, machine_limits, ratios
+
 HEADS, HEAD_DIM = 9, 64  # of SmolLM2-135M, every query head with keys and values of its own
-FEATURES = {64: False, 128: True}  # m and whether features come in pairs
+FEATURES = {64: False, 128: True}  # by number of features m, whether they come in pairs
 FORWARD_GOALS = {64: {2048: 1.5, 8192: 9, 32768: 25}, 128: {2048: 1.1, 8192: 5, 32768: 14}}
 BACKWARD_TOKENS = OTHERS_TOKENS = (2048, 8192)
 GROWTH_TOKENS = tuple(1 << i for i in range(12, 17))
@@ -58,7 +59,8 @@ def build_layer(features: int, activation: str, dtype: torch.dtype):
         feature_activation=activation, feature_seed=1,
     )  # fmt: skip
     layer = DiJiangModel(config).layers[0].self_attn.to(dtype)
-    layer.feature_map_q.float(), layer.feature_map_k.float()  # as a checkpoint keeps them
+    layer.feature_map_q.float()  # as in a checkpoint
+    layer.feature_map_k.float()
     return layer
 
 
@@ -67,10 +69,10 @@ def softmax_attention(q, k, v) -> torch.Tensor:
 
 
 def other_calls(layers: dict, q, k, v) -> dict:
-    """Other linear attentions, those that are installed."""
+    """Calls of other linear attentions, as far as they are installed."""
     calls = {}
     with contextlib.suppress(ImportError), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fla says that there is no GPU
+        warnings.simplefilter("ignore")  # fla warns that there is no GPU
         from fla.ops.linear_attn.naive import naive_chunk_linear_attn
         from fla.ops.simple_gla.naive import naive_chunk_simple_gla
 
@@ -88,7 +90,7 @@ def other_calls(layers: dict, q, k, v) -> dict:
             calls[f"fla linear_attn m={m}"] = lambda layer=layer: linear_attn(layer)
             calls[f"fla simple_gla m={m}"] = lambda layer=layer: simple_gla(layer)
     with contextlib.suppress(ImportError), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on names that Python has deprecated
+        warnings.simplefilter("ignore")  # performer uses names that Python has deprecated
         from performer_pytorch import FastAttention
 
         for m in FEATURES:
@@ -103,16 +105,16 @@ def compare_forward(layers: dict, dtype: str, tokens: int, others: bool, rounds:
     calls = {"sdpa": lambda: softmax_attention(q, k, v)}
     calls |= {name: lambda layer=layer: layer.attend(q, k, v) for name, layer in layers.items()}
     calls |= other_calls(layers, q, k, v) if others else {}
-    return row(f"forward, {dtype}, {tokens:,} tokens", dtype, tokens, measure.alternate(calls, rounds=rounds, seconds=seconds))
+    return row(f"forward, {dtype}, {tokens:,} tokens", dtype, tokens, alternate(calls, rounds=rounds, seconds=seconds))
 
 
 def row(title: str, dtype: str, tokens: int, timings: dict, peer: str = "sdpa") -> dict:
     measure.show_timings(title, timings, peer)
-    return {"dtype": dtype, "tokens": tokens, "timings": timings, "ratios": measure.ratios(timings, peer)}
+    return {"dtype": dtype, "tokens": tokens, "timings": timings, "ratios": ratios(timings, peer)}
 
 
 def compare_backward(layers: dict, dtype: str, tokens: int, rounds: int, seconds: float) -> dict:
-    """Forward and backward; ours with the gradients of the feature maps' weights."""
+    """Time forward and backward, ours including the gradients of the feature maps' weights."""
     inputs = [x.requires_grad_() for x in random_inputs(tokens, getattr(torch, dtype))]
     cotangent = torch.randn_like(inputs[0])
 
@@ -122,23 +124,24 @@ def compare_backward(layers: dict, dtype: str, tokens: int, rounds: int, seconds
 
     calls = {"sdpa": lambda: torch.autograd.grad(softmax_attention(*inputs), inputs, cotangent.transpose(1, 2))}
     calls |= {name: lambda layer=layer: ours(layer) for name, layer in layers.items()}
-    timings = measure.alternate(calls, rounds=rounds, seconds=seconds)
+    timings = alternate(calls, rounds=rounds, seconds=seconds)
     return row(f"forward + backward, {dtype}, {tokens:,} tokens", dtype, tokens, timings)
 
 
 @torch.no_grad()
 def growth(layer, features: int, dtype: str, lengths, limits: dict, rounds: int, seconds: float) -> dict:
-    """Time against length, and against the floor."""
+    """Measure the time against the length and against the floor."""
     inputs = {tokens: random_inputs(tokens, getattr(torch, dtype)) for tokens in lengths}
     calls = {tokens: lambda x=x: layer.attend(*x) for tokens, x in inputs.items()}
-    timings = measure.alternate(calls, rounds=rounds, seconds=seconds)
-    times, rows = [timings[tokens]["median_s"] for tokens in lengths], []
+    timings = alternate(calls, rounds=rounds, seconds=seconds)
+    times = [timings[tokens]["median_s"] for tokens in lengths]
+    rows = []
     for tokens, time in zip(lengths, times, strict=True):
         moved = 4 * inputs[tokens][0].nbytes
         flops = measure.floor_flops(tokens, HEADS, HEAD_DIM, features)
-        floor = measure.floor_seconds(flops, moved, limits, dtype)
-        found = {"flops": flops, "bytes": moved, "floor_s": floor, "time_per_floor": time / floor}
-        rows.append({"tokens": tokens, "timing": timings[tokens], **found})
+        floor = floor_seconds(flops, moved, limits, dtype)
+        costs = {"flops": flops, "bytes": moved, "floor_s": floor, "time_per_floor": time / floor}
+        rows.append({"tokens": tokens, "timing": timings[tokens], **costs})
     doublings = [after / before for before, after in itertools.pairwise(times)]
     shown = [[r["tokens"], 1e3 * t, *d, 1e3 * r["floor_s"], r["time_per_floor"]]
              for r, t, d in zip(rows, times, [["-"], *([d] for d in doublings)], strict=True)]  # fmt: skip
@@ -149,10 +152,10 @@ def growth(layer, features: int, dtype: str, lengths, limits: dict, rounds: int,
 
 @torch.no_grad()
 def memory_of_one(tokens: int, features: int, dtype: str) -> dict[str, int]:
-    """Peak of one forward in this process, its inputs and outputs included."""
+    """Peak of one forward pass in this process, including its inputs and outputs."""
     layer = build_layer(features, "softmax", getattr(torch, dtype))
-    layer.attend(*random_inputs(256, getattr(torch, dtype)))  # allocate what the libraries keep
-    with measure.PeakMemory() as peak:
+    layer.attend(*random_inputs(256, getattr(torch, dtype)))  # libraries allocate their buffers
+    with PeakMemory() as peak:
         inputs = random_inputs(tokens, getattr(torch, dtype))
         o, _ = layer.attend(*inputs)
     return {"peak_bytes": peak.bytes, "input_output_bytes": sum(x.nbytes for x in (*inputs, o))}
@@ -160,11 +163,13 @@ def memory_of_one(tokens: int, features: int, dtype: str) -> dict[str, int]:
 
 @torch.no_grad()
 def try_pieces(dtype: str, tokens: int, rounds: int) -> list[dict]:
-    """Time against tokens per piece and per block, which are constants of the modules."""
+    """Measure the time against tokens per piece and per block, which are constants of the modules."""
     from dijiang.modeling import linear_attention_chunk as chunk_attention
     from dijiang.modeling import linear_attention_layer as linear_layer
 
-    inputs, rows, usual = random_inputs(tokens, getattr(torch, dtype)), [], (chunk_attention.PIECE, chunk_attention.CHUNK_SIZE)
+    inputs = random_inputs(tokens, getattr(torch, dtype))
+    rows = []
+    defaults = (chunk_attention.PIECE, chunk_attention.CHUNK_SIZE)
 
     def run(layer, piece, block):
         chunk_attention.PIECE = linear_layer.PIECE = piece
@@ -174,9 +179,9 @@ def try_pieces(dtype: str, tokens: int, rounds: int) -> list[dict]:
     for m in FEATURES:
         layer = build_layer(m, "softmax", getattr(torch, dtype))
         calls = {(p, b): lambda layer=layer, p=p, b=b: run(layer, p, b) for p in PIECES for b in BLOCKS}
-        timings = measure.alternate(calls, rounds=rounds, seconds=10.0)
+        timings = alternate(calls, rounds=rounds, seconds=10.0)
         ms = {pair: 1e3 * x["median_s"] for pair, x in timings.items()}
-        title = f"ms at {tokens:,} tokens, {dtype}, m={m}; in use: pieces of {usual[0]}, blocks of {usual[1]}"
+        title = f"ms at {tokens:,} tokens, {dtype}, m={m}; in use: pieces of {defaults[0]}, blocks of {defaults[1]}"
         measure.show(title, ["piece", *(f"block {b}" for b in BLOCKS)], [[p, *(ms[p, b] for b in BLOCKS)] for p in PIECES])
         common = {"dtype": dtype, "tokens": tokens, "features": m}
         rows += [{**common, "piece": p, "block": b, "timing": timings[p, b]} for p, b in calls]
@@ -185,12 +190,13 @@ def try_pieces(dtype: str, tokens: int, rounds: int) -> list[dict]:
 
 @torch.no_grad()
 def try_compile(layers: dict, dtype: str, tokens: int, rounds: int) -> dict:
-    """The op as it is, and under torch.compile."""
-    inputs, calls = random_inputs(tokens, getattr(torch, dtype)), {}
+    """Time the op without and with torch.compile."""
+    inputs = random_inputs(tokens, getattr(torch, dtype))
+    calls = {}
     for name, layer in layers.items():
         compiled = torch.compile(layer.attend, dynamic=False)
         calls |= {name: lambda f=layer.attend: f(*inputs)[0], f"{name} compiled": lambda f=compiled: f(*inputs)[0]}
-    timings = measure.alternate(calls, rounds=rounds, seconds=3.0, warmup=2)
+    timings = alternate(calls, rounds=rounds, seconds=3.0, warmup=2)
     gains = {name: timings[name]["median_s"] / timings[f"{name} compiled"]["median_s"] for name in layers}
     rows = [[n, 1e3 * timings[n]["median_s"], 1e3 * timings[f"{n} compiled"]["median_s"], g] for n, g in gains.items()]
     measure.show(f"torch.compile, {dtype}, {tokens:,} tokens", ["", "ms", "ms compiled", "times faster"], rows)
@@ -198,40 +204,43 @@ def try_compile(layers: dict, dtype: str, tokens: int, rounds: int) -> dict:
 
 
 def targets(result: dict) -> list[dict]:
-    """What was aimed for, as far as this run measured it."""
-    found = []
+    """The goals that this run measured, and whether they are met."""
+    lines = []
     for r in result["forward"]:
         times = {name: x["median_s"] for name, x in r["timings"].items()}
         for m, goals in FORWARD_GOALS.items():
             where = f"{r['dtype']}, {r['tokens']:,} tokens"
             for name in (f"softmax m={m}", f"exp m={m}"):
                 if r["tokens"] in goals:
-                    found.append(measure.target(f"forward, {where}, {name}, vs SDPA", goals[r["tokens"]], r["ratios"][name]))
+                    lines.append(measure.target(f"forward, {where}, {name}, vs SDPA", goals[r["tokens"]], r["ratios"][name]))
             for peer in ("fla", "performer") if r["tokens"] == 8192 else ():
-                fitting = [t for name, t in times.items() if name.startswith(peer) and name.endswith(f" m={m}")]
-                if fitting:
-                    gain = min(fitting) / times[f"softmax m={m}"]
-                    found.append(measure.target(f"forward, {where}, softmax m={m}, vs the fastest {peer}", 3, gain))
+                peer_times = [t for name, t in times.items() if name.startswith(peer) and name.endswith(f" m={m}")]
+                if peer_times:
+                    gain = min(peer_times) / times[f"softmax m={m}"]
+                    lines.append(measure.target(f"forward, {where}, softmax m={m}, vs the fastest {peer}", 3, gain))
     for r in result["backward"]:
         for m in FEATURES if r["tokens"] == 8192 else ():
             name = f"forward + backward, {r['dtype']}, 8,192 tokens, softmax m={m}, vs SDPA"
-            found.append(measure.target(name, 4, r["ratios"][f"softmax m={m}"]))
+            lines.append(measure.target(name, 4, r["ratios"][f"softmax m={m}"]))
     for r in result["growth"]:
-        what, floors = f"{r['dtype']}, softmax m={r['features']}", [x["time_per_floor"] for x in r["rows"]]
+        what = f"{r['dtype']}, softmax m={r['features']}"
+        floors = [x["time_per_floor"] for x in r["rows"]]
         name = f"worst growth of time per doubling, 4k to 64k, {what}"
-        found.append(measure.target(name, 2.1, max(r["per_doubling"]), at_most=True))
-        found.append(measure.target(f"worst time / floor, 4k to 64k, {what}", 2, max(floors), at_most=True))
+        lines.append(measure.target(name, 2.1, max(r["per_doubling"]), at_most=True))
+        lines.append(measure.target(f"worst time / floor, 4k to 64k, {what}", 2, max(floors), at_most=True))
     for r in result["memory"]:
         name = f"peak memory / (inputs + outputs), 32,768 tokens, {r['dtype']}, softmax m={r['features']}"
-        found.append(measure.target(name, 4, r["peak_bytes"] / r["input_output_bytes"], at_most=True))
-    return found
+        lines.append(measure.target(name, 4, r["peak_bytes"] / r["input_output_bytes"], at_most=True))
+    return lines
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    """Everything but `--pieces` and `--compile`."""
-    quick, rounds, seconds = arguments.quick, arguments.rounds, 0.0 if arguments.quick else 3.0
+    """Run every comparison but those of `--pieces` and `--compile`."""
+    quick = arguments.quick
+    rounds = arguments.rounds
+    seconds = 0.0 if quick else 3.0
     lengths, others = ((128, 256), (128,)) if quick else (arguments.tokens, OTHERS_TOKENS)
-    result = {"peers": PEERS, "limits": measure.machine_limits(arguments.dtype, quick), "backend": {}}
+    result = {"peers": PEERS, "limits": machine_limits(arguments.dtype, quick), "backend": {}}
     result |= {"forward": [], "backward": [], "growth": [], "memory": []}
     for dtype in arguments.dtype:
         layers = {f"{a} m={m}": build_layer(m, a, getattr(torch, dtype)) for m in FEATURES for a in ("softmax", "exp")}
@@ -250,8 +259,8 @@ def run(arguments: argparse.Namespace) -> dict:
             result["growth"].append(growth(layers[f"softmax m={m}"], m, dtype, sizes, result["limits"], *pace))
         for m in (64,) if quick else FEATURES:
             tokens, options = 1024 if quick else 32768, ("--backend", arguments.backend, "--threads", arguments.threads)
-            found = measure.run_fresh(__file__, *options, "--one", tokens, m, dtype)
-            result["memory"].append({"dtype": dtype, "features": m, "tokens": tokens} | found)
+            sizes = measure.run_fresh(__file__, *options, "--one", tokens, m, dtype)
+            result["memory"].append({"dtype": dtype, "features": m, "tokens": tokens} | sizes)
     shown = [[f"{r['dtype']} m={r['features']}", r["tokens"], r["peak_bytes"], r["input_output_bytes"],
               r["peak_bytes"] / r["input_output_bytes"]] for r in result["memory"]]  # fmt: skip
     measure.show("Peak memory of a forward, inputs included", ["", "tokens", "peak bytes", "in + out", "ratio"], shown)
@@ -265,15 +274,14 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="only the op under torch.compile")
     parser.add_argument("--one", nargs=3, metavar=("TOKENS", "FEATURES", "DTYPE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    # pieces are a matter of torch's form alone
-    measure.choose_backend("torch" if arguments.pieces else arguments.backend)
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
+    if arguments.pieces:
+        arguments.backend = "torch"  # only torch's form has pieces
+    measure.prepare(arguments)
     if arguments.one:
         tokens, features, dtype = arguments.one
         print(json.dumps(memory_of_one(int(tokens), int(features), dtype)))
         return
-    result = measure.header(arguments, "attention.py", "flash-linear-attention", "performer-pytorch", "triton")
+    result = measure.header(arguments, "attention", "flash-linear-attention", "performer-pytorch", "triton")
     result["shape"] = {"batch": 1, "heads": HEADS, "head_dim": HEAD_DIM}
     if arguments.pieces:
         tokens = 256 if arguments.quick else 8192
@@ -288,11 +296,8 @@ def main() -> None:
                 result["compile"].append(try_compile(layers, dtype, tokens, arguments.rounds))
     else:
         result |= run(arguments)
-        measure.show_targets(result["targets"])
-    default = None if arguments.quick or arguments.pieces or arguments.compile else "results/attention.json"
-    output = arguments.output or (Path(__file__).parent / default if default else None)
-    if output:
-        measure.write_json(output, result)
+    if arguments.output or not (arguments.pieces or arguments.compile):
+        measure.finish(arguments, "attention", result)
 
 
 if __name__ == "__main__":

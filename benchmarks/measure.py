@@ -1,12 +1,11 @@
 """
-Helpers of the benchmarks, next to `dijiang.evaluate.latency.timing`: the floor of the op, which backend runs, peak memory
-of a fresh process, tables, and results in a file.
+Helpers of the benchmarks on top of `dijiang.evaluate.latency.timing`: the floor of the op, which backend ran, results of a
+fresh process, tables, and JSON files.
 """
 
 import argparse
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -14,16 +13,16 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from dijiang.evaluate.latency.timing import (
-    command,
-    machine,
-    ratios,
-)
+from dijiang.checkpoint.provenance import versions as own_versions
+from dijiang.common.machine import command_line, machine
+from dijiang.common.outputs import write_text_whole
+from dijiang.evaluate.latency.timing import ratios
 
-NATIVE = ("native_linear_attention", "native_step")  # the functions of dijiang.modeling that run code of our own
+NATIVE = ("native_linear_attention", "native_step")  # the functions of dijiang.modeling that run C code
 CHUNK = 64  # tokens per block of the chunk form, as the floor counts it
 console = Console(width=None if sys.stdout.isatty() else 127)
 
@@ -38,32 +37,32 @@ def floor_flops(tokens: int, heads: int, head_dim: int, features: int, chunk: in
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Versions of Python and of packages, None for those that are not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("dijiang", "torch", "transformers", *packages):
+    """Versions of Python, of our own dependencies and of `packages`, None for those that are not installed."""
+    installed: dict[str, str | None] = {**own_versions()}
+    for package in packages:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            installed[package] = None
+    return installed
 
 
 def run_fresh(script: str, *arguments) -> dict:
-    """What a fresh process of `script` prints as JSON on its last line."""
+    """Run `script` in a fresh process and return the JSON on the last line that it prints."""
     command = [sys.executable, script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"{shlex.join(command)} failed:\n{process.stderr[-2000:]}")
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def backend_of(call: Callable) -> str:
-    """`torch` or `native`: whether `call` got a result from one of the native functions."""
-    answered = []
+    """`native` if one of the native functions returned a result during `call`, else `torch`."""
+    native_returns = []
 
     def note(frame, event, result):
         if event == "return" and result is not None:
-            answered.append(frame.f_code.co_name in NATIVE)
+            native_returns.append(frame.f_code.co_name in NATIVE)
 
     before = sys.getprofile()
     sys.setprofile(note)
@@ -71,21 +70,21 @@ def backend_of(call: Callable) -> str:
         call()
     finally:
         sys.setprofile(before)
-    return "native" if any(answered) else "torch"
+    return "native" if any(native_returns) else "torch"
 
 
 def choose_backend(name: str) -> None:
-    """`torch` keeps a native kernel out, where there is one. The variable is read at every call that could use one."""
+    """Turn native kernels off for `torch`, else on. The variable is read at every call that could use one."""
     if name == "torch":
         os.environ["DIJIANG_NATIVE"] = "0"
     else:
         os.environ.pop("DIJIANG_NATIVE", None)
 
 
-def check_backend(asked: str, ran: dict[str, str]) -> dict[str, str]:
-    """`ran`, the backend by pass, if it is what was asked for; a native one need not know every pass."""
-    if (asked == "torch" and "native" in ran.values()) or (asked == "native" and "native" not in ran.values()):
-        raise SystemExit(f"--backend {asked} was asked for, but what ran is {ran}")
+def check_backend(requested: str, ran: dict[str, str]) -> dict[str, str]:
+    """Return `ran`, the backend by pass, if it is the requested one; `native` need not cover every pass."""
+    if (requested == "torch" and "native" in ran.values()) or (requested == "native" and "native" not in ran.values()):
+        raise SystemExit(f"--backend {requested} was requested, but what ran is {ran}")
     return ran
 
 
@@ -93,17 +92,24 @@ def common_arguments(description: str, default_dtypes: list[str]) -> argparse.Ar
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=default_dtypes)
     parser.add_argument("--threads", type=int, default=2, help="of torch")
-    parser.add_argument("--rounds", type=int, default=7, help="at least so many; short calls get more")
+    parser.add_argument("--rounds", type=int, default=7, help="minimum; short calls get more")
     parser.add_argument("--backend", choices=("auto", "torch", "native"), default="auto")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script; says nothing about targets")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script; targets are left out")
     parser.add_argument("--output", type=Path, help="JSON file; with --quick none is written by default")
     return parser
 
 
+def prepare(arguments: argparse.Namespace) -> None:
+    """Set torch up as the arguments say."""
+    choose_backend(arguments.backend)
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+
+
 def header(arguments: argparse.Namespace, script: str, *packages: str) -> dict:
-    """The part of a result that says what was run where."""
+    """The entries of a result that say which command ran where."""
     return {
-        "command": command("python", f"benchmarks/{script}"),
+        "command": command_line("python", f"benchmarks/{script}.py"),
         "quick": arguments.quick,
         "dtypes": arguments.dtype,
         "machine": machine(),
@@ -112,7 +118,7 @@ def header(arguments: argparse.Namespace, script: str, *packages: str) -> dict:
 
 
 def target(name: str, limit: float, measured: float, *, at_most: bool = False) -> dict:
-    """One line of the section `targets`; `at_most` where less is better."""
+    """One entry of the section `targets`; `at_most` where less is better."""
     return {
         "name": name,
         "target": f"{'<=' if at_most else '>='} {limit:g}",
@@ -145,9 +151,15 @@ def show_targets(targets: list[dict]) -> None:
         show("Targets", ["", "target", "measured", "met"], rows)
 
 
+def finish(arguments: argparse.Namespace, script: str, result: dict) -> None:
+    """Show the targets and write the result, by default to results/SCRIPT.json and after a quick run nowhere."""
+    show_targets(result.get("targets", []))
+    output = arguments.output or (None if arguments.quick else Path(__file__).parent / "results" / f"{script}.json")
+    if output:
+        write_json(output, result)
+
+
 def write_json(path: Path, result: dict) -> None:
-    """Write `result`, replacing the file at once."""
+    """Write `result` to a file that appears, or is replaced, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".partial")
-    draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_text_whole(path, json.dumps(result, indent=2) + "\n")

@@ -5,21 +5,22 @@ prefill, decoding and one training step.
     python benchmarks/model.py [--dtype float32] [--threads 2] [--quick] [--backend auto|torch|native]
         [--output benchmarks/results/model.json]
 
-Weights are random, which no time depends on. Ours has the recommended layers (64 tokens of window, 4 sinks, paired features)
-and a linear branch that speaks (branch_scale_init=0). The models take turns. Decoding is one step at a given context. The
-peer's cache is filled with random keys and values, which costs no prefill, and the token that a step adds is cut off again,
-untimed; ours is the state after a short prompt, whose size and time per step are the same at every context.
+Weights are random, because no time depends on them. Ours has the recommended layers (64 tokens of window, 4 sinks, paired
+features) with a linear branch of scale 1 (branch_scale_init=0). The models take turns. Decoding is one step at a given
+context. The peer's cache is filled with random keys and values, which costs no prefill, and the token that a step adds is cut
+off again, untimed; ours is the state after a short prompt, whose size and time per step are the same at every context.
 """
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import measure
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from dijiang.common.memory import available_bytes
 from dijiang.evaluate.latency.contenders import SoftmaxContender
+from dijiang.evaluate.latency.timing import alternate, ratios
 from dijiang.modeling import DiJiangConfig
 from dijiang.modeling.transformers_compat import CACHE_NAME
 
@@ -29,9 +30,9 @@ TINY = SHAPE | {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "
                 "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
 PREFILL = (1024, 4096)
 DECODE = ((1, 512), (1, 16384), (8, 16384))  # batch, context
-PROMPT = 128  # more than window and sinks, so the state is as it stays
+PROMPT = 128  # more than window and sinks, so the state has its final size
 TRAIN_TOKENS = 1024
-SPARE_BYTES = 3 << 30  # weights, logits and what a step needs, beside the caches
+SPARE_BYTES = 3 << 30  # weights, logits and what a step needs in addition to the caches
 GOALS = {(8, 16384): 5.0, (1, 512): 0.9}
 CACHE_PER_STATE = 80
 PEERS = {
@@ -42,7 +43,7 @@ PEERS = {
 
 
 def build(shape: dict, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
-    """Our model, its kernels float32 as a checkpoint keeps them, and the peer."""
+    """Our model, its feature maps in float32 as in a checkpoint, and the peer."""
     configs = {"llama": LlamaConfig(**shape), "dijiang": DiJiangConfig(**shape, branch_scale_init=0.0)}
     return {name: AutoModelForCausalLM.from_config(config, dtype=dtype).eval() for name, config in configs.items()}
 
@@ -52,29 +53,31 @@ def random_ids(model: torch.nn.Module, batch: int, tokens: int) -> torch.Tensor:
 
 
 def compare(kind: str, dtype: str, batch: int, tokens: int, new_tokens: int, timings: dict, **facts) -> dict:
-    """A row of the result; `new_tokens` is what one call handles."""
+    """A row of the result; `new_tokens` is the number of tokens that one call handles."""
     measure.show_timings(f"{kind}, {dtype}, batch {batch}, {tokens:,} tokens", timings, "llama")
-    rates = {name: new_tokens / x["median_s"] for name, x in timings.items()}
-    measure.console.print(", ".join(f"{name} {rate:,.1f} tokens/s" for name, rate in rates.items()))
-    return {"dtype": dtype, "batch": batch, "tokens": tokens, "timings": timings, "tokens_per_s": rates,
-            "ratio": measure.ratios(timings, "llama")["dijiang"]} | facts  # fmt: skip
+    speeds = {name: new_tokens / x["median_s"] for name, x in timings.items()}
+    measure.console.print(", ".join(f"{name} {speed:,.1f} tokens/s" for name, speed in speeds.items()))
+    return {"dtype": dtype, "batch": batch, "tokens": tokens, "timings": timings, "tokens_per_s": speeds,
+            "ratio": ratios(timings, "llama")["dijiang"]} | facts  # fmt: skip
 
 
 def prefill(models: dict, dtype: str, tokens: int, options: dict) -> dict:
-    """Read a prompt into a new cache and predict one token."""
+    """Time reading a prompt into a new cache and predicting one token."""
     ids = random_ids(models["llama"], 1, tokens)
     calls = {name: lambda m=m: m(ids, use_cache=True, logits_to_keep=1).logits for name, m in models.items()}
     with torch.no_grad():
-        timings = measure.alternate(calls, **options)
+        timings = alternate(calls, **options)
     return compare("prefill", dtype, 1, tokens, tokens, timings)
 
 
 def decode(models: dict, dtype: str, batch: int, context: int, options: dict) -> dict:
-    """One step of `batch` sequences that have `context` tokens behind them."""
-    llama, ours = models["llama"], models["dijiang"]
+    """Time one step of `batch` sequences after `context` tokens."""
+    llama = models["llama"]
+    ours = models["dijiang"]
     growing, fixed = (SoftmaxContender(llama, static=static) for static in (False, True))
     sizes = {"cache_bytes": growing.cache_bytes(batch, context)}
-    needed, available = 2 * sizes["cache_bytes"] + SPARE_BYTES, measure.available_bytes()
+    needed = 2 * sizes["cache_bytes"] + SPARE_BYTES
+    available = available_bytes()
     if needed > available:
         reason = f"needs {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are free"
         measure.console.print(f"decode, {dtype}, batch {batch}, {context:,} tokens: left out, {reason}")
@@ -82,16 +85,16 @@ def decode(models: dict, dtype: str, batch: int, context: int, options: dict) ->
     step = random_ids(llama, batch, 1)
     with torch.no_grad():
         state = ours(random_ids(ours, batch, PROMPT), use_cache=True, logits_to_keep=1)[CACHE_NAME]
-        grown, static = (side.filled_cache(batch, context) for side in (growing, fixed))
+        grown, static = (contender.filled_cache(batch, context) for contender in (growing, fixed))
         calls: dict[str, Callable] = {
             "llama": lambda: llama(step, **{CACHE_NAME: grown}, use_cache=True).logits,
             "llama static": lambda: llama(step, **{CACHE_NAME: static}, use_cache=True).logits,
             "dijiang": lambda: ours(step, **{CACHE_NAME: state}, use_cache=True).logits,
         }
         after = {"llama": lambda: growing.step_back(grown), "llama static": lambda: fixed.step_back(static)}
-        timings = measure.alternate(calls, after=after, **options)
+        timings = alternate(calls, after=after, **options)
     sizes |= {"state_bytes": state.memory_bytes(), "cache_per_state": sizes["cache_bytes"] / state.memory_bytes()}
-    sizes["ratio_to_static_cache"] = measure.ratios(timings, "llama static")["dijiang"]
+    sizes["ratio_to_static_cache"] = ratios(timings, "llama static")["dijiang"]
     row = compare("decode", dtype, batch, context, batch, timings, **sizes)
     cache, state = sizes["cache_bytes"], sizes["state_bytes"]
     measure.console.print(f"state {state:,} B, KV cache {cache:,} B, {sizes['cache_per_state']:.1f} times as much")
@@ -99,36 +102,37 @@ def decode(models: dict, dtype: str, batch: int, context: int, options: dict) ->
 
 
 def train(models: dict, dtype: str, tokens: int, options: dict) -> dict:
-    """Forward and backward of the loss, all weights trained, no optimiser."""
+    """Time forward and backward of the loss; all weights train, without an optimizer."""
     ids = random_ids(models["llama"], 1, tokens)
     calls = {name: lambda m=m: m(ids, labels=ids, use_cache=False).loss.backward() for name, m in models.items()}
     for model in models.values():
         model.train()
     after = {name: lambda m=m: m.zero_grad(set_to_none=True) for name, m in models.items()}
-    timings = measure.alternate(calls, after=after, **options)
+    timings = alternate(calls, after=after, **options)
     for model in models.values():
         model.eval()
     return compare("training step", dtype, 1, tokens, tokens, timings)
 
 
 def targets(result: dict) -> list[dict]:
-    """What was aimed for, as far as this run measured it."""
-    found = []
+    """The goals that this run measured, and whether they are met."""
+    lines = []
     for r in result["decode"]:
         if "left_out" in r:
             continue
         what = f"{r['dtype']}, batch {r['batch']}, context {r['tokens']:,}"
         goal = GOALS.get((r["batch"], r["tokens"]))
         if goal:
-            found.append(measure.target(f"decode, {what}, vs transformers", goal, r["ratio"]))
+            lines.append(measure.target(f"decode, {what}, vs transformers", goal, r["ratio"]))
         if r["tokens"] == 16384:
-            found.append(measure.target(f"bytes of KV cache / bytes of state, {what}", CACHE_PER_STATE, r["cache_per_state"]))
-    return found
+            lines.append(measure.target(f"bytes of KV cache / bytes of state, {what}", CACHE_PER_STATE, r["cache_per_state"]))
+    return lines
 
 
 def backends(model: torch.nn.Module) -> dict[str, str]:
-    """Which form of the layer each pass of our model runs."""
-    ids, step = random_ids(model, 1, 256), random_ids(model, 1, 1)
+    """The backend that each pass of our model runs."""
+    ids = random_ids(model, 1, 256)
+    step = random_ids(model, 1, 1)
     with torch.no_grad():
         ran = {"prefill": measure.backend_of(lambda: model(ids, logits_to_keep=1))}
         state = model(ids, use_cache=True, logits_to_keep=1)[CACHE_NAME]
@@ -155,14 +159,8 @@ def run(arguments: argparse.Namespace) -> dict:
 
 def main() -> None:
     arguments = measure.common_arguments(__doc__, ["float32"]).parse_args()
-    measure.choose_backend(arguments.backend)
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    result = measure.header(arguments, "model.py") | run(arguments)
-    measure.show_targets(result["targets"])
-    output = arguments.output or (None if arguments.quick else Path(__file__).parent / "results" / "model.json")
-    if output:
-        measure.write_json(output, result)
+    measure.prepare(arguments)
+    measure.finish(arguments, "model", measure.header(arguments, "model") | run(arguments))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,30 @@
 """
-The tables of docs/paper.md and docs/evaluation.md: claims of arXiv 2403.19928 beside what benchmarks/results holds, and an
-example of an evaluation.
+The tables of docs/paper.md and docs/evaluation.md: claims of arXiv 2403.19928 and our measurements of them from
+benchmarks/results, and an example of an evaluation.
 
     python benchmarks/paper_report.py    # writes them into the pages
 """
 
-import json
 import math
 import shutil
 import statistics
 import tempfile
 from pathlib import Path
 
-from recovery_report import RESULTS, between_marks, mean, table
+from pages import DOCS, between_marks, read_result, redraw
+from recovery_report import mean
 
 from dijiang.evaluate.feature_map_study.report import pick
 from dijiang.evaluate.latency.measure import PAPER_CONTEXT, PAPER_SPEEDS, PEERS
 from dijiang.evaluate.report import tables
 from dijiang.evaluate.report.latency_figures import draw_latency
+from dijiang.evaluate.report.tables import markdown_table
 
-DOCS = Path(__file__).parents[1] / "docs"
 EXAMPLE, LINEAR_EXAMPLE = "window/evaluation", "linear/evaluation"  # the runs `window` and `linear` of recovery.json
 SHAPES = ("pythia-70m", "pythia-160m", "pythia-410m")
-# reading prompts, with the recommended layers and without their window; the decoding that is drawn
-PREFILL, BARE, DRAWN = "latency-prefill-pythia-160m", "latency-prefill-no-window-pythia-160m", "latency-pythia-410m"
+PREFILL = "latency-prefill-pythia-160m"  # with the recommended layers
+BARE = "latency-prefill-no-window-pythia-160m"  # without their window
+DRAWN = "latency-pythia-410m"  # the decoding in the figures
 SOURCES = (
     "ablation",
     "attention",
@@ -38,7 +39,7 @@ SOURCES = (
 )
 LATENCY_CONTEXTS = (2048, 8192, 16384)
 
-# the paper's table of maps at 410M: mean over six tasks; our name of the map, None where we have no such layer
+# the paper's table of maps at 410M: mean over six tasks, and our name of the map, None where we have no such layer
 PAPER_MAPS = {
     "DiJiang (WDCF)": (0.457, "wdcf m=d"),
     "PFF": (0.426, "pff"),
@@ -113,8 +114,10 @@ def rates(results: dict) -> tuple[str, str]:
 def weights(results: dict) -> tuple[str, str]:
     pair = {"over": ["pff-sobol-chi", "nnls"], "under": ["pff-sobol-chi", "equal"]}
     fitted = max(r["largest"] for r in results["kernels"]["ratios"] if r["metric"] == "calibration")
-    found = (pick(results["kernels"]["ratios"], inputs=inputs, metric="rmse", **pair) for inputs in ("gaussian-1-d64", "real"))
-    small, real = (f"{r['ratio'][0]:.2f}" for r in found)
+    small, real = (
+        f"{pick(results['kernels']['ratios'], inputs=inputs, metric='rmse', **pair)['ratio'][0]:.2f}"
+        for inputs in ("gaussian-1-d64", "real")
+    )
     measured = (
         f"error over that of equal weights: at most {fitted:.2f} on the pairs fitted to; on other pairs {small} at norm 1 "
         f"(WPFF, d = 64), {real} on a real model's"
@@ -151,20 +154,22 @@ def untrained(results: dict) -> tuple[str, str]:
 
 def best_map(results: dict) -> tuple[str, str]:
     runs = results["ablation"]["runs"]
-    near, far = (
-        {name: mean(runs[f"{name}, {window}, none decay"], "perplexity_ratio")[:5] for name in ("wdcf m=d", "prf", "relu")}
-        for window in ("window", "no window")
+    window, no_window = (
+        {name: mean(runs[f"{name}, {setting}, none decay"], "perplexity_ratio")[:5] for name in ("wdcf m=d", "prf", "relu")}
+        for setting in ("window", "no window")
     )
     measured = (
-        f"perplexity over the teacher's, four layers of SmolLM2-135M, no window: {far['wdcf m=d']}, Performer {far['prf']}, "
-        f"T2R {far['relu']}; with a window {near['wdcf m=d']}, {near['prf']}, {near['relu']}"
+        f"perplexity over the teacher's, four layers of SmolLM2-135M, no window: {no_window['wdcf m=d']}, "
+        f"Performer {no_window['prf']}, T2R {no_window['relu']}; with a window {window['wdcf m=d']}, {window['prf']}, "
+        f"{window['relu']}"
     )
     return measured, "not seen: ahead of Performer and cosFormer, behind maps whose directions train (next table)"
 
 
 def few_tokens(results: dict) -> tuple[str, str]:
-    found = {name: results["recovery"]["runs"][name]["stages"]["distill"] for name in ("window", "linear")}
-    shown = {name: (f"{x['tokens']:,}", f"{x['ratio']['1024']:.3f}") for name, x in found.items()}
+    runs = results["recovery"]["runs"]
+    stages = {name: runs[name]["stages"]["distill"] for name in ("window", "linear")}
+    shown = {name: (f"{stage['tokens']:,}", f"{stage['ratio']['1024']:.3f}") for name, stage in stages.items()}
     measured = (
         f"SmolLM2-135M: {shown['window'][1]} times the teacher's perplexity after {shown['window'][0]} tokens with window, "
         f"sinks and linear branch; {shown['linear'][1]} after {shown['linear'][0]} with linear attention and four sinks"
@@ -174,7 +179,7 @@ def few_tokens(results: dict) -> tuple[str, str]:
 
 ATTENTION, MODEL, ABLATION = (f"`python benchmarks/{name}.py`" for name in ("attention", "model", "ablation"))
 STUDY, RECOVERY = "[kernels.md](kernels.md)", "[recovery.md](recovery.md)"
-# what measured it, the results file, the command or the page
+# by claim: the function that draws it, the result file, and the command or page that explains how it was measured
 CLAIMS = {
     "Attention in time linear in length": (linear_time, "attention", ATTENTION),
     "Memory of decoding does not grow (figure 4)": (flat_memory, "model", MODEL),
@@ -191,29 +196,27 @@ CLAIMS = {
 
 def claim_table(results: dict) -> str:
     rows = [[claim, *measure(results), f"{source(file)}, {how}"] for claim, (measure, file, how) in CLAIMS.items()]
-    return "\n".join(
-        line.replace("---:", "---") for line in table(["claim", "measured", "verdict", "where"], rows).splitlines()
-    )
+    return markdown_table(["claim", "measured", "verdict", "where"], rows).replace("---:", "---")
 
 
 def map_table(results: dict) -> str:
-    """The paper's comparison of maps beside ours: its score, higher is better, and our ratios, lower is better."""
+    """The paper's comparison of maps next to ours: its score, higher is better, and our ratios, lower is better."""
     runs = results["ablation"]["runs"]
     rows = []
     for title, (score, name) in (PAPER_MAPS | {title: (None, name) for title, name in OTHER_MAPS.items()}).items():
         ours = [mean(runs.get(f"{name}, {window}, none decay", {}), "perplexity_ratio") for window in ("window", "no window")]
         rows.append([title, "-" if score is None else f"{score:.3f}", *ours])
     rows.append(["teacher", f"{PAPER_TEACHER:.3f}", "1", "1"])
-    return table(["map", "paper: mean of six tasks, 410M", "ours: window", "ours: no window"], rows)
+    return markdown_table(["map", "paper: mean of six tasks, 410M", "ours: window", "ours: no window"], rows)
 
 
 def speed_table() -> str:
     rows = [[name, f"{t:,}", f"{d:,}", f"{d / t:.2f}x"] for name, (t, d) in PAPER_SPEEDS.items()]
-    return table(["model", "paper: softmax", "paper: DiJiang", "paper: ratio"], rows)
+    return markdown_table(["model", "paper: softmax", "paper: DiJiang", "paper: ratio"], rows)
 
 
 def latency_table(results: dict) -> str:
-    """Decoding of the paper's shapes: how many times faster DiJiang is, and would be if every side reached its floor."""
+    """Decoding in the paper's shapes: how many times faster DiJiang is, and would be if all models reached their floors."""
     rows = []
     for shape in SHAPES:
         for context in LATENCY_CONTEXTS:
@@ -224,23 +227,22 @@ def latency_table(results: dict) -> str:
                 if "left_out" in row:
                     rows.append([*start, "-", "-", "-", "-"])
                     continue
-                of_both = [" / ".join(f"{row[key][peer]:.2f}" for peer in PEERS) for key in ("ratio", "floor_ratio")]
+                ratios = [" / ".join(f"{row[key][peer]:.2f}" for peer in PEERS) for key in ("ratio", "floor_ratio")]
                 softmax, dijiang = PAPER_SPEEDS[shape]
                 paper = f"{dijiang / softmax:.2f}" if context == PAPER_CONTEXT else ""
-                rows.append([*start, f"{row['tokens_per_s']['dijiang']:.1f}", *of_both, paper])
-    return table(["model", "context", "batch", "DiJiang tokens/s", "times faster", "at the floors", "paper"], rows)
+                rows.append([*start, f"{row['tokens_per_s']['dijiang']:.1f}", *ratios, paper])
+    return markdown_table(["model", "context", "batch", "DiJiang tokens/s", "times faster", "at the floors", "paper"], rows)
 
 
 def flat_table(results: dict) -> str:
     """Milliseconds of a step of one sequence at 1,024 and 32,768 tokens of context."""
     rows = []
     for shape in SHAPES:
-        found = {row["context"]: row for row in results[f"latency-{shape}"]["rows"] if row["batch"] == 1}
-        first, last = found[1024]["timings"], found[32768]["timings"]
+        timings = {row["context"]: row["timings"] for row in results[f"latency-{shape}"]["rows"] if row["batch"] == 1}
         for name in ("dijiang", *PEERS):
-            times = [1e3 * x[name]["median_s"] for x in (first, last)]
+            times = [1e3 * timings[context][name]["median_s"] for context in (1024, 32768)]
             rows.append([shape, name, *(f"{time:.1f}" for time in times), f"{times[1] / times[0]:.2f}"])
-    return table(["model", "", "1,024", "32,768", "ratio"], rows)
+    return markdown_table(["model", "", "1,024", "32,768", "ratio"], rows)
 
 
 def prefill_table(results: dict) -> str:
@@ -248,26 +250,26 @@ def prefill_table(results: dict) -> str:
     rows = []
     for title, name in (("with window and sinks", PREFILL), ("without", BARE)):
         for row in results[name]["rows"]:
-            times = [f"{row['timings'][side]['median_s']:.2f}" for side in ("dijiang", *PEERS)]
+            times = [f"{row['timings'][contender]['median_s']:.2f}" for contender in ("dijiang", *PEERS)]
             rows.append([title, f"{row['context']:,}", *times, " / ".join(f"{row['ratio'][peer]:.2f}" for peer in PEERS)])
-    return table(["", "tokens", "DiJiang", *PEERS, "times faster"], rows)
+    return markdown_table(["", "tokens", "DiJiang", *PEERS, "times faster"], rows)
 
 
 def distance_table(results: dict) -> str:
-    """Mean distance of attention from the teacher's, over heads and layers: all of them, and both ends of the depth."""
+    """Mean distance of attention from the teacher's over heads, for all layers, the first third and the others."""
     layers = results[EXAMPLE]["maps"]["layers"]
     third = len(layers) // 3
     parts = (layers, layers[:third], layers[third:])
     titles = {"student": "DiJiang", "window_only": "window + sinks, training-free", "performer": "Performer, untrained"}
     rows = []
-    for side, title in titles.items():
-        heads = [[distance for layer in part for distance in layer["distance"][side]] for part in parts]
-        rows.append([title, *(f"{statistics.mean(found):.3f}" for found in heads)])
-    return table(["", "all layers", f"the first {third}", "the others"], rows)
+    for model, title in titles.items():
+        heads = [[distance for layer in part for distance in layer["distance"][model]] for part in parts]
+        rows.append([title, *(f"{statistics.mean(distances):.3f}" for distances in heads)])
+    return markdown_table(["", "all layers", f"the first {third}", "the others"], rows)
 
 
-def control_table(results: dict) -> str:
-    """Recovered models beside the same without a linear branch, trained or not."""
+def baseline_table(results: dict) -> str:
+    """Recovered models next to those without a linear branch, trained or not."""
     runs = results["recovery"]["runs"]
     shown = {
         "window and sinks, no training": runs["window"]["stages"]["converted"],
@@ -276,15 +278,15 @@ def control_table(results: dict) -> str:
         "linear branch and four sinks, no window": runs["linear"]["stages"]["distill"],
     }
     rows = [[title, f"{x['tokens']:,}", *(f"{x['ratio'][n]:.3f}" for n in ("1024", "4096"))] for title, x in shown.items()]
-    return table(["", "tokens trained on", "1,024", "4,096"], rows)
+    return markdown_table(["", "tokens trained on", "1,024", "4,096"], rows)
 
 
 def load_results() -> dict:
-    return {name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in SOURCES}
+    return {name: read_result(name) for name in SOURCES}
 
 
 def fill(page: str, results: dict) -> str:
-    """docs/paper.md with its tables."""
+    """The text of docs/paper.md with its tables."""
     tables = {
         "claims": claim_table(results),
         "maps": map_table(results),
@@ -293,24 +295,23 @@ def fill(page: str, results: dict) -> str:
         "flatness": flat_table(results),
         "prefill": prefill_table(results),
         "attention-maps": distance_table(results),
-        "controls": control_table(results),
+        "controls": baseline_table(results),
     }
     return between_marks(page, tables)
 
 
 def fill_evaluation(page: str, results: dict) -> str:
-    """docs/evaluation.md with its examples."""
+    """The text of docs/evaluation.md with its examples."""
     header, rows = tables.score_table(results[LINEAR_EXAMPLE])
-    shown = [row for row in rows if "128 tokens" in row[0] or "anarchism" in row[0]]
-    example = tables.markdown_table(*tables.score_table(results[EXAMPLE]))
-    return between_marks(page, {"evaluation": example, "evaluation-linear": tables.markdown_table(header, shown)})
+    excerpt = [row for row in rows if "128 tokens" in row[0] or "anarchism" in row[0]]
+    example = markdown_table(*tables.score_table(results[EXAMPLE]))
+    return between_marks(page, {"evaluation": example, "evaluation-linear": markdown_table(header, excerpt)})
 
 
 def main() -> None:
     results = load_results()
-    for name, filled in (("paper", fill), ("evaluation", fill_evaluation)):
-        path = DOCS / f"{name}.md"
-        path.write_text(filled(path.read_text(encoding="utf-8"), results), encoding="utf-8")
+    redraw("paper", lambda page: fill(page, results))
+    redraw("evaluation", lambda page: fill_evaluation(page, results))
     with tempfile.TemporaryDirectory() as folder:
         for picture in draw_latency(results[DRAWN], Path(folder)):
             shutil.copyfile(picture, DOCS / picture.name)

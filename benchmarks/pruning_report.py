@@ -4,23 +4,20 @@ Tables of docs/pruning.md, from benchmarks/results: pruning.json, pruning-other-
     python benchmarks/pruning_report.py    # writes them into docs/pruning.md
 """
 
-import json
 import statistics
-from pathlib import Path
 
-from recovery_report import between_marks, table
+from pages import between_marks, read_result, redraw
 
-from dijiang.evaluate.report.tables import number
+from dijiang.evaluate.report.tables import markdown_table, number
 
-RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[1] / "docs" / "pruning.md"
+RESULTS = ("pruning", "pruning-other-text", "pruning-together/evaluation")
 BASELINE = "SparseGPT"
 
 
 def perplexities(rows: list[dict], method: str, sparsity: float) -> dict[int, float]:
-    """By seed."""
-    found = [row for row in rows if (row["method"], row["asked"]) == (method, sparsity)]
-    return {row["seed"]: row["perplexity"]["pruned"] for row in found}
+    """Perplexity of the pruned model by seed."""
+    chosen = [row for row in rows if (row["method"], row["asked"]) == (method, sparsity)]
+    return {row["seed"]: row["perplexity"]["pruned"] for row in chosen}
 
 
 def change(rows: list[dict], method: str, sparsity: float) -> float | None:
@@ -31,25 +28,25 @@ def change(rows: list[dict], method: str, sparsity: float) -> float | None:
 
 
 def cell(rows: list[dict], method: str, sparsity: float) -> str:
-    """Median and range over seeds, and the change beside SparseGPT."""
+    """Median and range over seeds, and the change against SparseGPT."""
     values = list(perplexities(rows, method, sparsity).values())
     if not values:
         return "-"
-    number = f"{statistics.median(values):,.{1 if min(values) < 1000 else 0}f}"
+    median = f"{statistics.median(values):,.{1 if min(values) < 1000 else 0}f}"
     spread = f" ({min(values):,.1f}-{max(values):,.1f})" if len(values) > 1 else ""
-    moved = change(rows, method, sparsity)
-    beside = "" if moved is None or method == BASELINE else f", {moved:+.1%}"
-    return number + spread + beside
+    difference = change(rows, method, sparsity)
+    against = "" if difference is None or method == BASELINE else f", {difference:+.1%}"
+    return median + spread + against
 
 
 def method_table(result: dict, *studies: str) -> str:
     rows = [row for row in result["rows"] if row["study"] in studies]
     sparsities = sorted({row["asked"] for row in rows})
     names = dict.fromkeys(row["method"] for row in rows)
-    known = result["rows"]  # the baseline is in the main study
-    return table(
+    return markdown_table(
         ["", *(f"{sparsity:.0%}" for sparsity in sparsities)],
-        [[name, *(cell(known, name, sparsity) for sparsity in sparsities)] for name in names],
+        # all rows of the result, because the baseline is in the main study
+        [[name, *(cell(result["rows"], name, sparsity) for sparsity in sparsities)] for name in names],
     )
 
 
@@ -63,19 +60,19 @@ def together_table(evaluation: dict) -> str:
     for task in evaluation["tasks"]:
         values = [number(task["values"][key]["value"]) for key in titles]
         rows.append([f"{task['kind'].replace('_', '-')}: {task['name']}", *values])
-    return table(["", *titles.values()], rows)
+    return markdown_table(["", *titles.values()], rows)
 
 
 def fill(page: str, result: dict, other: dict, together: dict) -> str:
+    """The text of docs/pruning.md with its tables."""
     tables = {study: method_table(result, study) for study in ("methods", "own", "parts")}
     tables["other"] = method_table(other, "methods", "own")
     return between_marks(page, tables | {"together": together_table(together)})
 
 
 def main() -> None:
-    names = ("pruning.json", "pruning-other-text.json", "pruning-together/evaluation.json")
-    results = [json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in names]
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), *results), encoding="utf-8")
+    results = [read_result(name) for name in RESULTS]
+    redraw("pruning", lambda page: fill(page, *results))
 
 
 if __name__ == "__main__":

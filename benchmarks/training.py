@@ -1,25 +1,26 @@
 """
-A step of each stage on a model of SmolLM2-135M's shape against what it cannot do without. Of distillation that is a plain
-fine-tuning step of the teacher, and one forward pass of it; of alignment the teacher's pass, and the linear layers' own work.
+A training step of each stage on a model of SmolLM2-135M's shape against its unavoidable parts. For distillation these are a
+plain fine-tuning step and one forward pass of the teacher; for alignment the teacher's pass and the linear layers' own work.
 
     python benchmarks/training.py [--dtype bfloat16] [--threads 2] [--quick] [--trains all|attention|kernel] [--lora-rank N]
         [--tokens 1024] [--chunk-tokens N] [--output benchmarks/results/training.json]
 
-Weights are random, which no time depends on; the student has the recommended layers with a linear branch that speaks. Both
-train as in a recipe: float32 weights, under autocast where the dtype is bfloat16, AdamW, gradients clipped. The fine-tuning
-step trains all weights with the cross-entropy that the model's own `forward(labels=...)` computes; the teacher's pass stops at
-the last hidden states. "Attention alone" is the forward and backward pass of all linear layers, from queries, keys and values
-to the gradients of the kernels. All take turns; the ratios are (fine-tuning step + teacher's pass) / distillation step and
-(align step - attention alone) / teacher's pass.
+Weights are random, because no time depends on them; the student has the recommended layers with a linear branch of scale 1.
+Both train as in a recipe: float32 weights, under autocast where the dtype is bfloat16, AdamW, clipped gradients. The
+fine-tuning step trains all weights with the cross-entropy that the model's own `forward(labels=...)` computes; the teacher's
+pass stops at the last hidden states. "Attention alone" is the forward and backward pass of all linear layers, from queries,
+keys and values to the gradients of the added parameters. All take turns; the ratios are (fine-tuning step + teacher's pass) /
+distillation step and (align step - attention alone) / teacher's pass.
 """
 
 import argparse
 from contextlib import nullcontext
-from pathlib import Path
 
 import measure
 import model as shapes
 import torch
+
+from dijiang.evaluate.latency.timing import alternate
 
 
 def build(shape: dict, dtype: torch.dtype, arguments: argparse.Namespace):
@@ -46,14 +47,15 @@ def build(shape: dict, dtype: torch.dtype, arguments: argparse.Namespace):
 
 
 def attention_alone(align, ids: torch.Tensor):
-    """A call that runs all linear layers forward and backward, on queries, keys and values that are known."""
+    """A function that runs all linear layers forward and backward, on queries, keys and values computed beforehand."""
     from dijiang.modeling.linear_attention_layer import linear_layers
     from dijiang.train.stages.teacher_pass import run_teacher
 
-    kept, inputs = run_teacher(align.teacher, ids), []
+    teacher_pass = run_teacher(align.teacher, ids)
+    inputs = []
     for i, layer in linear_layers(align.student).items():
         with torch.no_grad(), align.autocast(ids.device):
-            inputs.append((layer, layer.project(kept.inputs[i], kept.position_embeddings)))
+            inputs.append((layer, layer.project(teacher_pass.inputs[i], teacher_pass.position_embeddings)))
 
     def call() -> None:
         for layer, (q, k, v) in inputs:
@@ -67,10 +69,10 @@ def steps(plain, distill, align, ids: torch.Tensor, dtype: torch.dtype) -> dict:
     """The calls to time, by name."""
     groups = [{"params": group["params"], "lr": group["lr"]} for group in distill.parameter_groups()]
     trained = [parameter for group in groups for parameter in group["params"]]
-    kernels = [p for p in align.parameters() if p.requires_grad]
-    plain_optimizer, optimizer, kernel_optimizer = (
-        torch.optim.AdamW(x, lr=1e-4, fused=True) for x in (plain.parameters(), groups, kernels)
-    )
+    aligned = [p for p in align.parameters() if p.requires_grad]
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-4, fused=True)
+    distill_optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
+    align_optimizer = torch.optim.AdamW(aligned, lr=1e-4, fused=True)
 
     def update(loss: torch.Tensor, parameters, optimizer) -> None:
         loss.backward()
@@ -90,9 +92,9 @@ def steps(plain, distill, align, ids: torch.Tensor, dtype: torch.dtype) -> dict:
     return {
         "fine-tuning step": fine_tune,
         "teacher's pass": teacher_pass,
-        "distillation step": lambda: update(distill(input_ids=ids)["loss"], trained, optimizer),
+        "distillation step": lambda: update(distill(input_ids=ids)["loss"], trained, distill_optimizer),
         "attention alone": attention_alone(align, ids),
-        "align step": lambda: update(align(input_ids=ids)["loss"], kernels, kernel_optimizer),
+        "align step": lambda: update(align(input_ids=ids)["loss"], aligned, align_optimizer),
     }
 
 
@@ -101,7 +103,7 @@ def compare(dtype: str, arguments: argparse.Namespace, shape: dict, options: dic
     models = build(shape, getattr(torch, dtype), arguments)
     ids = torch.randint(0, shape["vocab_size"], (1, arguments.tokens))
     calls = steps(*models, ids, getattr(torch, dtype))
-    timings = measure.alternate(calls, **options)
+    timings = alternate(calls, **options)
     measure.show_timings(f"{dtype}, {arguments.tokens:,} tokens", timings, "fine-tuning step")
     spent = {name: x["median_s"] for name, x in timings.items()}
     ratio = (spent["fine-tuning step"] + spent["teacher's pass"]) / spent["distillation step"]
@@ -133,7 +135,6 @@ def run(arguments: argparse.Namespace) -> dict:
     rows = [compare(dtype, arguments, shape, options) for dtype in arguments.dtype]
     backend = {row["dtype"]: measure.check_backend(arguments.backend, {"training": row["backend"]}) for row in rows}
     targets = [] if quick else [target for row in rows for target in targets_of(row)]
-    measure.show_targets(targets)
     return {"shape": shape, "settings": settings, "backend": backend, "steps": rows, "targets": targets}
 
 
@@ -142,16 +143,11 @@ def main() -> None:
     parser.add_argument("--trains", choices=("all", "attention", "kernel"), default="all")
     parser.add_argument("--lora-rank", type=int, default=0)
     parser.add_argument("--tokens", type=int, help="per step; default 1024, with --quick 64")
-    parser.add_argument("--chunk-tokens", type=int, help="whose logits are in memory at a time; default: the recipe's")
+    parser.add_argument("--chunk-tokens", type=int, help="logits in memory at a time, in tokens; default: the recipe's")
     arguments = parser.parse_args()
     arguments.tokens = arguments.tokens or (64 if arguments.quick else 1024)
-    measure.choose_backend(arguments.backend)
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    result = measure.header(arguments, "training.py") | run(arguments)
-    output = arguments.output or (None if arguments.quick else Path(__file__).parent / "results" / "training.json")
-    if output:
-        measure.write_json(output, result)
+    measure.prepare(arguments)
+    measure.finish(arguments, "training", measure.header(arguments, "training") | run(arguments))
 
 
 if __name__ == "__main__":
