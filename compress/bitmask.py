@@ -19,7 +19,7 @@ from dijiang.checkpoint.weights import FLOAT_TYPES, SafetensorsFile, weight_path
 from dijiang.common.outputs import new_folder
 from dijiang.common.progress import progress_bar
 
-from .oneshot.masks import parse_pattern
+from .oneshot.config import parse_pattern
 
 KEY = "dijiang_compression"  # in config.json; a name that no loader takes for a quantiser it knows
 FORMAT = "sparse-bitmask"

@@ -1,8 +1,9 @@
-"""Writes a checkpoint with its pruned matrices in place of the dense ones, and checks what is on disk then."""
+"""Writes a checkpoint with pruned matrices in place of the dense ones, and counts the zeros on disk."""
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,27 +16,30 @@ from dijiang.checkpoint.weights import SafetensorsFile
 
 from .streamed_decoder import StreamedDecoder
 
-STALE = ("README.md", "evaluation.json", "latency.json", "pruning_plan.png")  # they speak of the model that was given
+STALE = ("README.md", "evaluation.json", "latency.json", "pruning_plan.png")  # these describe the dense model
 
 
 def write_sparse_checkpoint(
     folder: Path,
     source: Source,
-    tokenizer,
+    tokenizer: Any,
     decoder: StreamedDecoder,
     pruned: dict[str, SafetensorsFile],
-    facts: dict,
+    record: dict,
     *,
     advance: Callable[[int], None] = lambda n_bytes: None,
 ) -> None:
     """
-    Write the source's weights, shard by shard as they are, and all that lies beside them.
+    Write the source's weights, in the same shards, and its other files.
 
     Args:
-        decoder: of the source; tells which tensor of the files is which of the model.
-        pruned: by name in the model, the file that holds the pruned weight.
-        facts: of this pruning, for the record of a DiJiang checkpoint.
-        advance: is told how many bytes were written.
+        folder: to write to.
+        source: the dense model.
+        tokenizer: of the model.
+        decoder: of the source; knows the model's name of each stored tensor.
+        pruned: file that holds the pruned weight, by its name in the model.
+        record: of this pruning, for the provenance of a DiJiang checkpoint.
+        advance: is called with the number of bytes written.
     """
     if source.gguf:
         tokenizer.save_pretrained(folder)
@@ -49,11 +53,11 @@ def write_sparse_checkpoint(
                 shutil.copyfile(path, folder / path.name)
         if (source.folder / FILE_NAME).is_file():
             provenance = with_newest_code(folder, read_provenance(source.folder))
-            write_provenance(folder, add_stage(provenance, "prune", **facts))
+            write_provenance(folder, add_stage(provenance, "prune", **record))
     names = {(file, stored): name for name, (file, stored) in decoder.dense_places.items()}
     writer = ShardWriter(folder)
     for file in decoder.files:
-        # elsewhere a tied tensor may lie in memory under both its names, of which one is enough
+        # other formats may hold a tied tensor in memory under both its names, of which one is enough
         wanted = [name for name in file.headers if (file, name) in names or isinstance(file, SafetensorsFile)]
         for stored, tensor in file.tensors(wanted):
             name = names.get((file, stored))
@@ -66,10 +70,10 @@ def write_sparse_checkpoint(
 
 
 def zeros_on_disk(folder: Path, names: set[str]) -> dict[str, int]:
-    """Exact zeros of each tensor of these names in a folder's safetensors files."""
-    found = {}
+    """Count the exact zeros of each tensor of these names in a folder's safetensors files."""
+    zeros = {}
     for path in sorted(folder.glob("*.safetensors")):
         file = SafetensorsFile(path)
         for name, tensor in file.tensors([name for name in file.headers if name in names]):
-            found[name] = tensor.numel() - int(torch.count_nonzero(tensor))
-    return found
+            zeros[name] = tensor.numel() - int(torch.count_nonzero(tensor))
+    return zeros

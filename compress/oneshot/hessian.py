@@ -1,17 +1,24 @@
 """The local Hessian of a linear layer, H = 2 X X^T / N over its inputs X, and the factor of its inverse (arXiv 2301.00774)."""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-DAMPING = 0.01
+from dijiang.common.hooks import hooks
+
+from ..prunable_layers import refuse_uncalled
+from .config import DAMPING
+
 RETRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class InverseFactor:
     """
-    What scores and updates need of a Hessian H, damped.
+    A damped Hessian H as scores and updates need it.
 
     Attributes:
         upper: U, (C, C) upper triangular, H^-1 = U^T U.
@@ -28,13 +35,13 @@ class InverseFactor:
     damping: float
 
 
-def factorise(hessian: torch.Tensor, name: str, *, damping: float = DAMPING) -> InverseFactor:
+def factorize(hessian: torch.Tensor, name: str, *, damping: float = DAMPING) -> InverseFactor:
     """
-    Factorise a Hessian (C, C). Inputs that were always zero get H_mm = 1. Should it be singular all the same, damping is made
-    ten times as strong, up to three times, in float64.
+    Factorize a Hessian (C, C). Inputs that were always zero get H_mm = 1. If it is singular even so, damping grows tenfold, up
+    to three times, in float64.
 
     Raises:
-        ValueError: if it holds NaN or infinite values, or stays singular; says which matrix it is of.
+        ValueError: if it holds NaN or infinite values, or stays singular; names the matrix.
     """
     if not torch.isfinite(hessian).all():
         raise ValueError(f"the inputs of {name} hold NaN or infinite values, so it cannot be pruned; check model and dtype")
@@ -50,8 +57,8 @@ def factorise(hessian: torch.Tensor, name: str, *, damping: float = DAMPING) -> 
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed and torch.isfinite(upper).all():
-            kept = [x.to(hessian.dtype) for x in (upper, torch.diag(work), upper.square().sum(0))]
-            return InverseFactor(*kept, dead=dead, damping=share)
+            tensors = [x.to(hessian.dtype) for x in (upper, torch.diag(work), upper.square().sum(0))]
+            return InverseFactor(*tensors, dead=dead, damping=share)
     raise ValueError(
         f"the Hessian of {name} is singular, also with {share:g} of its mean diagonal added; give more calibration text or "
         "a larger damping"
@@ -65,22 +72,26 @@ class LocalHessian:
     Args:
         columns: inputs C of the layer.
         dtype: of the sums, float32 or float64.
+        device: of the sums.
 
     Attributes:
-        matrix: (C, C), 2/N times the sum of x x^T over all tokens; samples: N, the sequences so far.
+        matrix: (C, C), 2/N times the sum of x x^T over all tokens.
+        samples: N, the number of sequences so far.
+        inverse_factor: the factor of the inverse, once it was computed.
     """
 
     def __init__(self, columns: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         self.matrix = torch.zeros(columns, columns, dtype=dtype, device=device)
         self.samples = 0
-        self.kept: InverseFactor | None = None
+        self.inverse_factor: InverseFactor | None = None
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Take in (B, T, C), B sequences."""
+        """Add inputs (B, T, C) of B sequences."""
         total = self.samples + len(inputs)
         x = inputs.flatten(0, -2).to(self.matrix.dtype)
         self.matrix.mul_(self.samples / total).addmm_(x.T, x, alpha=2 / total)
-        self.samples, self.kept = total, None
+        self.samples = total
+        self.inverse_factor = None
 
     @property
     def norms(self) -> torch.Tensor:
@@ -88,7 +99,53 @@ class LocalHessian:
         return self.matrix.diagonal().sqrt()
 
     def factor(self, name: str, *, damping: float = DAMPING) -> InverseFactor:
-        """`factorise`, once for all matrices that share these inputs; `name` is that of the first."""
-        if self.kept is None:
-            self.kept = factorise(self.matrix, name, damping=damping)
-        return self.kept
+        """`factorize`, once for all matrices that share these inputs; `name` is that of the first."""
+        if self.inverse_factor is None:
+            self.inverse_factor = factorize(self.matrix, name, damping=damping)
+        return self.inverse_factor
+
+
+def input_groups(modules: dict[str, nn.Linear], forward: Callable[[], object]) -> list[list[str]]:
+    """
+    Group the names of matrices that get the very same input, such as those of queries, keys and values.
+
+    Args:
+        modules: the matrices' modules, by name.
+        forward: runs them; groups are in the order of these calls.
+
+    Raises:
+        ValueError: if it does not call all of them.
+    """
+    groups: list[tuple[torch.Tensor, list[str]]] = []
+
+    def before(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple) -> None:
+            group = next((names for tensor, names in groups if tensor is inputs[0]), None)
+            if group is None:
+                groups.append((inputs[0], [name]))
+            else:
+                group.append(name)
+
+        return hook
+
+    with hooks(module.register_forward_pre_hook(before(name)) for name, module in modules.items()):
+        forward()
+    refuse_uncalled(modules, {name for _, names in groups for name in names})
+    return [names for _, names in groups]
+
+
+@contextmanager
+def gather_hessians(modules: dict[str, nn.Linear], groups: Sequence[Sequence[str]]) -> Iterator[list[LocalHessian]]:
+    """Yield one Hessian for each group, to which every input of the group's first matrix within the block is added."""
+
+    def adding(hessian: LocalHessian) -> Callable:
+        def hook(module: nn.Module, inputs: tuple) -> None:
+            x = inputs[0]
+            hessian.add(x if x.dim() > 2 else x[None])  # OPT's layers flatten their one sequence
+
+        return hook
+
+    firsts = [modules[group[0]] for group in groups]
+    hessians = [LocalHessian(module.in_features, device=module.weight.device) for module in firsts]
+    with hooks(m.register_forward_pre_hook(adding(hessian)) for m, hessian in zip(firsts, hessians, strict=True)):
+        yield hessians

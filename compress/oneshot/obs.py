@@ -1,19 +1,17 @@
 """
-Pruning one matrix while the weights that stay make up for those that go: the column sweep of SparseGPT (arXiv 2301.00774),
-with any score, N:M patterns and quantisation.
+The OBS update: prune one matrix column by column while the weights that remain make up for those that go. This is SparseGPT
+(arXiv 2301.00774), with any score, N:M patterns and quantization.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from .config import BLOCK
 from .hessian import InverseFactor
-from .masks import ExactCount, below_threshold, smallest, smallest_in_groups
+from .masks import ExactCount, smallest, smallest_in_groups
 from .quantize import RowGrid
-from .scores import column_weights
-
-BLOCK = 128
-COMPARISONS = ("block", "matrix")
+from .scores import SCORES
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +20,9 @@ class Pruned:
     A matrix after pruning.
 
     Attributes:
-        weight: (R, C), in the dtype it was pruned in; mask: (R, C) bool, True where a weight was removed.
-        loss: of its output, tr(D H D^T) / 2 with D the change and H the damped Hessian; None where nothing reckoned it.
+        weight: (R, C), in the dtype it was pruned in.
+        mask: (R, C) bool, True where a weight was removed.
+        loss: of its output, tr(D H D^T) / 2 with D the change and H the damped Hessian; None if it was not computed.
     """
 
     weight: torch.Tensor
@@ -31,7 +30,7 @@ class Pruned:
     loss: float | None
 
 
-def sweep(
+def prune_compensated(
     weight: torch.Tensor,
     factor: InverseFactor,
     *,
@@ -42,60 +41,78 @@ def sweep(
     block_size: int = BLOCK,
     comparison: str = "block",
     row_weights: torch.Tensor | None = None,
-    reference_threshold: bool = False,
 ) -> Pruned:
     """
-    Set a share of a matrix to zero, column by column, each error spread over the columns that follow.
+    Set a share of a matrix to zero, column by column, each column's error spread over the columns that follow.
 
     Args:
         weight: (R, C), float32 or float64; it is not changed. Columns of dead inputs are zero afterwards.
         factor: of the Hessian of its inputs.
         sparsity: share to remove, 0 <= sparsity < 1.
-        score: one of `SCORES` that compensates.
+        score: one of `SCORES` with `column_weights`.
         pattern: (N, M), N zeros in every M columns of each row in place of `sparsity`, `comparison` and `row_weights`; M
             divides C.
-        bits: what stays is rounded to so many, by the grid of the dense weight.
-        block_size: columns that are chosen among together, and updated lazily; cut to a multiple of M.
+        bits: rounds the remaining weights, on the grid of the dense weight.
+        block_size: columns whose weights are chosen together; cut to a multiple of M.
         comparison: `block`: every block of columns loses the same share; `matrix`: as much as it holds of the smallest scores
-            of the whole matrix before the sweep.
-        row_weights: (R,), multiply the scores of each row; None: all rows alike.
-        reference_threshold: choose as the reference code does, by a threshold that takes one weight more per block and all
-            that are equal to it, instead of counting exactly.
+            of the whole matrix before the update.
+        row_weights: (R,), factors of the scores in each row; None: 1.
     """
     grid = None if bits is None else RowGrid(weight, bits)
     weight = weight.masked_fill(factor.dead, 0)
     R, C = weight.shape
-    upper, importance = factor.upper, column_weights(score, factor)
-    mask = torch.zeros(R, C, dtype=torch.bool, device=weight.device)
+    importance = SCORES[score].column_weights(factor)
     per_row = 1 if row_weights is None else row_weights[:, None]
+    mask = torch.zeros(R, C, dtype=torch.bool, device=weight.device)
     step = block_size if pattern is None else max(block_size - block_size % pattern[1], pattern[1])
-    starts = range(0, C, step)
+    blocks = [slice(start, min(start + step, C)) for start in range(0, C, step)]
     if comparison == "matrix" and pattern is None:
-        whole = smallest(weight.square() * importance * per_row, round(sparsity * R * C))
-        counts = [int(whole[:, a : a + step].sum()) for a in starts]
+        smallest_of_all = smallest(weight.square() * importance * per_row, round(sparsity * R * C))
+        counts = [int(smallest_of_all[:, block].sum()) for block in blocks]
     else:
         counter = ExactCount(sparsity)
-        counts = [counter.of(R * (min(a + step, C) - a)) for a in starts]
+        counts = [counter.of(R * (block.stop - block.start)) for block in blocks]
     loss = 0.0
-    for a, count in zip(starts, counts, strict=True):
-        b = min(a + step, C)
-        block, u = weight[:, a:b].T.contiguous(), upper[a:b, a:b]  # (columns, R): a column's weights lie side by side
-        errors = torch.empty_like(block)
+    for block, count in zip(blocks, counts, strict=True):
         if pattern is None:
-            scores = block.T.square() * importance[a:b] * per_row
-            mask[:, a:b] = below_threshold(scores, sparsity) if reference_threshold else smallest(scores, count)
-        for j in range(b - a):
-            if pattern and j % pattern[1] == 0:
-                group = slice(j, j + pattern[1])
-                scores = block[group].T.square() * importance[a:b][group]
-                mask[:, a:b][:, group] = smallest_in_groups(scores, *pattern)
-            kept = block[j].masked_fill(mask[:, a + j], 0)
-            if grid:
-                kept = grid.round(kept)
-            errors[j] = (block[j] - kept) / u[j, j]
-            block[j] = kept
-            block[j + 1 :] -= u[j, j + 1 :, None] * errors[j]
-        weight[:, a:b] = block.T
-        weight[:, b:] -= errors.T.contiguous() @ upper[a:b, b:]
+            mask[:, block] = smallest(weight[:, block].square() * importance[block] * per_row, count)
+        upper = factor.upper[block, block]
+        errors = update_block(weight[:, block], mask[:, block], upper, importance[block], pattern, grid)
+        weight[:, block.stop :] -= errors.T.contiguous() @ factor.upper[block, block.stop :]
         loss += errors.double().square().sum().item() / 2
     return Pruned(weight, mask, loss)
+
+
+def update_block(
+    weight: torch.Tensor,
+    mask: torch.Tensor,
+    upper: torch.Tensor,
+    importance: torch.Tensor,
+    pattern: tuple[int, int] | None,
+    grid: RowGrid | None,
+) -> torch.Tensor:
+    """
+    Remove the masked weights of a block of columns (R, B), in place, each error spread over the columns of the block that
+    follow. With a pattern, `mask` is filled as the columns are reached.
+
+    Args:
+        upper: the block's part of the inverse Hessian's factor, (B, B).
+        importance: what the squared weights of each column count, (B,).
+
+    Returns:
+        Errors by column, (B, R), to be spread over the columns after the block.
+    """
+    columns = weight.T.contiguous()  # the weights of a column are next to one another
+    errors = torch.empty_like(columns)
+    for j in range(len(columns)):
+        if pattern and j % pattern[1] == 0:
+            group = slice(j, j + pattern[1])
+            mask[:, group] = smallest_in_groups(columns[group].T.square() * importance[group], *pattern)
+        remaining = columns[j].masked_fill(mask[:, j], 0)
+        if grid:
+            remaining = grid.round(remaining)
+        errors[j] = (columns[j] - remaining) / upper[j, j]
+        columns[j] = remaining
+        columns[j + 1 :] -= upper[j, j + 1 :, None] * errors[j]
+    weight.copy_(columns.T)
+    return errors

@@ -1,4 +1,4 @@
-"""Rounding to few bits: a grid per output row, min to max, on which zero stays zero (arXiv 2210.17323's)."""
+"""Rounding to few bits: a grid per output row, min to max, on which zero stays zero (as in arXiv 2210.17323)."""
 
 import torch
 
@@ -13,11 +13,13 @@ class RowGrid:
 
     def __init__(self, weight: torch.Tensor, bits: int):
         if not 2 <= bits <= 8:
-            raise ValueError(f"bits={bits} must be from 2 to 8")
+            raise ValueError(f"bits={bits} must lie between 2 and 8")
         self.top = 2**bits - 1
-        low, high = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
-        empty = (high - low) / self.top == 0  # a row of zeros, or next to it
-        low, high = low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
+        low = weight.amin(1).clamp(max=0)
+        high = weight.amax(1).clamp(min=0)
+        empty = (high - low) / self.top == 0  # a row of zeros, or of numbers too small to divide
+        low = low.masked_fill(empty, -1.0)
+        high = high.masked_fill(empty, 1.0)
         self.scale = (high - low) / self.top
         self.zero = (-low / self.scale).round()
 

@@ -1,35 +1,83 @@
 """
-Scores that say which weights of a matrix to remove, smaller first: OBS and OBD (arXiv 2301.00774), their sum ISC
-(arXiv 2310.09499, eq. 4), Wanda's (arXiv 2306.11695) and plain magnitude.
+Pruning scores: the weights of a matrix with the smallest scores go. OBS and OBD (arXiv 2301.00774), their sum ISC (arXiv
+2310.09499, eq. 4), Wanda (arXiv 2306.11695) and magnitude. To add one, write its function and enter it in `SCORES`.
+
+Nothing here imports torch, so that settings and their help know the names quickly.
 """
 
-import torch
+from __future__ import annotations
 
-from .hessian import InverseFactor
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-SWEPT = ("isc", "obs", "obd", "isc-b", "isc-c")  # the weights that stay make up for those that go
-UNCOMPENSATED = ("wanda", "magnitude")
-SCORES = (*SWEPT, *UNCOMPENSATED)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .hessian import InverseFactor
 
 
-def column_weights(score: str, factor: InverseFactor) -> torch.Tensor:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
     """
-    What the squared weights of each input column count, (C,): saliency = w^2 * this.
+    A way to choose the weights that go, by exactly one of two functions.
 
-    H_mm is the damped diagonal of the Hessian H, U the upper Cholesky factor of its inverse, so that U_mm^2 is the inverse's
-    diagonal for the columns that are not processed yet.
-
-    `obs` 1 / U_mm^2 (eq. 2); `obd` H_mm; `isc` their sum, eq. 4 in the order of the sweep; `isc-b` H_mm + 1 / [H^-1]_mm with
-    the whole inverse; `isc-c` H_mm + 1 / U_mm, as the authors' code has it, which depends on the activations' unit.
+    Attributes:
+        column_weights: for pruning with the OBS update. From the factor of the inverse Hessian it computes what the squared
+            weights of each input column count, (C,): a weight's score is its square times this.
+        scores: for pruning without compensation. From the weight (R, C) and the norms of its inputs (C,), up to one common
+            factor, it computes a score for each weight, (R, C).
+        within_rows: let `scores` compete within each row, not in the whole matrix.
+        calibrated: whether the inputs matter; without them `scores` gets None for the norms.
     """
-    obs, obd = factor.upper.diagonal().square().reciprocal(), factor.diagonal
-    if score == "obs":
-        return obs
-    if score == "obd":
-        return obd
-    if score == "isc":
-        return obd + obs
-    if score == "isc-b":
-        return obd + factor.inverse_diagonal.reciprocal()
-    assert score == "isc-c", score
-    return obd + factor.upper.diagonal().reciprocal()
+
+    column_weights: Callable[[InverseFactor], Tensor] | None = None
+    scores: Callable[[Tensor, Tensor | None], Tensor] | None = None
+    within_rows: bool = False
+    calibrated: bool = True
+
+
+def obs(factor: InverseFactor) -> Tensor:
+    """1 / U_mm^2 (eq. 2), U the upper Cholesky factor of H^-1: its diagonal for the columns that are not processed yet."""
+    return factor.upper.diagonal().square().reciprocal()
+
+
+def obd(factor: InverseFactor) -> Tensor:
+    """H_mm, the damped diagonal of the Hessian."""
+    return factor.diagonal
+
+
+def isc(factor: InverseFactor) -> Tensor:
+    """H_mm + 1 / U_mm^2: eq. 4 in the order of the OBS update."""
+    return obd(factor) + obs(factor)
+
+
+def isc_of_whole_inverse(factor: InverseFactor) -> Tensor:
+    """H_mm + 1 / [H^-1]_mm."""
+    return obd(factor) + factor.inverse_diagonal.reciprocal()
+
+
+def isc_of_authors(factor: InverseFactor) -> Tensor:
+    """H_mm + 1 / U_mm, as the authors' code has it; it depends on the unit of the activations."""
+    return obd(factor) + factor.upper.diagonal().reciprocal()
+
+
+def wanda(weight: Tensor, norms: Tensor) -> Tensor:
+    """|w| ||x||_2."""
+    return weight.abs() * norms
+
+
+def magnitude(weight: Tensor, norms: None) -> Tensor:
+    """|w|."""
+    return weight.abs()
+
+
+SCORES = {
+    "isc": Score(column_weights=isc),
+    "obs": Score(column_weights=obs),
+    "obd": Score(column_weights=obd),
+    "isc-b": Score(column_weights=isc_of_whole_inverse),
+    "isc-c": Score(column_weights=isc_of_authors),
+    "wanda": Score(scores=wanda, within_rows=True),
+    "magnitude": Score(scores=magnitude, calibrated=False),
+}

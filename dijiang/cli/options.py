@@ -25,6 +25,7 @@ def with_settings(
     daily: Mapping[str, str],
     *,
     flag_names: Mapping[str, str] | None = None,
+    by_file: bool = True,
     defaults: Callable[[], dict[str, Any]] = dict,
     adjust: Callable[[dict[str, Any]], dict[str, Any]] = lambda flags: flags,
 ) -> Callable[[Callable], Callable]:
@@ -38,12 +39,15 @@ def with_settings(
         kind: a dataclass that `load_settings` builds; importing it must be quick.
         daily: help of the options that `--help` shows, by field.
         flag_names: names of options, by field, where they are not the field's own.
+        by_file: whether the command takes `--config`, `--set` and `--list-settings`.
         defaults: values of fields that the user did not set, computed when the command runs.
         adjust: changes the values of the options given, by field, before they are checked.
     """
     names = dict(flag_names or {})
+    former_names = getattr(kind, "RENAMED", {})
     hints = get_type_hints(kind)
-    setting_names = [field.name for field in fields(kind) if field.init]
+    hints |= {old: hints[new] for old, new in former_names.items()}
+    setting_names = [*(field.name for field in fields(kind) if field.init), *former_names]
 
     def decorate(command: Callable) -> Callable:
         own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "settings"]
@@ -56,7 +60,7 @@ def with_settings(
             )
             for name in sorted(setting_names, key=lambda name: list(daily).index(name) if name in daily else len(daily))
         ]
-        shared = {"config_file": ConfigFile, "words": Words, "list_settings": listing_option(kind)}
+        shared = {"config_file": ConfigFile, "words": Words, "list_settings": listing_option(kind)} if by_file else {}
         parameters += [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
             for name, annotation in shared.items()
@@ -65,10 +69,9 @@ def with_settings(
         @functools.wraps(command)
         def run(**values: Any) -> Any:
             given = {name: value for name in setting_names if (value := values.pop(name)) is not None}
-            del values["list_settings"]
-            settings = load_settings(
-                kind, values.pop("config_file"), values.pop("words") or [], adjust(given), defaults=defaults()
-            )
+            values.pop("list_settings", None)
+            file, words = values.pop("config_file", None), values.pop("words", None)
+            settings = load_settings(kind, file, words or [], adjust(given), defaults=defaults())
             return command(settings=settings, **values)
 
         keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
@@ -83,13 +86,12 @@ def option(hint: Any, name: str, text: str | None) -> Any:
     """The annotation of one option; hidden without `text`."""
     if get_origin(hint) is UnionType:
         hint = next(arm for arm in get_args(hint) if arm is not NoneType)
-    metavar = None
     if get_origin(hint) in (tuple, list):
         hint = list[get_args(hint)[0]]  # type: ignore[misc]
     elif get_origin(hint) is not None:  # a Literal of strings, which `build` checks
         hint = str
     flag = f"--{name.replace('_', '-')}"
-    return Annotated[hint | None, typer.Option(flag, help=text, hidden=text is None, metavar=metavar)]
+    return Annotated[hint | None, typer.Option(flag, help=text, hidden=text is None)]
 
 
 def listing_option(kind: type) -> Any:

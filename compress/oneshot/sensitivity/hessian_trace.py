@@ -5,217 +5,204 @@ estimator, Tr H_bb = E[z_b^T (H z)_b] for z of independent entries with mean 0 a
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from statistics import fmean
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-DISTRIBUTIONS = ("rademacher", "gaussian")
-NORMALISATIONS = ("total", "mean")
+from ...streamed_decoder import StreamedDecoder
+
+Loss = Callable[[], Tensor]
+# product(loss, chosen, vectors) -> z_b^T (H z)_b for each chosen parameter and its vector z_b
+Product = Callable[[Loss, list[nn.Parameter], list[Tensor]], list[float]]
 
 
-def hutchinson(
-    losses: Sequence[Callable[[], Tensor]],
+def model_traces(
+    product: Product,
+    decoder: StreamedDecoder,
+    blocks: Tensor,
+    *,
+    probes: int,
+    seed: int,
+    by_layer: bool,
+    advance: Callable[[float], None],
+) -> dict[str, list[float]]:
+    """
+    `trace_estimates` of all pruned matrices of a model, which is in memory as a whole meanwhile.
+
+    Args:
+        blocks: token ids (N, T).
+        by_layer: probe one decoder layer at a time.
+        advance: adds a share of the work to the progress.
+
+    Raises:
+        ValueError: if the GPU's memory is too small, or the model cannot be differentiated twice.
+    """
+    groups = decoder.targets if by_layer else [[name for layer in decoder.targets for name in layer]]
+    share = 1 / (probes * len(groups))
+    with decoder.whole() as model:
+        weights = {name: model.get_parameter(f"{name}.weight") for layer in decoder.targets for name in layer}
+
+        def loss(row: Tensor) -> Tensor:
+            tokens = row[None].to(decoder.device)
+            return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+        losses = [lambda row=row: loss(row) for row in blocks]
+        try:
+            return trace_estimates(
+                product, losses, weights, probes=probes, seed=seed, groups=groups, advance=lambda n: advance(n * share)
+            )
+        except torch.OutOfMemoryError:  # of a GPU
+            raise ValueError(
+                f"the GPU's memory does not hold {decoder.name} with its gradients; probe by layer, or use sensitivity fisher"
+            ) from None
+        except RuntimeError as error:
+            if "derivative for" not in str(error):
+                raise
+            raise ValueError(f"{decoder.name} cannot be differentiated twice; use sensitivity fisher") from None
+
+
+def trace_estimates(
+    product: Product,
+    losses: Sequence[Loss],
     parameters: dict[str, nn.Parameter],
     *,
     probes: int,
     seed: int,
-    distribution: str = "rademacher",
     groups: Sequence[Sequence[str]] | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> dict[str, list[float]]:
     """
-    Estimates of the trace of each parameter's block, one per probe; H z is the gradient of g^T z, g that of the loss.
+    Estimate the trace of each parameter's block, once per probe, with z of random signs (Rademacher).
 
-    For block b the variance is 2 ||H_bb||_F^2 with a Gaussian z and 2 (||H_bb||_F^2 - sum_i H_ii^2) with one of signs
-    (Rademacher), plus the sum of ||H_bc||_F^2 over the other blocks c of its group. Estimates, and the trace, may be negative.
+    For block b the variance is 2 (||H_bb||_F^2 - sum_i H_ii^2), plus the sum of ||H_bc||_F^2 over the other blocks c of its
+    group. Estimates, and the trace, may be negative.
 
     Args:
-        losses: each gives the loss of one calibration sequence, the same at every call, and can be differentiated twice
-            (eager attention, no cache); probe k takes number k modulo their count.
-        parameters: by name. Only those of the group at work ask for gradients meanwhile; what else asks costs memory.
-        probes: how many estimates.
-        seed: z depends on it, the probe and the parameter's place in `parameters`, not on groups or device.
-        distribution: of z, "rademacher" or "gaussian".
-        groups: names that share a double backward, each name once: smaller groups are slower, and take less memory and have
-            less variance. None: all together.
-        advance: is told 1 after each probe of each group.
+        product: `double_backward` or `central_difference`.
+        losses: each returns the loss of one calibration sequence, the same at every call; probe k takes number k modulo their
+            count.
+        parameters: by name. Only those of the current group require gradients meanwhile.
+        probes: number of estimates.
+        seed: z depends on it, the probe and the parameter's position in `parameters`, not on groups or device.
+        groups: names that share a product, each name once. Smaller groups are slower, take less memory and have less variance.
+            None: all together.
+        advance: is called with 1 after each probe of each group.
 
     Returns:
-        By name, in the order of the probes, the estimated total (not mean) of the diagonal; 0 where the loss is independent
-        of the parameter.
+        By name, in the order of the probes, the estimated total (not mean) of the diagonal; 0 for a parameter that does not
+        affect the loss.
 
     Raises:
-        ValueError: on no losses or probes, an unknown distribution, a parameter under two names, or groups that leave out a
-            name or repeat one.
+        ValueError: on no losses or probes, a parameter under two names, or groups that leave out a name or repeat one.
     """
-    return _estimate(_double_backward, losses, parameters, probes, seed, distribution, groups, advance)
-
-
-def finite_difference(
-    losses: Sequence[Callable[[], Tensor]],
-    parameters: dict[str, nn.Parameter],
-    *,
-    probes: int,
-    seed: int,
-    distribution: str = "rademacher",
-    groups: Sequence[Sequence[str]] | None = None,
-    advance: Callable[[int], None] = lambda n: None,
-    step: float | None = None,
-) -> dict[str, list[float]]:
-    """
-    As `hutchinson`, with the same z, from gradients alone: H z = (g(w + h z) - g(w - h z)) / 2h, up to O(h^2).
-
-    Fused attention and gradient checkpointing will do. Weights change in place meanwhile; afterwards, also after an error,
-    they are bit for bit what they were.
-
-    Args:
-        step: h. None: eps^(1/3) times the root mean square of the group's weights, eps the precision of their type, which
-            balances the errors of rounding, ~ eps / h, and of the formula, ~ h^2 (z has a root mean square of 1). Give a
-            larger one where the model is less precise than its weights: norms of transformers are float32 in float64 models.
-
-    Raises:
-        ValueError: as `hutchinson`; on a step that is not positive; on weights in less than float32, whose gradients are too
-            coarse to subtract.
-    """
-    if step is not None and not step > 0:
-        raise ValueError(f"step={step} must be positive; leave it out for one that suits the weights")
-    for name, parameter in parameters.items():
-        if torch.finfo(parameter.dtype).eps > torch.finfo(torch.float32).eps:
-            raise ValueError(f"{name} is in {parameter.dtype}, too coarse for finite differences; load the model in float32")
-
-    def product(loss, chosen, vectors):
-        return _central_difference(loss, chosen, vectors, default_step(chosen) if step is None else step)
-
-    return _estimate(product, losses, parameters, probes, seed, distribution, groups, advance)
-
-
-def default_step(weights: Sequence[Tensor]) -> float:
-    """eps^(1/3) times the root mean square of all weights together, or times 1 should they all be zero."""
-    square = sum(w.detach().double().square().sum().item() for w in weights) / sum(w.numel() for w in weights)
-    return max(torch.finfo(w.dtype).eps for w in weights) ** (1 / 3) * (math.sqrt(square) or 1.0)
-
-
-def draw(parameter: Tensor, distribution: str, *key: int) -> Tensor:
-    """A z for `parameter`, in its shape, type and device; drawn on the CPU, so that its values depend on `key` alone."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))  # it heeds no more than 32 bits
-    if distribution == "gaussian":
-        z = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-    else:
-        z = torch.randint(0, 2, parameter.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
-    return z.to(parameter.device, parameter.dtype)
-
-
-def split_half_correlation(estimates: dict[str, list[float]]) -> float | None:
-    """
-    Spearman's rank correlation, over the blocks, of the means of the even and of the odd estimates: how far another run would
-    rank alike. None with fewer than 2 estimates or 3 blocks, and where a half is constant or not finite.
-    """
-    if len(estimates) < 3 or min(map(len, estimates.values())) < 2:
-        return None
-    halves = [[fmean(values[start::2]) for values in estimates.values()] for start in (0, 1)]
-    if any(len(set(half)) < 2 or not all(map(math.isfinite, half)) for half in halves):
-        return None
-    return float(spearmanr(*halves).statistic)
-
-
-def to_sensitivity(
-    estimates: dict[str, list[float]], sizes: dict[str, int], normalisation: str = "total"
-) -> tuple[dict[str, float], list[str]]:
-    """
-    The mean estimate of each matrix, with "mean" divided by its size, 0 where that is negative; and the names of those.
-
-    Raises:
-        ValueError: on an unknown normalisation, or estimates that are NaN or infinite; says of which matrix.
-    """
-    if normalisation not in NORMALISATIONS:
-        raise ValueError(f"normalisation {normalisation!r} is unknown; choose from {', '.join(NORMALISATIONS)}")
-    means = {}
-    for name, values in estimates.items():
-        refuse_not_finite(name, values)
-        means[name] = fmean(values) / (sizes[name] if normalisation == "mean" else 1)
-    return {name: max(mean, 0.0) for name, mean in means.items()}, [name for name, mean in means.items() if mean < 0]
-
-
-def refuse_not_finite(name: str, values: Sequence[float]) -> None:
-    """Raise ValueError if the sensitivity of this matrix is NaN or infinite."""
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"the sensitivity of {name} is NaN or infinite; check the model, or load it in float32")
-
-
-def _estimate(product, losses, parameters, probes, seed, distribution, groups, advance) -> dict[str, list[float]]:
-    """z_b^T (H z)_b by parameter and probe; `product(loss, chosen, vectors)` gives those of the chosen parameters."""
     if not losses or probes < 1:
         raise ValueError(f"{probes} probes of {len(losses)} losses estimate nothing; give at least one of each")
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"distribution {distribution!r} is unknown; choose from {', '.join(DISTRIBUTIONS)}")
     if len({*map(id, parameters.values())}) < len(parameters):
         raise ValueError("a parameter has two names; give each once")
     groups = [list(parameters)] if groups is None else groups
     if sorted(name for group in groups for name in group) != sorted(parameters):
         raise ValueError("the groups must hold the name of every parameter once, and no others")
-    place, found = {name: i for i, name in enumerate(parameters)}, {name: [] for name in parameters}
+    positions = {name: i for i, name in enumerate(parameters)}
+    estimates: dict[str, list[float]] = {name: [] for name in parameters}
     for k in range(probes):
         for group in filter(None, groups):
             chosen = [parameters[name] for name in group]
-            vectors = [draw(parameters[name], distribution, seed, k, place[name]) for name in group]
-            with _asking(parameters, chosen), torch.enable_grad():
+            vectors = [draw_signs(parameters[name], seed, k, positions[name]) for name in group]
+            with requires_grad_only(chosen, parameters.values()), torch.enable_grad():
                 values = product(losses[k % len(losses)], chosen, vectors)
             for name, value in zip(group, values, strict=True):
-                found[name].append(value)
+                estimates[name].append(value)
             advance(1)
-    return found
+    return estimates
+
+
+def draw_signs(parameter: Tensor, *key: int) -> Tensor:
+    """Random -1 and 1 in the parameter's shape, dtype and device; drawn on the CPU, so that they depend on `key` alone."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))  # it uses no more than 32 bits
+    signs = torch.randint(0, 2, parameter.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+    return signs.to(parameter.device, parameter.dtype)
 
 
 @contextmanager
-def _asking(parameters: dict[str, nn.Parameter], chosen: list[nn.Parameter]) -> Iterator[None]:
-    """Of the parameters only the chosen ask for gradients: no graph is kept for the others."""
-    before, asking = {p: p.requires_grad for p in parameters.values()}, {*map(id, chosen)}
+def requires_grad_only(chosen: Iterable[nn.Parameter], parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within the block, no other of these parameters requires gradients, so that no graph is kept for them."""
+    before = {parameter: parameter.requires_grad for parameter in parameters}
+    wanted = {*map(id, chosen)}
     try:
-        for p in before:
-            p.requires_grad_(id(p) in asking)
+        for parameter in before:
+            parameter.requires_grad_(id(parameter) in wanted)
         yield
     finally:
-        for p, asked in before.items():
-            p.requires_grad_(asked)
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
 
 
-def _gradients(value: Tensor, chosen: list[nn.Parameter], **options) -> Sequence[Tensor | None]:
-    if not value.requires_grad:  # nothing chosen is in it
-        return [None] * len(chosen)
-    return torch.autograd.grad(value, chosen, allow_unused=True, **options)
+# --- products ---
 
 
-def _dots(a: list[Tensor], b: Sequence[Tensor | None]) -> list[float]:
-    pairs = zip(a, b, strict=True)
-    return [0.0 if y is None else torch.dot(x.flatten().double(), y.flatten().double()).item() for x, y in pairs]
-
-
-def _double_backward(loss, chosen, vectors) -> list[float]:
-    gradients = _gradients(loss(), chosen, create_graph=True)
+def double_backward(loss: Loss, chosen: list[nn.Parameter], vectors: list[Tensor]) -> list[float]:
+    """H z as the gradient of g^T z, g the gradient of the loss, which must allow it: eager attention, no cache."""
+    gradients = gradients_of(loss(), chosen, create_graph=True)
     # a loss linear in a parameter has a constant gradient, which cannot be differentiated
     curved = [(g, z) for g, z in zip(gradients, vectors, strict=True) if g is not None and g.requires_grad]
     if not curved:
         return [0.0] * len(chosen)
     outputs, weights = zip(*curved, strict=True)
-    return _dots(vectors, torch.autograd.grad(outputs, chosen, grad_outputs=weights, allow_unused=True))
+    return dots(vectors, torch.autograd.grad(outputs, chosen, grad_outputs=weights, allow_unused=True))
 
 
-def _central_difference(loss, chosen, vectors, step) -> list[float]:
-    saved = [p.detach().clone() for p in chosen]
+def central_difference(
+    loss: Loss, chosen: list[nn.Parameter], vectors: list[Tensor], step: float | None = None
+) -> list[float]:
+    """
+    H z from gradients alone, (g(w + h z) - g(w - h z)) / 2h, up to O(h^2). Weights change in place meanwhile; afterwards, also
+    after an error, they are bit for bit what they were.
+
+    Args:
+        step: h; None: `default_step`.
+
+    Raises:
+        ValueError: on weights in less than float32, whose gradients are too coarse to subtract.
+    """
+    for weight in chosen:
+        if torch.finfo(weight.dtype).eps > torch.finfo(torch.float32).eps:
+            raise ValueError(f"weights in {weight.dtype} are too coarse for finite differences; load the model in float32")
+    step = default_step(chosen) if step is None else step
+    saved = [weight.detach().clone() for weight in chosen]
     sides = []
     try:
         for h in (step, -step):
             with torch.no_grad():
-                for p, w, z in zip(chosen, saved, vectors, strict=True):
-                    p.copy_(w).add_(z, alpha=h)
-            sides.append(_dots(vectors, _gradients(loss(), chosen)))  # numbers: the first gradients need not stay
+                for weight, value, z in zip(chosen, saved, vectors, strict=True):
+                    weight.copy_(value).add_(z, alpha=h)
+            sides.append(dots(vectors, gradients_of(loss(), chosen)))  # numbers, so that these gradients can be freed
     finally:
         with torch.no_grad():
-            for p, w in zip(chosen, saved, strict=True):
-                p.copy_(w)
+            for weight, value in zip(chosen, saved, strict=True):
+                weight.copy_(value)
     return [(plus - minus) / (2 * step) for plus, minus in zip(*sides, strict=True)]
+
+
+def default_step(weights: Sequence[Tensor]) -> float:
+    """
+    eps^(1/3) times the root mean square of all weights together, or times 1 if they are all zero, with eps the precision of
+    their dtype. It balances the errors of rounding, ~ eps / h, and of the formula, ~ h^2.
+    """
+    square = sum(w.detach().double().square().sum().item() for w in weights) / sum(w.numel() for w in weights)
+    return max(torch.finfo(w.dtype).eps for w in weights) ** (1 / 3) * (math.sqrt(square) or 1.0)
+
+
+def gradients_of(value: Tensor, chosen: list[nn.Parameter], **options: bool) -> Sequence[Tensor | None]:
+    """Gradients of a loss; None for parameters that it does not depend on."""
+    if not value.requires_grad:
+        return [None] * len(chosen)
+    return torch.autograd.grad(value, chosen, allow_unused=True, **options)
+
+
+def dots(a: list[Tensor], b: Sequence[Tensor | None]) -> list[float]:
+    """Dot product of each pair in float64; 0 where there is no gradient."""
+    pairs = zip(a, b, strict=True)
+    return [0.0 if y is None else torch.dot(x.flatten().double(), y.flatten().double()).item() for x, y in pairs]

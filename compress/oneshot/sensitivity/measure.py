@@ -1,65 +1,27 @@
 """
-How much each matrix matters to the loss, by one of several measures, kept so that another sparsity does not pay for it again
-(arXiv 2310.09499, section 2.3).
+How much each matrix matters to the loss, by the sensitivity that the settings name (arXiv 2310.09499, section 2.3), and for
+allocation by loss what pruning it would cost. Estimates are cached, so that another sparsity does not compute them again.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
 from dijiang.checkpoint.provenance import versions
-from dijiang.common.result_cache import ResultCache, hash_of
+from dijiang.common.result_cache import ResultCache, code_fingerprint
 
 from ...streamed_decoder import StreamedDecoder
-from ..config import PruneConfig
-from ..loss_allocation import POINTS
-from ..loss_curves import loss_curves
+from ..config import POINTS, PruneConfig
+from ..hessian import gather_hessians, input_groups
+from ..prune_matrix import prune_matrix
+from .estimates import Sensitivities
 from .gradients import Gradients
-from .hessian_trace import finite_difference, hutchinson, split_half_correlation, to_sensitivity
-from .layer_statistics import local_traces, outlier_counts
+from .methods import SENSITIVITIES, Estimates, Inputs
 
-STABLE = 0.7  # split-half rank correlation below which ranks are mostly noise
-# files that values depend on
-MEASURING = (
-    "counts fisher gradients hessian hessian_trace layer_pruning layer_statistics loss_curves quantiser saliency sensitivity "
-    "streamed_decoder sweep targets uncompensated"
-).split()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sensitivities:
-    """
-    Attributes:
-        method: the measure.
-        values: by name of the matrix, what ranks are made of.
-        costs: by name of the matrix, the loss that its pruning to each of `POINTS` is reckoned to cost, up to a common factor;
-            None where ranks decide.
-        correlation: Spearman's, between halves of the sequences or probes (None: one sequence, or no such thing).
-        negative: matrices whose estimate was negative and counts as 0.
-        samples: sequences or probes behind each value.
-    """
-
-    method: str
-    values: dict[str, float]
-    costs: dict[str, list[float]] | None = None
-    correlation: float | None = None
-    negative: tuple[str, ...] = ()
-    samples: int = 0
-
-    def warnings(self) -> list[str]:
-        """What a user should know about these ranks, a line each."""
-        found = []
-        if self.correlation is not None and self.correlation < STABLE:
-            found.append(
-                f"ranks by {self.method} agree only to {self.correlation:.2f} between halves of the {self.samples} samples: "
-                "mostly noise; use fisher or more samples"
-            )
-        if self.negative:
-            found.append(f"{len(self.negative)} of {len(self.values)} {self.method} estimates are negative and count as 0")
-        return found
+# settings that the costs of pruning a matrix depend on
+COST_SETTINGS = ("score", "bits", "block_size", "damping", "row_weights", "comparison", "seed")
 
 
 def measure(
@@ -74,99 +36,101 @@ def measure(
     advance: Callable[[float], None] = lambda share: None,
 ) -> Sensitivities:
     """
-    Sensitivities of all pruned matrices of the dense model.
+    Measure the sensitivities of all pruned matrices of the dense model, and their costs for allocation by loss.
 
     Args:
-        blocks: calibration sequences (N, T); the first `config.sensitivity_samples` are used. None for `random`.
+        blocks: calibration sequences (N, T), of which the first `config.sensitivity_samples` are used; None without text.
         sizes: weights of each matrix, by name.
-        gradients: of these sequences, where `config.ranked_by_gradients`.
+        gradients: of these sequences, if `config.ranked_by_gradients`.
         identity: hash of the model.
-        cache: where estimates are kept and looked for.
-        advance: is told which share of the work was done since.
+        cache: where estimates are kept and looked up.
+        advance: adds a share of the work to the progress.
 
     Raises:
-        ValueError: if the model does not allow the measure, or gives estimates that are not finite.
+        ValueError: if the model does not allow the method, or gives estimates that are not finite.
     """
-    method = "fisher" if config.sensitivity == "reversed" else config.sensitivity
-    if method == "random":
-        generator = torch.Generator().manual_seed(config.seed)
-        drawn = torch.rand(len(sizes), generator=generator).tolist()
-        return Sensitivities(method=method, values=dict(zip(sizes, drawn, strict=True)))
-    blocks = blocks[: config.sensitivity_samples]
-    facts = base_facts(identity) | {"method": method, "blocks": blocks.tolist()}
-    if method == "fisher":
-        estimates = gradients.weights
-    else:
-        own = facts | {"probes": config.sensitivity_samples, "by_layer": config.probes_by_layer}
-        own |= {"seed": config.seed, "owl_m": config.owl_m}
-        estimates = kept(cache, own, lambda: other_estimates(method, decoder, blocks, config, advance))
-    by_size = "mean" if method == "owl" and config.granularity == "weight" else config.normalisation
-    values, negative = to_sensitivity(estimates, sizes, by_size)
-    if config.sensitivity == "reversed":
-        values = {name: -value for name, value in values.items()}
-    costs = None
-    if config.allocation == "loss":
-        settings = ("score", "bits", "block_size", "damping", "row_weights", "comparison", "seed")
-        own = facts | {"method": "loss", "points": POINTS, "settings": {name: getattr(config, name) for name in settings}}
-        costs = kept(cache, own, lambda: loss_curves(decoder, blocks, config, gradients, advance))
-    return Sensitivities(
-        method=config.sensitivity,
-        values=values,
-        costs=costs,
-        correlation=split_half_correlation(estimates),
-        negative=tuple(negative),
-        samples=max(map(len, estimates.values())),
+    method = config.sensitivity
+    if not SENSITIVITIES[method].text:
+        blocks = None
+    facts = base_facts(identity)
+    if blocks is not None:
+        blocks = blocks[: config.sensitivity_samples]
+        facts["blocks"] = blocks.tolist()
+    settings = {"probes": config.sensitivity_samples, "by_layer": config.probes_by_layer}
+    settings |= {"seed": config.seed, "owl_m": config.owl_m}
+    inputs = Inputs(
+        decoder=decoder,
+        blocks=blocks,
+        sizes=sizes,
+        config=config,
+        gradients=gradients,
+        cached=lambda compute: cached(cache, facts | {"method": method} | settings, compute),
+        advance=advance,
     )
+    sensitivities = SENSITIVITIES[method].measure(inputs)
+    if config.allocation != "loss":
+        return sensitivities
+    settings = {name: getattr(config, name) for name in COST_SETTINGS}
+    costs = cached(
+        cache,
+        facts | {"method": "loss", "points": POINTS, "settings": settings},
+        lambda: loss_curves(decoder, blocks, config, gradients, advance),
+    )
+    return replace(sensitivities, costs=costs)
 
 
 def base_facts(identity: str) -> dict:
-    """What all measures depend on."""
-    return {"model": identity, "code": code_hash(), "versions": versions()}
+    """The model, code and versions, which all measurements depend on."""
+    code = code_fingerprint("dijiang.compress", "dijiang.modeling", "dijiang.checkpoint.weights")
+    return {"model": identity, "code": code, "versions": versions()}
 
 
-def kept(cache: ResultCache, facts: dict, compute: Callable[[], dict[str, list[float]]]) -> dict[str, list[float]]:
-    """What the cache knows, or else what `compute` gives, which is kept if all of it is finite."""
-    if (found := cache.get(facts)) is None:
-        found = compute()
-        if all(math.isfinite(x) for values in found.values() for x in values):
-            cache.put(facts, found)
-    return found
+def cached(cache: ResultCache, facts: dict, compute: Callable[[], Estimates]) -> Estimates:
+    """The cached estimates, or else what `compute` returns, which is cached if all of it is finite."""
+    estimates = cache.get(facts)
+    if estimates is None:
+        estimates = compute()
+        if all(math.isfinite(x) for values in estimates.values() for x in values):
+            cache.put(facts, estimates)
+    return estimates
 
 
-def other_estimates(
-    method: str, decoder: StreamedDecoder, blocks: torch.Tensor, config: PruneConfig, advance: Callable[[float], None]
+@torch.no_grad()
+def loss_curves(
+    decoder: StreamedDecoder,
+    blocks: torch.Tensor,
+    config: PruneConfig,
+    gradients: Gradients,
+    advance: Callable[[float], None],
 ) -> dict[str, list[float]]:
-    """Estimates by name for every measure but fisher."""
-    if method == "owl":
-        return outlier_counts(decoder, blocks, config.owl_m, advance)
-    if method == "local":
-        return local_traces(decoder, blocks, advance)
-    estimator = hutchinson if method == "hutchinson" else finite_difference
-    probes = config.sensitivity_samples
-    groups = [[name for layer in decoder.targets for name in layer]] if not config.probes_by_layer else decoder.targets
-    share = 1 / (probes * len(groups))
-    with decoder.whole() as model:
-        weights = {name: model.get_parameter(f"{name}.weight") for layer in decoder.targets for name in layer}
+    """
+    Compute tr(G D H D^T) of each matrix pruned alone, for every sparsity in `POINTS`, with D the change, H the Hessian of its
+    inputs in the dense model and G the diagonal of squared gradients of its outputs. Up to a common factor, that is the Fisher
+    information's quadratic form if inputs and gradients are independent.
 
-        def loss(row: torch.Tensor) -> torch.Tensor:
-            tokens = row[None].to(decoder.device)
-            return model(input_ids=tokens, labels=tokens, use_cache=False).loss
-
-        losses = [lambda row=row: loss(row) for row in blocks]
-        try:
-            return estimator(
-                losses, weights, probes=probes, seed=config.seed, groups=groups, advance=lambda n: advance(n * share)
-            )
-        except torch.OutOfMemoryError:  # of a GPU
-            raise ValueError(
-                f"the GPU's memory does not hold {decoder.name} with its gradients; probe by layer, or use sensitivity fisher"
-            ) from None
-        except RuntimeError as error:
-            if "derivative for" not in str(error):
-                raise
-            raise ValueError(f"{decoder.name} cannot be differentiated twice; use sensitivity fisher") from None
-
-
-def code_hash() -> str:
-    """Of the code that measures."""
-    return hash_of(*((Path(__file__).parent / f"{name}.py").read_bytes() for name in MEASURING))
+    Args:
+        blocks: token ids (N, T).
+        config: the score and its settings.
+        gradients: of the same sequences, by row.
+        advance: adds a share of the work to the progress.
+    """
+    costs: dict[str, list[float]] = {}
+    row_weights = gradients.row_weights(config.row_weights, config.seed)
+    hidden = [decoder.embed(row) for row in blocks[:, None]]
+    for index, names in enumerate(decoder.targets):
+        modules = {name: decoder.model.get_submodule(name) for name in names}
+        with decoder.layer(index) as layer:
+            groups = input_groups(modules, lambda: decoder.run(layer, index, hidden[0]))  # noqa: B023, called at once
+            with gather_hessians(modules, groups) as hessians:
+                hidden = [decoder.run(layer, index, batch) for batch in hidden]
+            for group, hessian in zip(groups, hessians, strict=True):
+                for name in group:
+                    weight, energy = modules[name].weight, gradients.outputs[name]
+                    costs[name] = []
+                    for sparsity in POINTS:
+                        pruned = prune_matrix(name, weight, hessian, sparsity, row_weights.get(name), config)
+                        change = pruned.weight - weight
+                        errors = ((change @ hessian.matrix) * change).sum(1, dtype=torch.float64).cpu()
+                        costs[name].append((errors @ energy).item())
+                    advance(len(weight) * weight.shape[1] / decoder.n_targeted)
+    return costs
