@@ -8,7 +8,7 @@ import typer
 from safetensors import SafetensorError
 
 from dijiang.cli import compress, convert, demo, evaluate, train
-from dijiang.common.errors import EXIT_ERROR, EXIT_INTERRUPTED, AlreadyReported, one_line
+from dijiang.common.errors import EXIT_ERROR, EXIT_INTERRUPTED, AlreadyReported, print_line
 
 # without panels around them, options fit one screen
 APP_SETTINGS: dict[str, Any] = {
@@ -71,11 +71,11 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except (ValueError, OSError, SafetensorError) as error:
-        print(f"dijiang: {one_line(error, limit=2000)}", file=sys.stderr)
+        print_line(error)
         sys.exit(EXIT_ERROR)
     except AlreadyReported:
         raise
     except SystemExit as end:
         if end.code == EXIT_INTERRUPTED:
-            print("dijiang: interrupted; nothing half-written was left", file=sys.stderr)
+            print_line("interrupted; nothing half-written was left")
         raise

@@ -13,9 +13,7 @@ def convert(
     output: Annotated[Path, typer.Argument(help="New folder for the DiJiang checkpoint.")],
     preset: Annotated[
         str,
-        typer.Option(
-            help="recommended (window, sinks, linear branch), linear (no window; to be recovered), paper (the released code's)."
-        ),
+        typer.Option(help="recommended (window, sinks, linear branch), linear (no window) or paper (the released code)."),
     ] = "recommended",
     set_: Annotated[
         list[str] | None,

@@ -6,16 +6,15 @@ from typing import Annotated, Any
 import typer
 
 from dijiang.cli.options import with_settings
+from dijiang.evaluate.latency.config import LatencyConfig
 from dijiang.evaluate.quality.config import EvaluationConfig
 
 Checkpoint = Annotated[str, typer.Argument(help="DiJiang checkpoint: folder or hub id.")]
-Dtype = Annotated[str, typer.Option(help="auto (the faster of float32 and bfloat16 here), float32, bfloat16, float16.")]
-Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda.")]
 
 
 EVALUATION_OPTIONS = {
-    "texts": "Held-out UTF-8 text file. Repeatable.  [default: a bundled text in the public domain]",
-    "lengths": "Tokens of a window of perplexity. Repeatable.  [default: 1024, if the models take as many]",
+    "texts": "Held-out UTF-8 text file. Repeatable.  [default: a bundled text]",
+    "lengths": "Tokens of a window of perplexity. Repeatable.  [default: up to 1024]",
     "tasks": "Task or group of lm-eval, `paper`, `paper-7b`, or a YAML file. Repeatable.",
 }
 FLAG_NAMES = {"texts": "text", "lengths": "length", "recall_lengths": "recall-length"}
@@ -43,7 +42,7 @@ def evaluate(
     beside: Annotated[
         list[str] | None, typer.Option(help="Another model with the same tokenizer, in a column of its own. Repeatable.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="New folder for evaluation.json, report.html, figures.")] = Path("evaluation"),
+    output: Annotated[Path, typer.Option(help="New folder for results, report and figures.")] = Path("evaluation"),
     cache: Annotated[
         Path | None, typer.Option(help="Folder for partial results.  [default: ~/.cache/dijiang/evaluations]")
     ] = None,
@@ -54,10 +53,9 @@ def evaluate(
     """
     Measure a checkpoint's quality next to its teacher's.
 
-    Baselines and ablations are measured too: the untrained window, the window branch alone, the linear branch alone, no
-    attention. Run an interrupted command again to continue.
+    Baselines and ablations are measured too. Run an interrupted command again to continue.
 
-    Example: dijiang evaluate recovered/distill/model --against HuggingFaceTB/SmolLM2-135M --text book.txt
+    Example: dijiang evaluate distill/model --against HuggingFaceTB/SmolLM2-135M --text book.txt
     """
     from dijiang.evaluate import evaluate_model
     from dijiang.evaluate.report.tables import print_table, score_table, wide_console
@@ -109,54 +107,56 @@ def card(
     typer.echo(f"wrote {path}")
 
 
+LATENCY_OPTIONS = {
+    "shape": "Random weights in the shape of a known model, such as pythia-410m.",
+    "contexts": "Tokens of context. Repeatable.  [default: 1024, 2048, 4096]",
+    "batches": "Sequences at a time. Repeatable.  [default: 1]",
+    "phases": "prefill, decode, or both with a comma between.  [default: both]",
+    "rounds": "Timings of each contender, at least.  [default: 7]",
+    "preset": "Preset of a shape's linear layers.  [default: recommended]",
+}
+
+
+def split_phases(flags: dict[str, Any]) -> dict[str, Any]:
+    if "phases" in flags:
+        flags["phases"] = [phase for word in flags["phases"] for phase in word.split(",")]
+    return flags
+
+
+@with_settings(LatencyConfig, LATENCY_OPTIONS, by_file=False, adjust=split_phases)
 def latency(
     checkpoint: Annotated[str | None, typer.Argument(help="DiJiang checkpoint, unless --shape is given.")] = None,
-    against: Annotated[str | None, typer.Option(help="Its teacher, a softmax model: hub id, folder or GGUF file.")] = None,
-    shape: Annotated[
-        str | None,
-        typer.Option(
-            help="In place of a checkpoint: random weights in the shape of a known model, such as pythia-410m; "
-            "nothing is downloaded."
-        ),
-    ] = None,
-    contexts: Annotated[
-        list[int] | None, typer.Option(min=1, help="Tokens of context. Repeatable.  [default: 1024, 2048, 4096]")
-    ] = None,
-    batches: Annotated[list[int] | None, typer.Option(min=1, help="Sequences at a time. Repeatable.  [default: 1]")] = None,
-    phases: Annotated[str, typer.Option(help="prefill, decode, or both with a comma between.")] = "prefill,decode",
-    rounds: Annotated[int, typer.Option(min=1, help="Timings of each, at least.")] = 7,
-    preset: Annotated[str, typer.Option(help="Of the linear layers of a shape; as for convert.")] = "recommended",
+    against: Annotated[str | None, typer.Option(help="Its teacher, a softmax model.")] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Setting on top of the preset, for a shape. Repeatable."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch on a CPU.  [default: torch's own]")] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
     output: Annotated[Path | None, typer.Option(help="New JSON file for the results.")] = None,
     plot: Annotated[Path | None, typer.Option(help="New folder for the figures.")] = None,
+    *,
+    settings: LatencyConfig,
 ) -> None:
     """
     Measure time to the first token, decoding speed and memory next to softmax.
 
-    Example: dijiang benchmark latency --shape pythia-410m --contexts 2048 --contexts 8192 --output latency.json
+    Options not listed: --dtype and --device.
+
+    Example: dijiang benchmark latency --shape pythia-410m --contexts 2048 --output latency.json
     """
     import torch
 
     from dijiang.convert import parse_overrides
-    from dijiang.evaluate.latency.run import run_latency
+    from dijiang.evaluate import run_latency
 
-    if (shape is None) == (checkpoint is None) or (checkpoint is None) != (against is None):
+    if (settings.shape is None) == (checkpoint is None) or (checkpoint is None) != (against is None):
         raise ValueError("give either a CHECKPOINT and --against TEACHER, or --shape NAME")
-    if shape is None and (set_ or preset != "recommended"):
+    if settings.shape is None and (set_ or settings.preset != "recommended"):
         raise ValueError("--preset and --set are for a --shape; a checkpoint's layers are as they are")
     if threads:
         torch.set_num_threads(threads)
-    run_latency(
-        checkpoint, against, shape=shape, preset=preset, settings=parse_overrides(set_ or []), dtype=dtype, device=device,
-        contexts=contexts or [1024, 2048, 4096], batches=batches or [1], phases=phases.split(","), rounds=rounds,
-        output=output, plot=plot,
-    )  # fmt: skip
+    layer_settings = parse_overrides(set_ or [])
+    run_latency(checkpoint, against, settings, settings=layer_settings, output=output, plot=plot)
     for path in filter(None, (output, plot)):
         typer.echo(f"wrote {path}")
 

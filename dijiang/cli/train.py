@@ -33,7 +33,7 @@ def align(recipe: RecipeName, sets: Sets = None) -> None:
     The same recipe runs on many GPUs with `deepspeed --module dijiang.train RECIPE --stage align`, or with `torchrun
     --nproc-per-node 8 -m dijiang.train RECIPE --stage align`.
     """
-    train("--stage=align", recipe, sets)
+    train("align", recipe, sets)
 
 
 def distill(recipe: RecipeName, sets: Sets = None) -> None:
@@ -47,7 +47,7 @@ def distill(recipe: RecipeName, sets: Sets = None) -> None:
     The same recipe runs on many GPUs with `deepspeed --module dijiang.train RECIPE --stage distill`, or with `torchrun
     --nproc-per-node 8 -m dijiang.train RECIPE --stage distill`.
     """
-    train("--stage=distill", recipe, sets)
+    train("distill", recipe, sets)
 
 
 def recover(recipe: RecipeName, sets: Sets = None) -> None:
@@ -66,13 +66,12 @@ def recover(recipe: RecipeName, sets: Sets = None) -> None:
     train(None, recipe, sets)
 
 
-def train(option: str | None, recipe: str, sets: list[str] | None) -> None:
-    """Run the command that launchers start too; it prints its errors itself."""
+def train(stage: str | None, recipe: str, sets: list[str] | None) -> None:
     if importlib.util.find_spec("accelerate") is None:
         raise ValueError("training needs packages that are missing; run: pip install 'dijiang[train]'")
-    from dijiang.train.__main__ import main as run
+    from dijiang.train.launch import run_recipe
 
-    if code := run([*filter(None, [option]), *(f"--set={word}" for word in sets or []), "--", recipe]):
+    if code := run_recipe(recipe, sets or [], stage):
         raise AlreadyReported(code)
 
 
