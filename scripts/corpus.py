@@ -1,4 +1,4 @@
-"""The corpus: what is held out, what is left of the rest without repeated paragraphs, and the tokens of both."""
+"""The corpus: held-out pages, training documents without repeated paragraphs, and the tokens of both."""
 
 import hashlib
 import json
@@ -8,10 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from make_recovery_text import held_out
-from prose import MIN_PAGE
+from prose import MIN_PAGE, held_out
 
-HELD_TOKENS = 60_000  # of a held-out source that are stored; its other pages are in no set
+HELD_TOKENS = 60_000  # stored of a held-out source; its other pages are in no set
 MAX_CHARACTERS = {"anarchism": 12_000_000, "others": 5_000_000}  # of a source
 MAX_DOCUMENT = 50_000  # characters; longer pages are cut between paragraphs, so that the sources mix
 MIN_LETTERS = 0.65  # share of a paragraph's characters
@@ -22,7 +21,7 @@ COMMON_WORDS = frozenset(
 )
 WORD = re.compile(r"[^\W\d_]+")
 NOT_WORD = re.compile(r"\W+")
-CLEAN = str.maketrans(dict.fromkeys("\u00ad\u00b6\uf0c1\ufffd", ""))  # marks of page tools, and of bytes that are no text
+CLEAN = str.maketrans(dict.fromkeys("\u00ad\u00b6\uf0c1\ufffd", ""))  # marks of page tools and of undecodable bytes
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,8 +32,8 @@ class Source:
     Attributes:
         name: of the package.
         pages: path and text, one paragraph a line.
-        held: name of the held-out source that one in ten of its pages goes to; empty: none is held out.
-        facts: what the table says of it: version, licence and so on.
+        held: name of the held-out source that one in ten of its pages goes to; empty if none is held out.
+        facts: entries of its row in the table: version, licence and so on.
     """
 
     name: str
@@ -44,7 +43,7 @@ class Source:
 
 
 def fingerprint(paragraph: str) -> bytes:
-    """Hash of a paragraph that case, punctuation and spaces do not change."""
+    """Hash of a paragraph that ignores case, punctuation and spaces."""
     return hashlib.blake2b(NOT_WORD.sub("", paragraph.casefold()).encode(), digest_size=12).digest()
 
 
@@ -56,17 +55,18 @@ def is_english_prose(paragraph: str) -> bool:
 
 
 def held_pages(source: Source) -> list[str]:
-    """Texts of the pages that are held out, as the readers gave them."""
+    """Texts of the held-out pages, as the readers returned them."""
     return [text for path, text in source.pages if source.held and held_out(PurePosixPath(path).name)]
 
 
 def training_documents(sources: list[Source], also_held: Iterable[str] = ()) -> Iterator[tuple[str, str, str]]:
     """
-    Source name, page and text of each training document: prose of which no paragraph is in another one or is held out.
+    Source name, page and text of each training document: English prose without paragraphs that are held out or in an earlier
+    document.
 
     Args:
-        sources: the earlier one keeps a paragraph that two have.
-        also_held: held-out texts besides the sources' own.
+        sources: in order; a paragraph stays in the first source that has it.
+        also_held: held-out texts in addition to the sources' own.
     """
     seen = {fingerprint(line) for text in also_held for line in text.split("\n")}
     for source in sources:
@@ -75,23 +75,25 @@ def training_documents(sources: list[Source], also_held: Iterable[str] = ()) -> 
         for path, text in source.pages:
             if source.held and held_out(PurePosixPath(path).name):
                 continue
-            kept = []
+            paragraphs = []
             for line in text.translate(CLEAN).split("\n"):
                 if is_english_prose(line) and (mark := fingerprint(line)) not in seen:
                     seen.add(mark)
-                    kept.append(line)
-            for number, document in enumerate(cut(kept)):
+                    paragraphs.append(line)
+            for number, document in enumerate(cut(paragraphs)):
                 if len(document) > MIN_PAGE:
                     yield source.name, f"{path}#{number}", document
 
 
 def cut(paragraphs: list[str]) -> Iterator[str]:
     """Documents of at most about `MAX_DOCUMENT` characters."""
-    document, size = [], 0
+    document = []
+    size = 0
     for paragraph in paragraphs:
         if document and size + len(paragraph) > MAX_DOCUMENT:
             yield "\n".join(document)
-            document, size = [], 0
+            document = []
+            size = 0
         document.append(paragraph)
         size += len(paragraph) + 1
     if document:
@@ -100,18 +102,18 @@ def cut(paragraphs: list[str]) -> Iterator[str]:
 
 def shuffled(documents: Iterable[tuple[str, str, str]]) -> list[tuple[str, str]]:
     """
-    Source and text in an order that a hash of their names gives, so that any beginning is a mixture.
+    Source and text of each document in the order of a hash of their names, so that any beginning is a mixture.
 
-    Of a source that has more than `MAX_CHARACTERS` the documents after those are left out, so that none rules the mixture.
+    Documents of a source beyond `MAX_CHARACTERS` are left out, so that no source dominates the mixture.
     """
     keyed = [(hashlib.sha256(f"{source}/{page}".encode()).digest(), source, text) for source, page, text in documents]
     taken: Counter[str] = Counter()
-    found = []
+    mixture = []
     for _, source, text in sorted(keyed):
         if taken[source] < MAX_CHARACTERS.get(source, MAX_CHARACTERS["others"]):
             taken[source] += len(text)
-            found.append((source, text))
-    return found
+            mixture.append((source, text))
+    return mixture
 
 
 @dataclass(slots=True)
@@ -127,7 +129,7 @@ class Texts:
         return self
 
     @property
-    def path(self) -> str:  # what meta.json calls the source
+    def path(self) -> str:  # the name of the source in meta.json
         return self.name
 
     def __iter__(self) -> Iterator[str]:
@@ -139,13 +141,16 @@ class Texts:
 
 def write_token_folder(folder: Path, texts: list[str], tokenizer, *, limit: int | None = None) -> list[int]:
     """
-    Tokenise documents into a folder of the training's token cache.
+    Tokenize documents into a folder of the training's token cache.
 
     Args:
-        limit: the document that completes so many tokens is the last one.
+        folder: created if need be.
+        texts: of the documents.
+        tokenizer: of transformers.
+        limit: the document that completes this number of tokens is the last one.
 
     Returns:
-        Tokens of each document.
+        Number of tokens of each document.
     """
     import numpy as np
 
@@ -160,7 +165,7 @@ def write_token_folder(folder: Path, texts: list[str], tokenizer, *, limit: int 
 
 
 def set_fingerprint(folder: Path) -> None:
-    """Put a hash of the tokens into meta.json."""
+    """Write a hash of the tokens into meta.json."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     content = hashlib.sha256()
     for name in ("tokens.bin", "starts.bin"):

@@ -1,4 +1,4 @@
-"""Packages of the corpus: a list with pinned versions and hashes, downloads into a cache, and the pages inside."""
+"""Packages of the corpus: a list with pinned versions and hashes, downloads into a cache, their pages and licenses."""
 
 import hashlib
 import json
@@ -14,8 +14,10 @@ from pathlib import Path, PurePosixPath
 
 import prose
 
+from dijiang.common.outputs import write_text_whole
+
 DEFAULT_PATTERNS = ("*.html", "*.html.gz", "*.xhtml", "*.htm")
-MAX_CHARACTERS = 9_000_000  # read of a package without a held-out source
+MAX_CHARACTERS = 9_000_000  # read from a package without a held-out source
 UNPINNED = "-"
 LANGUAGES = (
     "af|ar|ast|be|bg|bn|bs|ca|cs|da|de|el|eo|es|et|eu|fa|fi|fr|ga|gl|gu|he|hi|hr|hu|hy|ia|is|it|ja|ka|kk|km|kn|ko|lt|lv|mk|ml|mr|ms|"
@@ -30,6 +32,25 @@ NO_PAGE = re.compile(
 )
 
 
+LICENSE_FIELD = re.compile(r"^License(?:-Expression)?:[ \t]*(\S[^\n]*)", re.MULTILINE)
+LICENSE_CLASSIFIER = re.compile(r"^Classifier: License :: OSI Approved :: ([^\n]*)", re.MULTILINE)
+LICENSE_PHRASES = {  # of copyright files that do not name the license in a field
+    "GFDL": r"GNU\s+Free\s+Documentation\s+Licen[sc]e|GNU FDL",
+    "GPL": r"GNU\s+General\s+Public\s+Licen[sc]e",
+    "LGPL": r"GNU\s+(Lesser|Library)\s+General\s+Public",
+    "Apache": r"Apache\s+(Software\s+)?Licen[sc]e",
+    "MIT": r"Permission is hereby granted, free of\s+charge",
+    "BSD": r"Redistribution and use in source and binary",
+    "CC-BY-SA": r"Creative Commons Attribution-?\s*Share",
+    "CC-BY": r"Creative Commons Attribution(?!-?\s*Share)",
+    "Artistic": r"Artistic\s+Licen[sc]e",
+    "PostgreSQL": r"Permission to use, copy, modify, and distribute this software and its documentation for any purpose,",
+    "public domain": r"public\s+domain",
+    "permissive": r"[Pp]ermission (to use, copy|is (hereby )?granted)",
+}
+MOST_NAMES = 4  # of licenses
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Package:
     """
@@ -40,8 +61,8 @@ class Package:
         name: of the package.
         version: to download; `-` if none is pinned yet.
         sha256: of the package's file; `-` if none is pinned yet.
-        held: name of the held-out source that its pages are kept back for, one in ten; empty if all are for training.
-        patterns: file names inside, with wildcards.
+        held: name of the held-out source that one in ten of its pages goes to; empty if all are for training.
+        patterns: file names to read, with wildcards.
     """
 
     kind: str
@@ -57,12 +78,7 @@ class Package:
 
 
 def read_list(path: Path) -> list[Package]:
-    """
-    The packages in a list.
-
-    Raises:
-        ValueError: if a line does not hold what it should.
-    """
+    """The packages in a list; ValueError if a line is malformed."""
     packages = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip() or line.startswith("#"):
@@ -81,7 +97,7 @@ def read_list(path: Path) -> list[Package]:
 
 
 def write_list(path: Path, packages: list[Package]) -> None:
-    """Write the list again, with its comments at the top."""
+    """Replace the list, keeping its comments at the top."""
     comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     path.write_text("\n".join([*comments, *(package.line() for package in packages)]) + "\n", encoding="utf-8")
 
@@ -93,10 +109,10 @@ def file_sha256(path: Path) -> str:
 
 def fetch(package: Package, cache: Path) -> Path:
     """
-    The package's file in the cache folder, downloaded if it is not there yet.
+    The package's file in the cache folder, downloaded if it is missing.
 
     Raises:
-        ValueError: if that version is not offered any more, or the file is another one than was pinned.
+        ValueError: if that version is no longer offered, or the file does not have the pinned hash.
     """
     cache.mkdir(parents=True, exist_ok=True)
     pattern = f"{package.name}_*.deb" if package.kind == "deb" else f"{package.name.replace('-', '_')}-*.whl"
@@ -104,18 +120,19 @@ def fetch(package: Package, cache: Path) -> Path:
     for path in sorted(before):
         if package.sha256 in (file_sha256(path), UNPINNED):
             return path
-    done = subprocess.run(download_command(package), cwd=cache, capture_output=True, text=True)
+    process = subprocess.run(download_command(package), cwd=cache, capture_output=True, text=True)
     new = sorted(set(cache.glob(pattern)) - before)
-    if done.returncode or not new:
+    if process.returncode or not new:
         what = package.name if package.version == UNPINNED else f"{package.name} {package.version}"
         raise ValueError(
             f"{what} cannot be downloaded; if that version is no longer offered, replace version and hash in the list by - "
-            f"and run make_corpus.py pin ({(done.stderr.strip().splitlines() or ['no message'])[-1]})"
+            f"and run make_corpus.py pin ({(process.stderr.strip().splitlines() or ['no message'])[-1]})"
         )
-    path, found = new[-1], file_sha256(new[-1])
-    if package.sha256 not in (found, UNPINNED):
+    path = new[-1]
+    sha256 = file_sha256(path)
+    if package.sha256 not in (sha256, UNPINNED):
         path.unlink()
-        raise ValueError(f"{path.name} has SHA-256 {found[:16]}..., and the list says {package.sha256[:16]}...; pin it again")
+        raise ValueError(f"{path.name} has SHA-256 {sha256[:16]}..., and the list says {package.sha256[:16]}...; pin it again")
     return path
 
 
@@ -128,7 +145,7 @@ def download_command(package: Package) -> list[str]:
 
 
 def pinned(package: Package, cache: Path) -> Package:
-    """The package with version and hash of the file that was downloaded, if the list does not give them."""
+    """The package with version and hash of the downloaded file, if the list leaves them open."""
     path = fetch(package, cache)
     if package.kind == "deb":
         shown = subprocess.run(["dpkg-deb", "--field", path, "Version"], capture_output=True, text=True, check=True)
@@ -139,7 +156,7 @@ def pinned(package: Package, cache: Path) -> Package:
 
 
 def members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each file in a package; of a link the content is empty."""
+    """Name and content of each file in a package, and of links to a copyright file."""
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
@@ -162,7 +179,7 @@ def is_page(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def reader_name(name: str) -> str:
-    """Suffix that chooses the reader of a file; fortunes have none, and dictionaries and numbered info files have others."""
+    """Suffix that selects the reader; dictionaries, manual pages and numbered info files have others, fortunes none."""
     if "/games/fortunes/" in name:
         return ".fortunes" if "." not in PurePosixPath(name).name else ""
     if name.endswith(".dict.dz"):
@@ -176,42 +193,50 @@ def reader_name(name: str) -> str:
 
 def read_package(package: Package, path: Path) -> tuple[list[tuple[str, str]], str]:
     """
-    Pages of a package's file, by path and text, and the text of its licence.
+    Pages of a package's file, as path and text in the order of their paths, and the text of its license.
 
-    Pages are taken in the order of a hash of their path until they have `MAX_CHARACTERS`, then given by path.
+    If the pages have more than `MAX_CHARACTERS`, a hash of their paths decides which ones are taken.
     """
-    files, licence = {}, ""
+    files = {}
+    license_text = ""
     for name, content in members(path):
-        if PurePosixPath(name).name == "copyright" and name.endswith(f"{package.name}/copyright"):
-            licence = content.decode("utf-8", errors="replace")
-        elif name.endswith(".dist-info/METADATA"):
-            licence = content.decode("utf-8", errors="replace")
+        if name.endswith((f"{package.name}/copyright", ".dist-info/METADATA")):
+            license_text = content.decode("utf-8", errors="replace")
         if is_page(name, package.patterns):
             files[name] = content
-    found, characters = [], 0
+    texts = []
+    characters = 0
     for name in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest()):
         reader = prose.READERS.get(reader_name(name))
         if reader is None:
             continue
         text = reader(prose.decoded(files[name], name))
         if len(text) > prose.MIN_PAGE:
-            found.append((name, text))
+            texts.append((name, text))
             characters += len(text)
         if characters > MAX_CHARACTERS and not package.held:
             break
-    return sorted(found), licence
+    return sorted(texts), license_text
 
 
 def pages(package: Package, cache: Path) -> tuple[list[tuple[str, str]], str]:
-    """`read_package`, kept in the cache folder until the package, its patterns or the readers change."""
+    """`read_package`, cached until the package, its patterns or the readers change."""
     path = fetch(package, cache)
     code = b"".join(Path(module).read_bytes() for module in (__file__, prose.__file__))
     key = hashlib.sha256(code + json.dumps([package.sha256, package.patterns, package.held]).encode()).hexdigest()[:24]
-    kept = cache / "pages" / f"{package.name}-{key}.json"
-    if not kept.is_file():
-        kept.parent.mkdir(exist_ok=True)
-        temporary = kept.with_suffix(".tmp")
-        temporary.write_text(json.dumps(read_package(package, path)), encoding="utf-8")
-        temporary.rename(kept)
-    found, licence = json.loads(kept.read_text(encoding="utf-8"))
-    return [(name, text) for name, text in found], licence
+    cached = cache / "pages" / f"{package.name}-{key}.json"
+    if not cached.is_file():
+        cached.parent.mkdir(exist_ok=True)
+        write_text_whole(cached, json.dumps(read_package(package, path)))
+    texts, license_text = json.loads(cached.read_text(encoding="utf-8"))
+    return [(name, text) for name, text in texts], license_text
+
+
+def license_names(text: str) -> str:
+    """The licenses that a copyright file or a wheel's metadata names, the first few of them."""
+    names = dict.fromkeys(match.strip().rstrip(".") for match in LICENSE_FIELD.findall(text))  # without repetition, in order
+    names |= dict.fromkeys(LICENSE_CLASSIFIER.findall(text))
+    if not names:
+        names = dict.fromkeys(name for name, phrase in LICENSE_PHRASES.items() if re.search(phrase, text))
+    shown = list(names)[:MOST_NAMES] + (["others"] if len(names) > MOST_NAMES else [])
+    return ", ".join(shown) or "see the package"

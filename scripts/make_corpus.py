@@ -5,8 +5,8 @@ Make a corpus of English prose and manuals from packages, as tokens for training
     python scripts/make_corpus.py build PACKAGES OUTPUT --tokenizer MODEL
 
 PACKAGES is a list such as scripts/gpu/packages.tsv; `pin` fills in the versions and hashes it leaves open. MODEL is a GGUF
-file or a checkpoint's folder. OUTPUT gets train/, held/NAME/ and sources.json (tokens, version and licence of each source).
-Packages are kept in --cache, so that a second run downloads nothing. Same packages, same bytes.
+file or a checkpoint's folder. OUTPUT gets train/, held/NAME/ and sources.json (tokens, version and license of each source).
+Packages are cached in --cache, so that a second run downloads nothing. Same packages, same bytes.
 """
 
 import argparse
@@ -18,10 +18,9 @@ from pathlib import Path
 
 import corpus
 import corpus_packages
-from corpus_licences import licence_names
 
 DATA = Path(__file__).resolve().parent.parent / "dijiang" / "data"
-TRAIN_TOKENS = 38_500_000  # what, compressed, fills three parts with the weights and wheels
+TRAIN_TOKENS = 38_500_000  # compressed, they fill three parts together with the weights and wheels
 JARGON = {"package": "jargon-text", "version": "4.4.7-4.1", "licence": "public domain"}  # see dijiang/data/README.md
 
 
@@ -32,8 +31,9 @@ def pin(listed: Path, cache: Path) -> None:
 
 
 def read_source(package: corpus_packages.Package, cache: Path) -> corpus.Source:
-    pages, licence = corpus_packages.pages(package, cache)
-    facts = {"package": package.name, "version": package.version, "licence": licence_names(licence)}
+    pages, license_text = corpus_packages.pages(package, cache)
+    licence = corpus_packages.license_names(license_text)
+    facts = {"package": package.name, "version": package.version, "licence": licence}
     return corpus.Source(name=package.name, pages=pages, held=package.held, facts=facts)
 
 
@@ -47,7 +47,7 @@ def bundled_source() -> tuple[corpus.Source, str]:
 
 
 def build(listed: Path, output: Path, model: Path, cache: Path) -> dict:
-    """Write the corpus and return what sources.json says."""
+    """Write the corpus and return the content of sources.json."""
     from dijiang.checkpoint.source import load_tokenizer, open_source
 
     packages = corpus_packages.read_list(listed)
@@ -105,16 +105,18 @@ def main() -> None:
     for name in ("pin", "build"):
         command = commands.add_parser(name)
         command.add_argument("packages", type=Path)
-        command.add_argument("--cache", type=Path, default=Path("gpu-parcel/cache/packages"), help="where packages are kept")
+        command.add_argument(
+            "--cache", type=Path, default=Path("gpu-parcel/cache/packages"), help="folder of downloaded packages"
+        )
         if name == "build":
             command.add_argument("output", type=Path)
             command.add_argument("--tokenizer", type=Path, required=True, metavar="MODEL")
-    chosen = parser.parse_args()
+    arguments = parser.parse_args()
     try:
-        if chosen.command == "pin":
-            pin(chosen.packages, chosen.cache)
+        if arguments.command == "pin":
+            pin(arguments.packages, arguments.cache)
         else:
-            build(chosen.packages, chosen.output, chosen.tokenizer, chosen.cache)
+            build(arguments.packages, arguments.output, arguments.tokenizer, arguments.cache)
     except ValueError as error:
         sys.exit(f"make_corpus: {error}")
 

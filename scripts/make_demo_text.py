@@ -1,4 +1,5 @@
-"""Make the demo's training and held-out text from the Jargon File.
+"""
+Make the demo's training and held-out text from the Jargon File.
 
     python scripts/make_demo_text.py /usr/share/doc/jargon-text/jargon.txt.gz
 
@@ -6,15 +7,15 @@ Writes `dijiang/data/jargon_train.txt` and `dijiang/data/jargon_heldout.txt`. Sa
 """
 
 import gzip
-import hashlib
 import itertools
 import re
 import sys
 from pathlib import Path
 
+from prose import held_out
+
 DATA = Path(__file__).resolve().parent.parent / "dijiang" / "data"
 WIDTH = 76  # the file is hard-wrapped at this column
-HELD_OUT_ONE_IN = 10
 
 HEADWORD = re.compile(r" {3}:(?P<word>\S.*?):(?P<rest> .*)?")  # "   :ACK: /ak/, interj."
 LISTING = re.compile(r"Glossary| {2}[0-9A-Z]")  # opens a list of headwords, of all or of one letter
@@ -31,16 +32,16 @@ def blocks(text: str) -> list[list[str]]:
 
 
 def unwrap(lines: list[str]) -> str:
-    """Joins a line to the next where the next word would not have fitted: other breaks (verse, dialogue) are meant."""
-    out = lines[0].strip()
+    """Join a line to the next where the next word would not have fitted; other breaks (verse, dialogue) are deliberate."""
+    text = lines[0].strip()
     for line, following in itertools.pairwise(lines):
         wrapped = len(line) + 1 + len(following.split()[0]) > WIDTH
-        out += (" " if wrapped else "\n") + following.strip()
-    return out
+        text += (" " if wrapped else "\n") + following.strip()
+    return text
 
 
 def is_prose(lines: list[str], paragraph: str) -> bool:
-    """Tells running text from screens, code, drawings, tables and captions."""
+    """Whether a paragraph is running text, not a screen, code, a drawing, a table or a caption."""
     indent = min(len(line) - len(line.lstrip()) for line in lines)
     if not 3 <= indent <= 20 or CARTOON.match(paragraph) or sum(map(str.isalpha, paragraph)) < len(paragraph) / 2:
         return False
@@ -49,22 +50,26 @@ def is_prose(lines: list[str], paragraph: str) -> bool:
 
 
 def entries(text: str) -> dict[str, list[str]]:
-    """Returns the paragraphs of each essay section and each lexicon entry, by title or headword."""
-    # the appendices are left out: they reprint pieces by other hands
+    """Paragraphs of each essay section and each lexicon entry, by title or headword."""
+    # the appendices are left out, because they reprint texts of other authors
     body = text[text.index("\nChapter 1. ") : text.index("Part III. Appendices")]
-    found: dict[str, list[str]] = {}
+    by_title: dict[str, list[str]] = {}
     current: list[str] = []
-    run_in, in_contents = "", False  # a headword waiting for its first paragraph; inside a table of contents
+    run_in = ""  # a headword that waits for its first paragraph
+    in_contents = False  # inside a table of contents
     for lines in blocks(body):
         single = lines[0] if len(lines) == 1 else ""
         if match := HEADWORD.fullmatch(" ".join(lines)):
-            current, in_contents = found.setdefault(match["word"], []), False
+            current = by_title.setdefault(match["word"], [])
+            in_contents = False
             grammar = PRONUNCIATION.sub("", match["rest"] or "").split()
             run_in = " ".join([f"{match['word']}:", *grammar, ""])
         elif LISTING.fullmatch(single):
-            current, run_in = [], ""  # not in `found`: what follows is dropped
+            current = []  # not in `by_title`, so that the list is dropped
+            run_in = ""
         elif match := TITLE.fullmatch(single):
-            current, in_contents = found.setdefault(match["title"], [match["title"]]), False
+            current = by_title.setdefault(match["title"], [match["title"]])
+            in_contents = False
         elif single.strip() == "Table of Contents":
             in_contents = True
         else:
@@ -73,18 +78,14 @@ def entries(text: str) -> dict[str, list[str]]:
             if not in_contents and is_prose(lines, paragraph):
                 current.append(run_in + paragraph)
                 run_in = ""
-    return {name: paragraphs for name, paragraphs in found.items() if paragraphs}
-
-
-def held_out(name: str) -> bool:
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
+    return {title: paragraphs for title, paragraphs in by_title.items() if paragraphs}
 
 
 def main(source: str) -> None:
     with gzip.open(source, "rt", encoding="utf-8") as file:
-        found = entries(file.read().replace("\N{NO-BREAK SPACE}", " "))
+        paragraphs_by_title = entries(file.read().replace("\N{NO-BREAK SPACE}", " "))
     for side, wanted in (("train", False), ("heldout", True)):
-        chosen = [paragraphs for name, paragraphs in found.items() if held_out(name) is wanted]
+        chosen = [paragraphs for title, paragraphs in paragraphs_by_title.items() if held_out(title) is wanted]
         text = "\n\n".join("\n\n".join(paragraphs) for paragraphs in chosen) + "\n"
         path = DATA / f"jargon_{side}.txt"
         path.write_text(text, encoding="utf-8")

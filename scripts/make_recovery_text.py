@@ -5,8 +5,8 @@ Make the training and held-out text of the recovery and ablation benchmarks from
     for package in *.deb; do dpkg-deb --extract $package extracted; done
     python scripts/make_recovery_text.py extracted/usr/share/doc OUTPUT
 
-Writes OUTPUT/NAME_train and NAME_held for NAME in anarchism, python and handbook, each as JSONL (one page a line, under
-"text") and as plain text, one page after another. A page is held out if the SHA-256 of its file's name says so, one in ten.
+Writes OUTPUT/NAME_train and NAME_held for NAME in anarchism, python and handbook, each as JSONL (one page per line, under
+"text") and as plain text, one page after another. The hash of a page's file name decides whether it is held out, one in ten.
 The ablation reads the beginnings of these: OUTPUT/ablation_anarchism.txt, ablation_python.txt and ablation_held.txt.
 
 Same packages, same bytes. The recorded results have those of anarchism 15.3-3, python3.11-doc 3.11.2-6+deb12u9 and
@@ -14,15 +14,13 @@ debian-handbook 11.20220922, of which anarchism_held.jsonl has a SHA-256 that be
 handbook_held.jsonl one with 1f03e16fc9880899.
 """
 
-import hashlib
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from prose import MIN_PAGE, decoded, from_html, from_markdown
+from prose import MIN_PAGE, decoded, from_html, from_markdown, held_out
 
-HELD_OUT_ONE_IN = 10
 ABLATION = {  # file: (source, bytes)
     "ablation_anarchism.txt": ("anarchism_train.txt", 1_500_000),
     "ablation_python.txt": ("python_train.txt", 800_000),
@@ -36,7 +34,7 @@ SOURCES = {
 
 
 def pages(documentation: Path, name: str) -> Iterator[tuple[str, str]]:
-    """File name and text of each page of one package that has prose enough."""
+    """File name and text of each page of one package that has enough prose."""
     pattern, read = SOURCES[name]
     files = sorted(documentation.glob(pattern))
     if not files:
@@ -47,22 +45,18 @@ def pages(documentation: Path, name: str) -> Iterator[tuple[str, str]]:
             yield path.name, text
 
 
-def held_out(file_name: str) -> bool:
-    return int(hashlib.sha256(file_name.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
-
-
 def main(documentation: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     for name in SOURCES:
-        found = list(pages(documentation, name))
+        package = list(pages(documentation, name))
         for side, wanted in (("train", False), ("held", True)):
-            texts = [text for file_name, text in found if held_out(file_name) is wanted]
+            texts = [text for file_name, text in package if held_out(file_name) is wanted]
             lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
             (output / f"{name}_{side}.jsonl").write_text(lines, encoding="utf-8")
             (output / f"{name}_{side}.txt").write_text("".join(f"{text}\n\n" for text in texts), encoding="utf-8")
             print(f"{name}_{side}: {len(texts)} pages, {sum(map(len, texts)):,} characters")
     for name, (source, size) in ABLATION.items():
-        # a character that the cut goes through is dropped
+        # the cut may go through a character, which is dropped
         text = (output / source).read_bytes()[:size].decode("utf-8", errors="ignore")
         (output / name).write_text(text, encoding="utf-8")
 

@@ -1,27 +1,36 @@
-"""Readers that give the running text of a page of documentation, one paragraph a line."""
+"""Readers that return the running text of a page of documentation, one paragraph per line; the choice of held-out pages."""
 
 import gzip
+import hashlib
 import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import PurePosixPath
 
-MIN_PARAGRAPH, MIN_PAGE = 80, 500  # characters; what is shorter is mostly headings, menus and stubs
+MIN_PARAGRAPH, MIN_PAGE = 80, 500  # characters; shorter ones are mostly headings, menus and stubs
+HELD_OUT_ONE_IN = 10
 LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
 MARKUP = re.compile(r"[*_#>\\]")
 BLANK_LINE = re.compile(r"\n[ \t]*\n")
 
 
+def held_out(name: str) -> bool:
+    """Whether the SHA-256 of a name chooses its text for the held-out tenth."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
+
+
 class Prose(HTMLParser):
-    """Collects the paragraphs of an HTML page."""
+    """Parser that collects the paragraphs of an HTML page."""
 
     no_prose = {"script", "style", "nav", "pre", "head", "table"}
     paragraph_tags = {"p", "li", "h1", "h2", "h3", "dd", "dt", "div", "section"}
 
     def __init__(self):
         super().__init__()
-        self.paragraphs, self.current, self.depth_without_prose = [], [], 0
+        self.paragraphs = []
+        self.current = []
+        self.depth_without_prose = 0
 
     def handle_starttag(self, tag, attrs):
         self.depth_without_prose += tag in self.no_prose
@@ -46,13 +55,13 @@ class Prose(HTMLParser):
 
 
 class XmlProse(Prose):
-    """Collects the paragraphs of a page of DocBook or Mallard."""
+    """Parser that collects the paragraphs of a page of DocBook or Mallard."""
 
     no_prose = {"screen", "programlisting", "code", "table", "informaltable", "info", "synopsis"}
     paragraph_tags = {"p", "para", "simpara", "title", "item", "listitem", "section", "sect1", "sect2", "sect3", "term"}
 
     def handle_startendtag(self, tag, attrs):
-        """Skip an empty element: it opens nothing."""
+        """Ignore an empty element, which opens nothing."""
 
 
 def from_html(text: str) -> str:
@@ -81,7 +90,8 @@ POD_COMMAND = re.compile(r"=\w+[^\S\n]*")
 
 def from_pod(text: str) -> str:
     """Perl's documentation format: indented paragraphs are code, commands start with an equals sign."""
-    found, in_pod = [], not text.lstrip().startswith(("package ", "#!", "use "))
+    paragraphs = []
+    in_pod = not text.lstrip().startswith(("package ", "#!", "use "))
     for part in BLANK_LINE.split(text):
         command = POD_COMMAND.match(part)
         if command:
@@ -91,8 +101,8 @@ def from_pod(text: str) -> str:
         part = POD_LINK.sub(r"\1", part)
         for _ in range(3):  # formats nest
             part = POD_FORMAT.sub(r"\1", part)
-        found.append(part)
-    return joined(found)
+        paragraphs.append(part)
+    return joined(paragraphs)
 
 
 ROFF_BREAK = {"PP", "P", "LP", "TP", "IP", "HP", "SH", "SS", "RS", "RE", "TH", "sp", "br", "TQ"}
@@ -114,7 +124,9 @@ ROFF_ARGUMENT = re.compile(r'"([^"]*)"|(\S+)')
 
 def from_roff(text: str) -> str:
     """Manual page in the macros of man(7)."""
-    paragraphs, current, literal_end = [], [], None
+    paragraphs = []
+    current = []
+    literal_end = None
     for line in text.split("\n"):
         macro = line[1:].split(maxsplit=1) if line[:1] in ".'" else None
         name = macro[0] if macro else ""
@@ -175,13 +187,13 @@ def from_fortunes(text: str) -> str:
 
 def from_service_model(text: str) -> str:
     """Descriptions of a cloud service and its calls in JSON, under "documentation" as HTML or under "description" as text."""
-    found: list[str] = []
+    descriptions: list[str] = []
 
     def collect(value) -> None:
         if isinstance(value, dict):
             for key, item in value.items():
                 if key in ("documentation", "description") and isinstance(item, str):
-                    found.append(f"<p>{item}</p>")
+                    descriptions.append(f"<p>{item}</p>")
                 else:
                     collect(item)
         elif isinstance(value, list):
@@ -189,11 +201,11 @@ def from_service_model(text: str) -> str:
                 collect(item)
 
     collect(json.loads(text))
-    return from_html("\n".join(found))
+    return from_html("\n".join(descriptions))
 
 
 def joined(paragraphs) -> str:
-    """The paragraphs that are long enough, each on a line of its own."""
+    """The paragraphs that are long enough, one per line."""
     lines = (" ".join(part.split()) for part in paragraphs)
     return "\n".join(line for line in lines if len(line) >= MIN_PARAGRAPH)
 
@@ -216,13 +228,13 @@ READERS: dict[str, Callable[[str], str]] = {
 
 
 def decoded(content: bytes, name: str) -> str:
-    """Text of a file, which is unpacked if its name ends in .gz or .dz."""
+    """Text of a file, unpacked if its name ends in .gz or .dz."""
     if name.endswith((".gz", ".dz")):
         content = gzip.decompress(content)
     return content.decode("utf-8", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def suffix(name: str) -> str:
-    """Suffix that decides on the reader; that of the packed file if the name ends in .gz or .dz."""
+    """Suffix that selects the reader; for a name in .gz or .dz, that of the unpacked file."""
     path = PurePosixPath(name)
     return PurePosixPath(path.stem).suffix if path.suffix in (".gz", ".dz") else path.suffix

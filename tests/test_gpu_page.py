@@ -79,11 +79,17 @@ def part(page: str, mark: str) -> str:
 
 
 def test_corpus_page_is_that_of_the_corpus(report):
-    page = report.CORPUS_PAGE.read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "corpus.md").read_text(encoding="utf-8")
     assert report.fill_corpus(page) == page
-    facts = json.loads((report.RESULTS / "corpus.json").read_text(encoding="utf-8"))
+    facts = json.loads((report.GPU_RESULTS / "corpus.json").read_text(encoding="utf-8"))
     assert facts["tokens"] == sum(entry["tokens"] for entry in facts["sources"]) > 30_000_000
     assert all(entry["licence"] and entry["version"] for entry in facts["sources"])
+
+
+def test_sources_of_the_corpus_are_drawn(report):
+    entry = {"package": "a", "version": "1", "licence": "GPL|MIT", "documents": 2, "tokens": 3000}
+    facts = {"sources": [entry | {"held_out": None, "held_out_tokens": 0}], "documents": 2, "tokens": 3000}
+    assert "| a | 1 | GPL/MIT | 2 | 3,000 |  |  |" in report.corpus_table(facts | {"held_out_tokens": 0})
 
 
 def test_tables_are_those_of_the_results(report):

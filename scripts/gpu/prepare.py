@@ -128,9 +128,7 @@ def corpus(packages: Path, model: Path, cache: Path, target: Path) -> None:
     """The tokenised corpus, made again only if the list, the model or the code that makes it has changed."""
     import make_corpus
 
-    code = [
-        HERE.parent / name for name in ("make_corpus.py", "corpus.py", "corpus_packages.py", "corpus_licences.py", "prose.py")
-    ]
+    code = [HERE.parent / name for name in ("make_corpus.py", "corpus.py", "corpus_packages.py", "prose.py")]
     key = hashlib.sha256(b"".join(map(Path.read_bytes, [packages, model, *code]))).hexdigest()
     stamp = cache / "corpus-of"
     if stamp.is_file() and stamp.read_text() == key and (target / "sources.json").is_file():

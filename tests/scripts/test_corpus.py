@@ -2,13 +2,12 @@ import gzip
 import json
 import subprocess
 import zipfile
+from pathlib import Path
 
 import corpus
 import corpus_packages
-import make_recovery_text
 import prose
 import pytest
-from corpus_licences import corpus_table, licence_names
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -24,7 +23,7 @@ def page(*numbers: int) -> str:
 
 
 def name_where(wanted: bool) -> str:
-    return next(name for number in range(100) if make_recovery_text.held_out(name := f"page{number}.html") is wanted)
+    return next(name for number in range(100) if prose.held_out(name := f"page{number}.html") is wanted)
 
 
 HELD, KEPT = name_where(True), name_where(False)
@@ -144,7 +143,7 @@ def test_pages_of_a_wheel_by_language_and_licence(tmp_path):
         archive.writestr("thing-1.dist-info/METADATA", "Name: thing\nLicense-Expression: MIT\n")
     pages, licence = corpus_packages.read_package(package(), path)
     assert [name for name, _ in pages] == ["doc/a.html", "doc/en/d.html"]
-    assert licence_names(licence) == "MIT"
+    assert corpus_packages.license_names(licence) == "MIT"
 
 
 def test_a_package_is_kept_to_its_limit_by_the_same_pages(tmp_path, monkeypatch):
@@ -177,7 +176,7 @@ def test_a_version_that_is_gone_and_a_file_that_changed_are_one_line(tmp_path, m
 
 
 def test_the_list_is_read_and_written_without_change(tmp_path):
-    listed = make_recovery_text.Path(corpus_packages.__file__).parent / "gpu" / "packages.tsv"
+    listed = Path(corpus_packages.__file__).parent / "gpu" / "packages.tsv"
     packages = corpus_packages.read_list(listed)
     copy = tmp_path / "packages.tsv"
     copy.write_bytes(listed.read_bytes())
@@ -189,20 +188,7 @@ def test_the_list_is_read_and_written_without_change(tmp_path):
         corpus_packages.read_list(copy)
 
 
-def test_licences_and_table():
-    assert (
-        licence_names("Files: *\nLicense: GPL-2+\n\nFiles: doc/*\nLicense: GFDL-1.3+\n\nLicense: GPL-2+\n text\n")
-        == "GPL-2+, GFDL-1.3+"
-    )
-    assert licence_names("may be used under the GNU General\nPublic License") == "GPL"
-    entry = {
-        "package": "a",
-        "version": "1",
-        "licence": "GPL",
-        "documents": 2,
-        "tokens": 3000,
-        "held_out": None,
-        "held_out_tokens": 0,
-    }
-    facts = {"sources": [entry], "documents": 2, "tokens": 3000, "held_out_tokens": 0}
-    assert "| a | 1 | GPL | 2 | 3,000 |  |  |" in corpus_table(facts)
+def test_licenses():
+    text = "Files: *\nLicense: GPL-2+\n\nFiles: doc/*\nLicense: GFDL-1.3+\n\nLicense: GPL-2+\n text\n"
+    assert corpus_packages.license_names(text) == "GPL-2+, GFDL-1.3+"
+    assert corpus_packages.license_names("may be used under the GNU General\nPublic License") == "GPL"
