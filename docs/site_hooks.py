@@ -12,6 +12,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN_AS_THEY_ARE = (".json", ".png", ".txt")  # browsers would save the others to disk instead
 REPOSITORY_LINK = re.compile(r"\]\(\.\./([^)#]+)\)")
+PAGES_OF_THE_ROOT = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 
 package = tempfile.TemporaryDirectory(prefix="dijiang-docs-")
 
@@ -25,11 +26,29 @@ def on_config(config):
     return config
 
 
+def on_files(files, config):
+    """Add the pages that hosts of repositories expect at the root, with their links seen from docs/."""
+    for name in PAGES_OF_THE_ROOT:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        text = re.sub(r"\]\((?!https?:|#)([^)]+)\)", lambda match: f"]({relative_to_docs(match[1])})", text)
+        files.append(File.generated(config, name.lower(), content=text))
+    return files
+
+
+def relative_to_docs(path: str) -> str:
+    """A link of a page at the root as a page in docs/ would write it."""
+    if path in PAGES_OF_THE_ROOT:
+        return path.lower()
+    return path.removeprefix("docs/") if path.startswith("docs/") else f"../{path}"
+
+
 def on_page_markdown(markdown, page, config, files):
     """Add the files of the repository that a page links to to the site, under repository/."""
 
     def shown(match: re.Match) -> str:
         path = match[1]
+        if path in PAGES_OF_THE_ROOT:
+            return f"]({path.lower()})"
         if not (ROOT / path).is_file():
             raise PluginError(f"{page.file.src_uri} links to ../{path}, which is no file of the repository")
         copy = f"repository/{path}"

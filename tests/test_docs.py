@@ -148,7 +148,7 @@ def test_every_shell_line_is_of_a_kind_that_is_tested():
             if words[0] == "pip":
                 extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
                 assert words[:2] == ["pip", "install"]
-                assert set(re.fullmatch(r"dijiang\[(.+)\]", words[2])[1].split(",")) <= extras.keys()
+                assert set(re.fullmatch(r"\.\[(.+)\]", words[2])[1].split(",")) <= extras.keys()
             elif words[0] in LAUNCHERS:
                 given = parse_arguments(words[words.index("dijiang.train") + 1 :])
                 recipe = "smollm2-135m" if given.recipe == "RECIPE" else given.recipe
