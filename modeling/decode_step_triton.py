@@ -13,19 +13,26 @@ from dataclasses import replace
 import torch
 from transformers.utils import logging
 
-from .exponential_maps import ExponentialMap
+from .decode_step import StepWeights
 from .feature_map_base import MAX_EXPONENT
 from .linear_attention import TINY
 from .linear_state import LinearState
+from .optional_kernel import OptionalKernel
 
 try:
     import triton
     import triton.language as tl
     from triton.language import constexpr
 
-    jit, missing = triton.jit, ""
+    jit = triton.jit
+    missing = ""
 except Exception as error:  # a broken driver raises other things than ImportError
-    jit, constexpr, missing = (lambda function: function), None, f"Triton cannot be imported: {error}"
+
+    def jit(function):
+        return function
+
+    constexpr = None
+    missing = f"Triton cannot be imported: {error}"
 
 logger = logging.get_logger(__name__)
 
@@ -37,8 +44,7 @@ PROGRAMS = 132
 SMALLEST_SLICE = 16
 # elements of a float32 tile that a program holds at once, a power of two, and what four of its warps hold easily
 TILE, SMALL_TILE = 4096, 2048
-# filled by the first failure, after which the kernel is not tried again
-step_is_broken: list[Exception] = []
+kernel = OptionalKernel("the Triton kernel", work="decoding steps run", fallback="on torch")
 
 
 @jit
@@ -95,7 +101,7 @@ def shifted(old, token, place, columns, owned, S: constexpr, N: constexpr, d: co
 
 @jit
 def step_kernel(
-    q, k, v, state, near_k, near_v, tokens, new_state, new_near_k, new_near_v, new_tokens, o,
+    q, k, v, state, window_k, window_v, tokens, new_state, new_window_k, new_window_v, new_tokens, o,
     C_q, T_q, D_q, C_k, T_k, D_k, key_weight, key_bias, branch_weight, branch_bias, log_rate,
     q_stride, k_stride, v_stride, scale, scaling, limit, key_limit, unit, tiny,
     H: constexpr, R: constexpr, d: constexpr, m: constexpr, S: constexpr, W: constexpr, PAIRS: constexpr, SOFTMAX: constexpr,
@@ -120,8 +126,8 @@ def step_kernel(
     new_value = tl.load(v + b * v_stride + g * d + values, mask=owned, other=0.0)
     if W > 0:  # the oldest token of the window leaves it for the state
         oldest = (own * N + S) * d
-        key = tl.load(near_k + oldest + columns, mask=real, other=0.0).to(tl.float32)
-        value = tl.load(near_v + oldest + values, mask=owned, other=0.0).to(tl.float32)
+        key = tl.load(window_k + oldest + columns, mask=real, other=0.0).to(tl.float32)
+        value = tl.load(window_v + oldest + values, mask=owned, other=0.0).to(tl.float32)
     else:
         key, value = new_key.to(tl.float32), new_value.to(tl.float32)
 
@@ -183,11 +189,11 @@ def step_kernel(
             place = start + tl.arange(0, BN)
             there = place < N
             at = (own * N + place) * d
-            keys = shifted(near_k + own * N * d, new_key, place, columns, real, S, N, d)
-            near = shifted(near_v + own * N * d, new_value, place, values, owned, S, N, d)
+            keys = shifted(window_k + own * N * d, new_key, place, columns, real, S, N, d)
+            near = shifted(window_v + own * N * d, new_value, place, values, owned, S, N, d)
             if stores:
-                tl.store(new_near_k + at[:, None] + columns[None, :], keys, mask=there[:, None] & mine[None, :])
-                tl.store(new_near_v + at[:, None] + values[None, :], near, mask=there[:, None] & owned[None, :])
+                tl.store(new_window_k + at[:, None] + columns[None, :], keys, mask=there[:, None] & mine[None, :])
+                tl.store(new_window_v + at[:, None] + values[None, :], near, mask=there[:, None] & owned[None, :])
             scores = tl.where(there, scaling * tl.sum(keys.to(tl.float32) * query[None, :], 1), -float("inf"))
             higher = tl.maximum(top, tl.max(scores))
             share, scores = tl.exp(top - higher), tl.exp(scores - higher)
@@ -216,100 +222,91 @@ def launch_sizes(B: int, H: int, d: int, m: int, N: int) -> dict[str, int]:
     return {"NB": NB, "BM": BM, "BD": BD, "BV": BV, "BN": BN, "num_warps": 8 if max(BM, BN) * BD > SMALL_TILE else 4}
 
 
-def triton_step(layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: LinearState):
+def triton_step(
+    weights: StepWeights, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: LinearState
+) -> tuple[torch.Tensor, LinearState] | None:
     """
-    `attend_step` of a `DiJiangLinearAttention`, whose arguments and results these are; None where this code does not apply:
-    with gradients, off the GPU (unless Triton's interpreter is on), or for maps that are not exponentials of one matrix.
+    `attend_step` of a layer with `weights`. No gradients.
+
+    Args:
+        q: (B, 1, H, d); k, v: (B, 1, G, d).
+        state: a settled one.
+
+    Returns:
+        o (B, 1, H, d) float32 and the new state; None off the GPU (unless Triton's interpreter is on), after a failure, and
+        where the kernel does not take the dtypes and sizes.
     """
     if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch.is_grad_enabled()
-        or not (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+        not (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
         or os.environ.get("DIJIANG_NATIVE") == "0"
-        or step_is_broken
-        or not applies(layer, q, k, v, state)
+        or not kernel.usable
+        or not applies(weights, q, k, v, state)
     ):
         return None
     if missing:
         logger.warning_once(f"decoding steps run on torch: {missing}")
         return None
-    try:
-        result = launch(layer, q, k, v, state)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # it depends on the compiler and the driver found
-        step_is_broken.append(error)
-        logger.warning_once(f"decoding steps run on torch: the Triton kernel fails here ({type(error).__name__}: {error})")
-        return None
-    if result is not None:
-        logger.info_once("decoding steps run on a Triton kernel")
-    return result
+    return kernel.run(lambda: launch(weights, q, k, v, state))
 
 
-def applies(layer, q, k, v, state: LinearState) -> bool:
-    """Whether the kernel computes this map at these sizes and dtypes; torch says what does not fit together."""
-    map_q, map_k, d, dtype = layer.feature_map_q, layer.feature_map_k, layer.head_dim, q.dtype
-    if not (isinstance(map_q, ExponentialMap) and map_q.is_one_matrix):
-        return False
-    (B, _, H, _), G = q.shape, k.shape[2]
-    near = (B, G, layer.sinks + layer.window, d)
+def applies(weights: StepWeights, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: LinearState) -> bool:
+    """Whether the kernel takes these sizes and dtypes; torch reports what does not fit together."""
+    (B, _, H, d), G, dtype = q.shape, k.shape[2], q.dtype
+    N = weights.sinks + weights.window
     return (
         d <= LARGEST_HEAD
-        and map_q.size <= MOST_FEATURES
+        and weights.features <= MOST_FEATURES
         and dtype in DTYPES
-        and k.dtype == v.dtype == state.near_k.dtype == state.near_v.dtype == dtype
+        and k.dtype == v.dtype == state.window_k.dtype == state.window_v.dtype == dtype
         and q.shape == (B, 1, H, d)
         and k.shape == v.shape == (B, 1, G, d)
-        and state.state.shape == (B, G, map_k.size, d + layer.normalize)
-        and state.near_k.shape == state.near_v.shape == near
-        and not (layer.window and (layer.branch_scale is None or not layer.normalize))
+        and state.state.shape == (B, G, weights.features, d + weights.normalize)
+        and state.window_k.shape == state.window_v.shape == (B, G, N, d)
+        and not (weights.window and (weights.branch_scale is None or not weights.normalize))
     )
 
 
-def launch(layer, q, k, v, state: LinearState):
+def launch(
+    weights: StepWeights, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: LinearState
+) -> tuple[torch.Tensor, LinearState] | None:
     """`triton_step` where it applies; None if a tensor is elsewhere, as offloaded weights are until their module is called."""
-    (B, _, H, d), G, map_q = q.shape, k.shape[2], layer.feature_map_q
-    key_scale, branch_scale = layer.key_scale, layer.branch_scale
-    weights = (
-        *(*map_q.factors(), *layer.feature_map_k.factors()),
-        *((None, None) if key_scale is None else (key_scale.weight, key_scale.bias)),
-        *((None, None) if branch_scale is None else (branch_scale.weight, branch_scale.bias)),
-        None if layer.decay is None else layer.decay.log_rate,
-    )
-    present = [x for x in (*weights, k, v, state.state, state.near_k, state.near_v, state.tokens) if x is not None]
-    if any(x.device != q.device for x in present) or not all(x is None or x.is_contiguous() for x in (*weights, state.state)):
+    (B, _, H, d), G = q.shape, k.shape[2]
+    tensors = weights.tensors()
+    contiguous = [x for x in (*tensors, state.state) if x is not None]
+    if any(x.device != q.device for x in (*contiguous, k, v, state.window_k, state.window_v, state.tokens)) or not all(
+        x.is_contiguous() for x in contiguous
+    ):
         return None
     q, k, v = (x if x.stride()[2:] == (d, 1) else x.contiguous() for x in (q, k, v))
-    near_k, near_v = state.near_k.contiguous(), state.near_v.contiguous()
+    window_k, window_v = state.window_k.contiguous(), state.window_v.contiguous()
     new = replace(
         state,
         tokens=torch.empty_like(state.tokens),
         seen=state.seen + 1,
         state=torch.empty_like(state.state),
-        near_k=torch.empty_like(near_k),
-        near_v=torch.empty_like(near_v),
+        window_k=torch.empty_like(window_k),
+        window_v=torch.empty_like(window_v),
     )
     o = q.new_empty(B, 1, H, d, dtype=torch.float32)
-    sizes = launch_sizes(B, H, d, map_q.feature_dim, layer.sinks + layer.window)
+    sizes = launch_sizes(B, H, d, weights.rows, weights.sinks + weights.window)
     # Triton launches on the current device
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         step_kernel[(B * H, -(-d // sizes["BV"]))](
-            *(q, k, v, state.state, near_k, near_v, state.tokens),
-            *(new.state, new.near_k, new.near_v, new.tokens, o),
-            *weights,
+            *(q, k, v, state.state, window_k, window_v, state.tokens),
+            *(new.state, new.window_k, new.window_v, new.tokens, o),
+            *tensors,
             *(q.stride(0), k.stride(0), v.stride(0)),
-            *(layer.feature_scale, layer.scaling, MAX_EXPONENT, layer.key_exponent_limit, map_q.size**-0.5, TINY),
+            *(weights.feature_scale, weights.scaling, MAX_EXPONENT, weights.key_limit, weights.features**-0.5, TINY),
             H=H,
             R=H // G,
             d=d,
-            m=map_q.feature_dim,
-            S=layer.sinks,
-            W=layer.window,
-            PAIRS=map_q.pairs,
-            SOFTMAX=map_q.activation == "softmax",
-            SHARED=weights[0].dim() == 2,
-            SUMS=layer.normalize,
+            m=weights.rows,
+            S=weights.sinks,
+            W=weights.window,
+            PAIRS=weights.pairs,
+            SOFTMAX=weights.softmax,
+            SHARED=weights.map_q.V.dim() == 2,
+            SUMS=weights.normalize,
             **sizes,
         )
     return o, new

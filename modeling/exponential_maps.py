@@ -5,6 +5,7 @@ B batch, T tokens, H heads, d head size, m features, M features after pairing.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +17,29 @@ from .frequency import frequency_matrix, low_discrepancy, radii
 FEW_ROWS = 16
 
 
+class Factors(NamedTuple):
+    """
+    What the exponents T V x + log D of an `ExponentialMap` are made of.
+
+    Attributes:
+        V: (H, m, d), or (m or more, d) if all heads share it, of which the first m rows count.
+        T: (H, m) or None.
+        log_D: (H, M) or None.
+    """
+
+    V: torch.Tensor
+    T: torch.Tensor | None
+    log_D: torch.Tensor | None
+
+
 class ExponentialMap(FeatureMap):
     """phi(x) = D * exp(T V x), or its softmax over the features."""
 
-    # whether the exponents are the rows of `factors` times x and nothing else
+    # whether the exponents are linear in x, as `factors` says, and nothing is added
     is_one_matrix = True
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """V (H, m, d), or at least its first m rows if all heads share it (m, d); T (H, m) or None; log D (H, M) or None."""
+    def factors(self) -> Factors:
+        """Today's factors, see `Factors`."""
         raise NotImplementedError
 
     def directions(self) -> torch.Tensor:
@@ -84,8 +100,8 @@ class WDCF(ExponentialMap):
             self.C = kept.to(self.C.device)
         return self
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.C, self.weight("T"), self.weight("log_D")
+    def factors(self) -> Factors:
+        return Factors(self.C, self.weight("T"), self.weight("log_D"))
 
     def exponents(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         if x.shape[0] * x.shape[1] > FEW_ROWS:
@@ -116,8 +132,9 @@ class PFF(ExponentialMap):
         directions = F.normalize(torch.special.ndtri(points[:, 1:]), dim=-1)
         return {"T": radii(points[:, 0], self.head_dim, self.radial), "V": directions}
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        return self.weight("V"), self.weight("T"), self.weight("log_D") if "log_D" in self._parameters else None
+    def factors(self) -> Factors:
+        log_D = self.weight("log_D") if "log_D" in self._parameters else None
+        return Factors(self.weight("V"), self.weight("T"), log_D)
 
 
 @register_feature_map("wpff")
@@ -163,8 +180,8 @@ class PRF(ExponentialMap):
         generator = torch.Generator().manual_seed(self.seed)
         return {"W": torch.randn(self.feature_dim, self.head_dim, generator=generator)}
 
-    def factors(self) -> tuple[torch.Tensor, None, None]:
-        return self.weight("W"), None, None
+    def factors(self) -> Factors:
+        return Factors(self.weight("W"), None, None)
 
     def exponents(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         z = super().exponents(x, scale)
@@ -189,5 +206,5 @@ class Hedgehog(ExponentialMap):
     def initial_values(self) -> dict[str, torch.Tensor]:
         return {"W": torch.eye(self.head_dim).repeat(math.ceil(self.feature_dim / self.head_dim), 1)[: self.feature_dim]}
 
-    def factors(self) -> tuple[torch.Tensor, None, None]:
-        return self.weight("W"), None, None
+    def factors(self) -> Factors:
+        return Factors(self.weight("W"), None, None)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils import logging
 
+from .decode_step import StepWeights
 from .decode_step_native import native_step
 from .decode_step_triton import triton_step
 from .decoder_modules import ProjectedAttention
@@ -135,8 +136,8 @@ class DiJiangLinearAttention(ProjectedAttention):
                 return self.attend(q, k, v, valid, state)
         if state is None:
             state = LinearState.empty(k, v, self.feature_map_k.size, self.window, self.sinks, self.normalize)
-        if state.near_k.shape[2] != self.sinks + self.window:
-            found, expected = state.near_k.shape[2], f"{self.sinks} sinks and a window of {self.window}"
+        if state.window_k.shape[2] != self.sinks + self.window:
+            found, expected = state.window_k.shape[2], f"{self.sinks} sinks and a window of {self.window}"
             raise ValueError(f"the state has {found} places for near keys, the layer {expected}; start from a new cache")
         T = k.shape[1]
         if T == 1 and valid is None and state.settled and self.mode is None:
@@ -186,14 +187,14 @@ class DiJiangLinearAttention(ProjectedAttention):
             return far if total is None else far / total.clamp_min(TINY).unsqueeze(-1).to(far.dtype), new
         # rows t of `all_*` leave the window when query t arrives
         all_k, all_v = (
-            torch.cat((near[:, :, S:].transpose(1, 2), x), dim=1) for near, x in ((state.near_k, k), (state.near_v, v))
+            torch.cat((near[:, :, S:].transpose(1, 2), x), dim=1) for near, x in ((state.window_k, k), (state.window_v, v))
         )
         all_rank = torch.cat((state.ranks(), rank), dim=1)
         leaving, new.window_rank = all_rank[:, :T], all_rank[:, T:]
         visible = None if state.settled and valid is None else leaving >= S
         far, total, new.state = self.far_branch(q, all_k[:, :T], all_v[:, :T], visible, state.state, rank, leaving)
         sinks, new.sink_filled, sink_arrival = self.store_sinks(state, all_k[:, :T], all_v[:, :T], leaving)
-        new.near_k, new.near_v = (
+        new.window_k, new.window_v = (
             torch.cat((sink.transpose(1, 2), x[:, T:].transpose(1, 2)), dim=2)
             for sink, x in zip(sinks, (all_k, all_v), strict=True)
         )
@@ -205,16 +206,16 @@ class DiJiangLinearAttention(ProjectedAttention):
 
     def attend_step(self, q, k, v, state: LinearState) -> tuple[torch.Tensor, LinearState]:
         """`attend` of one real token to a settled state, with as few operations as it takes."""
-        for fused in (triton_step, native_step):
-            if (found := fused(self, q, k, v, state)) is not None:
-                return found
+        fused = self.fused_step(q, k, v, state)
+        if fused is not None:
+            return fused
         S = self.sinks
         new = replace(state, tokens=state.tokens + 1, seen=state.seen + 1)
         if self.window:
-            leaving_k, leaving_v = (x[:, :, S : S + 1].transpose(1, 2) for x in (state.near_k, state.near_v))
-            new.near_k, new.near_v = (
+            leaving_k, leaving_v = (x[:, :, S : S + 1].transpose(1, 2) for x in (state.window_k, state.window_v))
+            new.window_k, new.window_v = (
                 torch.cat((near[:, :, :S], near[:, :, S + 1 :], x.transpose(1, 2)), dim=2)
-                for near, x in ((state.near_k, k), (state.near_v, v))
+                for near, x in ((state.window_k, k), (state.window_v, v))
             )
         else:
             leaving_k, leaving_v = k, v
@@ -229,7 +230,38 @@ class DiJiangLinearAttention(ProjectedAttention):
         if not self.window:
             return far if total is None else far / total.clamp_min(TINY).unsqueeze(-1), new
         c = self.branch_scale(q, self.feature_scale)
-        return merge_step(q, new.near_k, new.near_v, far, total, c, scale=self.scaling), new
+        return merge_step(q, new.window_k, new.window_v, far, total, c, scale=self.scaling), new
+
+    def fused_step(self, q, k, v, state: LinearState) -> tuple[torch.Tensor, LinearState] | None:
+        """`attend_step` by the Triton kernel or the C code; None where neither applies, and where gradients are wanted."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None
+        weights = self.step_weights()
+        if weights is None:
+            return None
+        return triton_step(weights, q, k, v, state) or native_step(weights, q, k, v, state)
+
+    def step_weights(self) -> StepWeights | None:
+        """What the fused steps need of this layer; None for maps that are not exponentials of one matrix."""
+        map_q, map_k = self.feature_map_q, self.feature_map_k
+        if not (isinstance(map_q, ExponentialMap) and isinstance(map_k, ExponentialMap) and map_q.is_one_matrix):
+            return None
+        return StepWeights(
+            map_q=map_q.factors(),
+            map_k=map_k.factors(),
+            key_scale=None if self.key_scale is None else (self.key_scale.weight, self.key_scale.bias),
+            branch_scale=None if self.branch_scale is None else (self.branch_scale.weight, self.branch_scale.bias),
+            log_rate=None if self.decay is None else self.decay.log_rate,
+            rows=map_q.feature_dim,
+            pairs=map_q.pairs,
+            softmax=map_q.activation == "softmax",
+            sinks=self.sinks,
+            window=self.window,
+            normalize=self.normalize,
+            feature_scale=self.feature_scale,
+            scaling=self.scaling,
+            key_limit=self.key_exponent_limit,
+        )
 
     def runs_natively(self, q, k, v, visible) -> bool:
         """Whether the C kernel applies to `far_branch` of these; says once if it does, or why it cannot."""
@@ -313,7 +345,7 @@ class DiJiangLinearAttention(ProjectedAttention):
             of them were.
         """
         T, S = k.shape[1], self.sinks
-        stored = [x[:, :, :S].transpose(1, 2) for x in (state.near_k, state.near_v)]
+        stored = [x[:, :, :S].transpose(1, 2) for x in (state.window_k, state.window_v)]
         if state.settled:
             return stored, state.sink_filled, None
         arrival = torch.where(state.sink_filled, -1, T)

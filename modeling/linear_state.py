@@ -12,7 +12,7 @@ class LinearState:
 
     Attributes:
         state: (B, G, M, d + 1) float32, sum of features times (value, 1); (B, G, M, d) without normalisation.
-        near_k, near_v: (B, G, S + W, d), the S sinks, then the last W tokens.
+        window_k, window_v: (B, G, S + W, d), the S sinks, then the last W tokens.
         window_rank: (B, W), how many real tokens came before each of the last W, -1 for padding; stale once `settled`.
         sink_filled: (B, S) bool.
         tokens: (B,), real tokens seen.
@@ -21,8 +21,8 @@ class LinearState:
     """
 
     state: torch.Tensor
-    near_k: torch.Tensor
-    near_v: torch.Tensor
+    window_k: torch.Tensor
+    window_v: torch.Tensor
     window_rank: torch.Tensor
     sink_filled: torch.Tensor
     tokens: torch.Tensor
@@ -36,8 +36,8 @@ class LinearState:
         B, _, G, d = k.shape
         return cls(
             state=k.new_zeros(B, G, features, d + sums, dtype=torch.float32),
-            near_k=k.new_zeros(B, G, sinks + window, d),
-            near_v=v.new_zeros(B, G, sinks + window, d),
+            window_k=k.new_zeros(B, G, sinks + window, d),
+            window_v=v.new_zeros(B, G, sinks + window, d),
             window_rank=k.new_full((B, window), -1, dtype=torch.long),
             sink_filled=k.new_zeros(B, sinks, dtype=torch.bool),
             tokens=k.new_zeros(B, dtype=torch.long),

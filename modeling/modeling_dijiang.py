@@ -27,7 +27,9 @@ from .transformers_compat import CACHE_NAME, is_paged, one_cache, refuse_unknown
 
 # transformers 5.9 copies out of a checkpoint in a folder only the files that this one imports, so all others are named here
 # isort: split
+from .decode_step import StepWeights  # noqa: F401
 from .decode_step_native import native_step  # noqa: F401
+from .decode_step_native_source import SOURCE as STEP_SOURCE  # noqa: F401
 from .decode_step_triton import triton_step  # noqa: F401
 from .exponential_maps import ExponentialMap  # noqa: F401
 from .feature_maps import build_feature_map  # noqa: F401
@@ -39,6 +41,7 @@ from .linear_attention_native import native_is_usable  # noqa: F401
 from .linear_attention_native_source import SOURCE  # noqa: F401
 from .linear_state import LinearState  # noqa: F401
 from .native_build import load_library  # noqa: F401
+from .optional_kernel import OptionalKernel  # noqa: F401
 from .simple_maps import Identity  # noqa: F401
 from .window_attention import near_and_far_attention  # noqa: F401
 from .window_attention_flex import near_and_far  # noqa: F401

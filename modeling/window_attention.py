@@ -104,8 +104,8 @@ def near_and_far_attention(
 
 def merge_step(
     q: torch.Tensor,
-    near_k: torch.Tensor,
-    near_v: torch.Tensor,
+    window_k: torch.Tensor,
+    window_v: torch.Tensor,
     far: torch.Tensor,
     far_sum: torch.Tensor,
     far_log_scale: torch.Tensor,
@@ -116,16 +116,16 @@ def merge_step(
     `near_and_far_attention` of one query to a list of keys, all of them visible: the step of decoding.
 
     Args:
-        q: (B, 1, H, d); near_k, near_v: (B, G, N, d), sinks and window; the rest as `near_and_far_attention`.
+        q: (B, 1, H, d); window_k, window_v: (B, G, N, d), sinks and window; the rest as `near_and_far_attention`.
 
     Returns:
         (B, 1, H, d) float32.
     """
-    (B, _, H, d), G = q.shape, near_k.shape[1]
+    (B, _, H, d), G = q.shape, window_k.shape[1]
     R = H // G
     far_sum = far_sum.clamp_min(TINY)
-    scores = torch.bmm((q.float() * scale).view(B * G, R, d), near_k.flatten(0, 1).float().transpose(1, 2))
+    scores = torch.bmm((q.float() * scale).view(B * G, R, d), window_k.flatten(0, 1).float().transpose(1, 2))
     far_score = (far_sum.log() + far_log_scale).view(B * G, R, 1)
     weights = torch.cat((scores, far_score), dim=-1).softmax(dim=-1)
-    near = torch.bmm(weights[..., :-1], near_v.flatten(0, 1).float()).view(B, 1, H, d)
+    near = torch.bmm(weights[..., :-1], window_v.flatten(0, 1).float()).view(B, 1, H, d)
     return torch.addcmul(near, far, weights[..., -1].reshape(B, 1, H, 1) / far_sum.unsqueeze(-1))

@@ -10,20 +10,15 @@ import functools
 import torch
 from torch.nn.attention.flex_attention import create_block_mask as plain_block_mask
 from torch.nn.attention.flex_attention import flex_attention
-from transformers.utils import logging
 
 from .linear_attention import TINY
+from .optional_kernel import OptionalKernel
 from .window_attention import BLOCK_SIZE, HIDDEN, near_and_far_attention
-
-logger = logging.get_logger(__name__)
 
 # narrowest window that FlexAttention is used for: it computes tiles of 128 keys, whatever a query sees of them (by reading,
 # not measured)
 FLEX_FROM = 16
-# whether it is used at all; for a program that has measured otherwise on its machine
-use_flex = True
-# filled by the first failure, after which FlexAttention is not tried again
-flex_is_broken: list[Exception] = []
+kernel = OptionalKernel("FlexAttention", work="window attention runs", fallback="in blocks")
 
 
 @functools.cache
@@ -107,15 +102,7 @@ def near_and_far(q, *args, **options) -> torch.Tensor:
         return own_key_attention(q, *args, **options)
     # a few queries are not worth a compilation for their number
     few = q.shape[1] <= BLOCK_SIZE or args[0].shape[1] - q.shape[1] < FLEX_FROM
-    if not (q.is_cuda and use_flex) or few or torch.compiler.is_compiling() or flex_is_broken:
+    if not q.is_cuda or few or torch.compiler.is_compiling() or not kernel.usable:
         return near_and_far_attention(q, *args, **options)
-    try:
-        result = flex_near_and_far(q, *args, **options)
-        logger.info_once("window attention runs on FlexAttention")
-        return result
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # it is young, and depends on the compiler and the driver found
-        flex_is_broken.append(error)
-        logger.warning_once(f"window attention runs in blocks: FlexAttention fails here ({type(error).__name__}: {error})")
-        return near_and_far_attention(q, *args, **options)
+    result = kernel.run(lambda: flex_near_and_far(q, *args, **options))
+    return near_and_far_attention(q, *args, **options) if result is None else result

@@ -224,7 +224,7 @@ def decode(layer, qkv, start: int, end: int, state):
 
 
 def assert_same_state(found, expected, name: str, tolerance: float = 2e-5) -> None:
-    for part in ("state", "near_k", "near_v"):
+    for part in ("state", "window_k", "window_v"):
         if getattr(expected, part).numel():
             assert_close(getattr(found, part), getattr(expected, part), f"{name}: {part}", tolerance)
     for part in ("tokens", "sink_filled", "seen", "settled"):

@@ -4,8 +4,7 @@ import pytest
 import torch
 from dijiang_testing.model_checks import DECAYS, WINDOWS, assert_close, tiny_model
 
-from dijiang.modeling import decode_step_native as native_step
-from dijiang.modeling import native_build
+from dijiang.modeling import decode_step_native, native_build
 
 needs_compiler = pytest.mark.skipif(native_build.find_compiler() is None, reason="no C compiler")
 MAPS_IN_C = ("wdcf", "ldcf", "wpff", "pff", "prf", "hedgehog")
@@ -40,31 +39,31 @@ def test_step_in_c_equals_the_step_in_torch(name, decay, window, dtype, monkeypa
     for seed, more in enumerate(({}, {"feature_pairs": False, "key_scale": False, "scale_features": False})):
         layer, token, state = settled_layer(dtype, B=2 + seed, seed=seed, **settings, **more)
         before = [x.clone() for x in state.tensors()]
-        found, new = native_step.native_step(layer, *token, state)
+        o, new = layer.fused_step(*token, state)
         assert all(torch.equal(x, y) for x, y in zip(before, state.tensors(), strict=True))
         with monkeypatch.context() as patch:
-            patch.setattr(native_step, "step_function", lambda: None)
+            patch.setattr(decode_step_native, "step_function", lambda: None)
             expected, expected_new = layer.attend_step(*token, state)
-        assert_close(found, expected, "o", tolerance=1e-5)
-        for name_, x in vars(expected_new).items():
-            y = getattr(new, name_)
-            if isinstance(x, torch.Tensor) and x.numel():
-                assert_close(y.float(), x.float(), name_, tolerance=1e-5)
-            elif not isinstance(x, torch.Tensor):
-                assert x == y, name_
+        assert_close(o, expected, "o", tolerance=1e-5)
+        for field, value in vars(expected_new).items():
+            new_value = getattr(new, field)
+            if isinstance(value, torch.Tensor) and value.numel():
+                assert_close(new_value.float(), value.float(), field, tolerance=1e-5)
+            elif not isinstance(value, torch.Tensor):
+                assert value == new_value, field
 
 
 @needs_compiler
 @torch.no_grad()
-def test_exponential_activation_is_clamped_alike(monkeypatch):
+def test_exponential_activation_is_clamped_as_in_torch(monkeypatch):
     layer, token, state = settled_layer(feature_activation="exp")
     layer.key_scale.bias += 100.0
     token = tuple(x * 40 for x in token)
-    found, new = native_step.native_step(layer, *token, state)
-    monkeypatch.setattr(native_step, "step_function", lambda: None)
+    o, new = layer.fused_step(*token, state)
+    monkeypatch.setattr(decode_step_native, "step_function", lambda: None)
     expected, expected_new = layer.attend_step(*token, state)
     assert torch.isfinite(expected).all()
-    assert_close(found, expected, "o", tolerance=1e-5)
+    assert_close(o, expected, "o", tolerance=1e-5)
     assert_close(new.state, expected_new.state, "state", tolerance=1e-5)
 
 
@@ -74,8 +73,8 @@ def test_exponential_activation_is_clamped_alike(monkeypatch):
 def test_what_c_cannot_do_is_left_to_torch(settings):
     layer, token, state = settled_layer(**settings)
     with torch.no_grad():
-        assert native_step.native_step(layer, *token, state) is None
+        assert layer.fused_step(*token, state) is None
     layer, token, state = settled_layer()
-    assert native_step.native_step(layer, *token, state) is None  # gradients are wanted
+    assert layer.fused_step(*token, state) is None  # gradients are wanted
     with torch.no_grad():
-        assert native_step.native_step(layer.half(), *(x.half() for x in token), state) is None
+        assert layer.half().fused_step(*(x.half() for x in token), state) is None

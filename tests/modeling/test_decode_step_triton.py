@@ -19,7 +19,7 @@ import pytest
 import torch
 from dijiang_testing.model_checks import DECAYS, WINDOWS, random_ids, tiny_model
 
-from dijiang.modeling import decode_step_triton as triton_step
+from dijiang.modeling import decode_step_triton, optional_kernel
 
 MAPS_IN_TRITON = ("wdcf", "ldcf", "wpff", "pff", "prf", "hedgehog")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,11 +63,11 @@ def errors(*, reorder=None, tile=None, loud=False, **run) -> dict[str, float]:
         tokens = [tuple(x * 40 for x in token) for token in tokens]
     found_state = expected_state = state
     found, expected = [], []
-    with patch.object(triton_step, "TILE", tile) if tile else nullcontext():
+    with patch.object(decode_step_triton, "TILE", tile) if tile else nullcontext():
         for token in tokens:
             before = [x.clone() for x in found_state.tensors()]
-            result = triton_step.triton_step(layer, *token, found_state)
-            assert result is not None, triton_step.step_is_broken
+            result = decode_step_triton.triton_step(layer.step_weights(), *token, found_state)
+            assert result is not None, decode_step_triton.kernel.failure
             assert all(map(torch.equal, before, found_state.tensors())), "the old state has changed"
             with torch_only():
                 o, expected_state = layer.attend_step(*token, expected_state)
@@ -85,7 +85,7 @@ def errors(*, reorder=None, tile=None, loud=False, **run) -> dict[str, float]:
             pairs[name] = (y, x)
         else:
             assert x == y, name
-    for name in ("near_k", "near_v", "tokens"):
+    for name in ("window_k", "window_v", "tokens"):
         assert torch.equal(*pairs.pop(name)), name
     assert all(torch.isfinite(x).all() for x in pairs["o"]) and pairs["o"][0].dtype == torch.float32
     return {
@@ -148,7 +148,7 @@ def generated(device: str = "cpu") -> dict[str, list]:
     model = tiny_model(num_attention_heads=2, num_key_value_heads=1, decay="learned").to(device)
     ids = random_ids(2, 15).to(device)
     options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False}
-    with patch.object(triton_step, "launch", wraps=triton_step.launch) as launch:
+    with patch.object(decode_step_triton, "launch", wraps=decode_step_triton.launch) as launch:
         found = model.generate(ids, **options)
     with torch_only():
         expected = model.generate(ids, **options)
@@ -180,14 +180,15 @@ def test_equals_the_step_in_torch():
 
 
 def test_where_the_kernel_does_not_apply(monkeypatch):
-    monkeypatch.setattr(triton_step, "missing", "")
-    monkeypatch.setattr(triton_step, "launch", lambda *args: "launched")
+    monkeypatch.setattr(decode_step_triton, "missing", "")
+    monkeypatch.setattr(decode_step_triton, "launch", lambda *args: "launched")
+    monkeypatch.setattr("dijiang.modeling.linear_attention_layer.native_step", lambda *args: None)
     monkeypatch.delenv("DIJIANG_NATIVE", raising=False)
 
     def found(settings=None, change=lambda layer: None, **options):
         layer, state, (token,) = settled_layer(**{"dtype": torch.float32, "settings": settings} | options)
         change(layer)
-        return triton_step.triton_step(layer, *token, state)
+        return layer.fused_step(*token, state)
 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with torch.no_grad():
@@ -212,7 +213,7 @@ def test_offloaded_weights_are_left_to_torch():
     layer, state, (token,) = settled_layer(dtype=torch.float32)
     layer.key_scale.to("meta")
     with torch.no_grad():
-        assert triton_step.launch(layer, *token, state) is None
+        assert decode_step_triton.launch(layer.step_weights(), *token, state) is None
 
 
 @torch.no_grad()
@@ -223,9 +224,10 @@ def test_a_failure_is_logged_once_and_torch_takes_over(monkeypatch):
         calls.append(args)
         raise RuntimeError("no ptxas")
 
-    for name, value in {"missing": "", "launch": fails, "step_is_broken": []}.items():
-        monkeypatch.setattr(triton_step, name, value)
-    monkeypatch.setattr(triton_step.logger, "warning_once", lines.append)
+    for name, value in {"missing": "", "launch": fails}.items():
+        monkeypatch.setattr(decode_step_triton, name, value)
+    monkeypatch.setattr(decode_step_triton.kernel, "failure", None)
+    monkeypatch.setattr(optional_kernel.logger, "warning_once", lines.append)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delenv("DIJIANG_NATIVE", raising=False)
     layer, state, (token,) = settled_layer(dtype=torch.float32)
@@ -236,8 +238,8 @@ def test_a_failure_is_logged_once_and_torch_takes_over(monkeypatch):
     def is_full(*args):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(triton_step, "launch", is_full)
-    monkeypatch.setattr(triton_step, "step_is_broken", [])
+    monkeypatch.setattr(decode_step_triton, "launch", is_full)
+    monkeypatch.setattr(decode_step_triton.kernel, "failure", None)
     with pytest.raises(torch.OutOfMemoryError):
         layer.attend_step(*token, state)
 
@@ -247,11 +249,11 @@ def test_a_failure_is_logged_once_and_torch_takes_over(monkeypatch):
     "d, m, N", [(8, 11, 0), (64, 64, 68), (80, 512, 1), (128, 128, 68), (256, 512, 68), (256, 1024, 2000)]
 )
 def test_launch_sizes_cover_everything(B, H, d, m, N):
-    sizes = triton_step.launch_sizes(B, H, d, m, N)
+    sizes = decode_step_triton.launch_sizes(B, H, d, m, N)
     assert all(x & (x - 1) == 0 for x in sizes.values())
     assert sizes["BM"] * sizes["NB"] >= m and sizes["BD"] >= d and sizes["BV"] <= sizes["BD"]
-    assert max(sizes["BM"], sizes["BN"] / 2, 16) * sizes["BD"] <= triton_step.TILE
-    assert B * H * -(-d // sizes["BV"]) >= triton_step.PROGRAMS or sizes["BV"] == triton_step.SMALLEST_SLICE
+    assert max(sizes["BM"], sizes["BN"] / 2, 16) * sizes["BD"] <= decode_step_triton.TILE
+    assert B * H * -(-d // sizes["BV"]) >= decode_step_triton.PROGRAMS or sizes["BV"] == decode_step_triton.SMALLEST_SLICE
 
 
 # exp is an approximation there
@@ -295,7 +297,7 @@ def test_captured_as_a_cuda_graph():
     start = state.map(torch.clone)
 
     def step():
-        o, new = triton_step.triton_step(layer, *token, state)
+        o, new = decode_step_triton.triton_step(layer.step_weights(), *token, state)
         for old, x in zip(state.tensors(), new.tensors(), strict=True):
             if old is not x:
                 old.copy_(x)
