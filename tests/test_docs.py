@@ -1,6 +1,6 @@
 """
-The documentation: every command and snippet runs as it stands beside tiny stand-ins for what it names, every link and figure
-exists, and the site builds without warnings and asks nobody else for anything.
+The documentation: every command and snippet runs as written, with tiny stand-ins for the files and models it names; every link
+and figure exists; the site builds without warnings and fetches nothing from elsewhere.
 """
 
 import os
@@ -16,7 +16,16 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import typer
 import yaml
-from dijiang_testing.doc_commands import LAUNCHERS, ROOT, blocks, run_without_package, shell_lines, titled_blocks, write_text
+from dijiang_testing.doc_commands import (
+    LAUNCHERS,
+    ROOT,
+    blocks,
+    exit_code,
+    run_without_package,
+    shell_lines,
+    titled_blocks,
+    write_text,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -27,6 +36,7 @@ from dijiang.train.__main__ import parse_arguments
 
 DOCS = ROOT / "docs"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
+ROOT_PAGES = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")  # the hook adds them to the site
 WITH_COMMANDS = [name for name, page in PAGES.items() if any(words[0] == "dijiang" for words in shell_lines(page))]
 TEACHER = "HuggingFaceTB/SmolLM2-135M"
 STUDENT = "smollm2-recovered/distill/model"
@@ -35,7 +45,7 @@ VOCAB = 1024
 STAGE = {"tokens": 1024, "block_size": 256, "start_block_size": "null"}
 BUDGET = [f"{stage}.{key}={value}" for stage in ("align", "distill") for key, value in STAGE.items()]
 BUDGET.append("data.held_out_tokens=1024")
-# by the first words of a command: what is added to it, and which of its words are replaced, so that it takes seconds
+# words that are added to a command or replaced in it, so that it takes seconds, by its first words
 SMALLER = {
     "recover": (
         [word for setting in BUDGET for word in ("--set", setting)],
@@ -60,7 +70,7 @@ def made_smaller(words: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """In place of the common one, which knows too few words as one token for the recall tasks."""
+    """A larger tokenizer than the common one, which has too few words of one token for the recall tasks."""
     words = [f"{consonant}{vowel}" * 2 for consonant in "bcdfghjklmnpqrstvwxz" for vowel in "aeiou"]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
@@ -100,14 +110,9 @@ def stand_ins(make_source, tmp_path):
 @pytest.fixture
 def command(monkeypatch):
     """command(words): run `dijiang ...` in this process, offline; it must succeed."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def call(words: list[str]) -> None:
-        monkeypatch.setattr(sys, "argv", ["dijiang", *words])
-        try:
-            cli.main()
-        except SystemExit as end:
-            assert not end.code, words
+        assert not exit_code(words, monkeypatch), words
 
     return call
 
@@ -150,9 +155,9 @@ def test_every_shell_line_is_of_a_kind_that_is_tested():
                 assert words[:2] == ["pip", "install"]
                 assert set(re.fullmatch(r"\.\[(.+)\]", words[2])[1].split(",")) <= extras.keys()
             elif words[0] in LAUNCHERS:
-                given = parse_arguments(words[words.index("dijiang.train") + 1 :])
-                recipe = "smollm2-135m" if given.recipe == "RECIPE" else given.recipe
-                assert load_recipe(recipe, given.set).stages == ["align", "distill"]
+                arguments = parse_arguments(words[words.index("dijiang.train") + 1 :])
+                recipe = "smollm2-135m" if arguments.recipe == "RECIPE" else arguments.recipe
+                assert load_recipe(recipe, arguments.set).stages == ["align", "distill"]
             else:
                 assert words[0] == "dijiang", words
 
@@ -168,11 +173,11 @@ def test_commands_named_in_the_text_exist():
         if program == "make":
             assert f"\n{words[0]}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
             continue
-        found = root
-        while words and hasattr(found, "commands"):
-            assert words[0] in found.commands, words
-            found = found.commands[words.pop(0)]
-        options = {option for parameter in found.params for option in parameter.opts}
+        command = root
+        while words and hasattr(command, "commands"):
+            assert words[0] in command.commands, words
+            command = command.commands[words.pop(0)]
+        options = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= options, words
 
 
@@ -201,7 +206,7 @@ def test_links_and_figures_exist():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The site as `mkdocs build --strict` makes it, which fails on any warning."""
+    """The site as `mkdocs build --strict` builds it, which fails on any warning."""
     folder = tmp_path_factory.mktemp("site")
     mkdocs = Path(sys.executable).with_name("mkdocs")
     done = subprocess.run(
@@ -216,7 +221,7 @@ def site(tmp_path_factory) -> Path:
 
 
 class References(HTMLParser):
-    """What a page makes the browser fetch (`fetched`), what it links to, its ids, and styles within it."""
+    """References of a page: what the browser fetches (`fetched`), `links`, its own `ids`, and the `styles` within it."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -225,17 +230,17 @@ class References(HTMLParser):
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
-        given = dict(attributes)
+        values = dict(attributes)
         self.inside = tag
-        if "id" in given:
-            self.ids.add(given["id"])
-        if tag == "a" and given.get("href"):
-            self.links.append(given["href"])
-        elif tag == "link" and given.get("rel") not in ("canonical", "next", "prev"):
-            self.fetched.append(given["href"])
-        elif given.get("src"):
-            self.fetched.append(given["src"])
-        self.styles.append(given.get("style") or "")
+        if "id" in values:
+            self.ids.add(values["id"])
+        if tag == "a" and values.get("href"):
+            self.links.append(values["href"])
+        elif tag == "link" and values.get("rel") not in ("canonical", "next", "prev"):
+            self.fetched.append(values["href"])
+        elif values.get("src"):
+            self.fetched.append(values["src"])
+        self.styles.append(values.get("style") or "")
 
     def handle_data(self, data):
         if self.inside in ("style", "script"):
@@ -243,30 +248,32 @@ class References(HTMLParser):
 
 
 def test_site_has_every_page_and_leaves_the_hook_out(site):
-    assert {path.stem for path in site.glob("*.html")} == {*PAGES, "404"}
+    expected = {*PAGES, *(name.lower().removesuffix(".md") for name in ROOT_PAGES)}
+    assert {path.stem for path in site.glob("*.html")} == {*expected, "404"}
     assert not list(site.rglob("*.py")) and not list(site.rglob("*.pyc"))
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
-    assert {file for entry in navigation for file in entry.values()} == {f"{name}.md" for name in PAGES}
+    entries = [entry for group in navigation for entries in group.values() for entry in entries]
+    assert sorted(file for entry in entries for file in entry.values()) == sorted(f"{name}.md" for name in expected)
 
 
-def test_reading_the_site_asks_nobody_else(site):
+def test_reading_the_site_fetches_nothing_from_elsewhere(site):
     for path in site.rglob("*.html"):
-        found = References(path.read_text(encoding="utf-8"))
-        assert found.fetched
-        for reference in found.fetched:
+        page = References(path.read_text(encoding="utf-8"))
+        assert page.fetched
+        for reference in page.fetched:
             assert not urlsplit(reference).netloc, f"{path.name} fetches {reference}"
-        assert not [style for style in found.styles if re.search(r"url\(\s*['\"]?(https?:)?//|@import", style)]
-        assert "mermaid" not in found.ids and 'class="mermaid"' not in path.read_text(encoding="utf-8")
+        assert not [style for style in page.styles if re.search(r"url\(\s*['\"]?(https?:)?//|@import", style)]
+        assert "mermaid" not in page.ids and 'class="mermaid"' not in path.read_text(encoding="utf-8")
     for path in site.rglob("*.css"):
         assert not re.search(r"url\(\s*['\"]?(https?:)?//|@import", path.read_text(encoding="utf-8")), path.name
 
 
 def test_links_of_the_site_lead_somewhere(site):
     pages = {path.name: References(path.read_text(encoding="utf-8")) for path in site.glob("*.html")}
-    for name, found in pages.items():
-        if name == "404.html":  # its links are absolute: it stands for any address
+    for name, page in pages.items():
+        if name == "404.html":  # its links are absolute, since it is shown at any address
             continue
-        for link in found.links + found.fetched:
+        for link in page.links + page.fetched:
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:
                 continue
@@ -283,9 +290,26 @@ def test_results_that_pages_quote_are_part_of_the_site(site):
         assert (site / "repository" / target).read_bytes() == (ROOT / target).read_bytes()
 
 
-@pytest.mark.parametrize("room", ["modeling", "convert", "train", "evaluate"])
+@pytest.mark.parametrize("room", ["modeling", "convert", "train", "evaluate", "compress"])
 def test_api_reference_has_every_public_name(site, room):
     ids = References((site / "api.html").read_text(encoding="utf-8")).ids
     module = import_module(f"dijiang.{room}")
     documented = {name.rpartition(".")[2] for name in ids if name.startswith((f"dijiang.{room}.", "dijiang.common."))}
     assert set(module.__all__) <= documented, f"not in docs/api.md: {sorted(set(module.__all__) - documented)}"
+
+
+# --- files that hosts and package indexes read ---
+
+
+def test_citation_and_templates_are_valid_and_up_to_date():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (citation["title"], citation["version"], citation["license"]) == tuple(
+        project[key] for key in ("name", "version", "license")
+    )
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{project['version']}] - {citation['date-released']}\n" in changelog
+    for path in sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*_*.yml")):
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert {"name", "description", "body"} <= form.keys(), path.name
+        assert all(field["type"] in ("textarea", "dropdown") and field["attributes"]["label"] for field in form["body"])

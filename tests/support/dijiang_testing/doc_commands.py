@@ -1,4 +1,4 @@
-"""Commands and snippets of a Markdown page, and what runs them as they stand."""
+"""Read the commands and snippets of a Markdown page, and run them as written."""
 
 import os
 import random
@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dijiang import cli
+
 ROOT = Path(__file__).parents[3]
 LAUNCHERS = ("deepspeed", "torchrun", "accelerate")
 
 
 def blocks(page: str, language: str) -> list[str]:
-    """The fenced blocks of a language, with or without a title."""
+    """Fenced blocks of a language, with or without a title."""
     return re.findall(rf"^```{language}(?: [^\n]*)?\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
 
 
@@ -23,7 +25,7 @@ def titled_blocks(page: str) -> dict[str, str]:
 
 
 def shell_lines(page: str) -> list[list[str]]:
-    """Every line of the bash blocks as words, without comments; a backslash at its end goes on with the next."""
+    """Every line of the bash blocks as words, without comments; a backslash at its end joins it with the next."""
     text = "".join(blocks(page, "bash")).replace("\\\n", " ")
     return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
 
@@ -34,6 +36,17 @@ def run(command: list[str], folder: Path) -> str:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"{shlex.join(command)}: {done.stderr[-2000:]}"
     return done.stdout
+
+
+def exit_code(words: list[str], monkeypatch) -> int | str | None:
+    """The exit code of `dijiang ...`, run in this process and offline."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(sys, "argv", ["dijiang", *words])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 def run_without_package(snippet: str, folder: Path) -> str:
