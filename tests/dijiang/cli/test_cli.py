@@ -56,7 +56,7 @@ def test_convert(command, pair, tmp_path):
         (("--set", "decay=none", "--set", "decay=retnet"), "decay is set twice"),
         (("--set", "feature_map=wdfc"), "feature_map='wdfc' is unknown; choose one of wdcf"),
         (("--set", "attention_window=wide"), "attention_window"),
-        (("--dtype", "int8"), "dtype 'int8' is unknown; choose auto, float32"),
+        (("--dtype", "int8"), "dtype 'int8' is unknown; choose from auto, float32"),
     ],
 )
 def test_convert_with_words_that_make_no_sense(fails, pair, tmp_path, words, message):
@@ -185,7 +185,7 @@ def test_align_on_data_that_will_not_do(command, recipe, tmp_path, content, mess
         (("--set", "align"), "--set 'align' is not KEY=VALUE; write for example align.tokens=20000"),
         (("--set", "align.seed=1", "--set", "align.seed=2"), "--set gives align.seed twice; keep one of them"),
         (("--set", "run.dtype=int8"), "run.dtype is 'int8'; choose auto, bfloat16 or float32"),
-        (("--set", "run.device=abacus"), "device='abacus' is unknown; choose auto, cpu or cuda"),
+        (("--set", "run.device=abacus"), "device='abacus' is unknown; choose from auto, cpu, cuda"),
         (("--set", "align=null"), "the recipe has no section align; it has distill"),
     ],
 )
@@ -330,7 +330,7 @@ def test_a_stage_interrupted_goes_on_with_the_same_command(command, recipe, tmp_
     finally:
         process.kill()
     assert process.returncode == 130 and out == "", said
-    ending = r"dijiang: align was stopped after step (\d+) of 100, with a checkpoint; run the same command again to go on"
+    ending = r"dijiang: align was stopped after step (\d+) of 100, with a checkpoint; run the same command again to continue"
     stopped = re.fullmatch(ending, rest.splitlines()[-1])
     assert stopped and 2 <= int(stopped[1]) < 100, rest
     assert not (tmp_path / "out" / "align" / "model").exists()
