@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dijiang.checkpoint.shapes import SHAPES
-from dijiang.train.estimate.estimate import BUCKET, LEVELS, LIVE, estimate
+from dijiang.train.estimate.estimate import estimate
+from dijiang.train.estimate.stage_cost import BUCKET, LEVELS, LIVE
 from dijiang.train.recipe.load import load_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"

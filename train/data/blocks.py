@@ -41,16 +41,7 @@ def cut_sequence(
 
 
 class Phase(NamedTuple):
-    """
-    Steps with sequences of one length, each of them a part of a block.
-
-    Attributes:
-        first_sample: sample index of the first sequence.
-        samples: number of sequences.
-        length: tokens per sequence.
-        first_block: index of the first block in the order of the blocks.
-        blocks: number of blocks.
-    """
+    """Steps with sequences of one length: samples from index `first_sample` on, parts of blocks from `first_block` on."""
 
     first_sample: int
     samples: int
@@ -147,48 +138,24 @@ class TrainingBlocks(Dataset):
 
     def facts(self) -> dict:
         """Description of the text for provenance: for each source its size, how much of it is used and how often."""
-        sources = []
         counts = self.mixture.counts(self.total_blocks)
-        for source, file, blocks, count in zip(self.data.train, self.files, self.source_blocks, counts, strict=True):
-            sources.append(
-                {
-                    "source": public_source(source.path),
-                    "subset": source.subset,
-                    "split": source.split,
-                    "weight": source.weight,
-                    "documents": len(file.starts),
-                    "tokens": len(file),
-                    "fingerprint": file.fingerprint,
-                    "blocks": blocks,
-                    "blocks_used": min(count, blocks),
-                    "epochs": count / blocks,
-                    "skipped": file.skipped,
-                }
-            )
+        sources = [
+            {
+                "source": public_source(source.path),
+                "subset": source.subset,
+                "split": source.split,
+                "weight": source.weight,
+                "documents": len(file.starts),
+                "tokens": len(file),
+                "fingerprint": file.fingerprint,
+                "blocks": blocks,
+                "blocks_used": min(count, blocks),
+                "epochs": count / blocks,
+                "skipped": file.skipped,
+            }
+            for source, file, blocks, count in zip(self.data.train, self.files, self.source_blocks, counts, strict=True)
+        ]
         return {"sources": sources}
-
-
-class HeldOutBlocks(Dataset):
-    """
-    Blocks of held-out text; items are as those of TrainingBlocks.
-
-    Args:
-        blocks: (file, number of its first token) of each block.
-        block_size: tokens per block.
-        respect_documents: as in DataConfig.
-    """
-
-    def __init__(self, blocks: Sequence[tuple[TokenFile, int]], block_size: int, respect_documents: bool):
-        self.blocks = blocks
-        self.block_size = block_size
-        self.respect_documents = respect_documents
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        settings = {"respect_documents": self.respect_documents, "sample_index": index}
-        return cut_sequence(*self.blocks[index], self.block_size, **settings)
 
 
 def training_blocks(data: DataConfig, stage: StageConfig, tokenizer, *, progress: bool) -> TrainingBlocks:
@@ -208,10 +175,10 @@ def training_blocks(data: DataConfig, stage: StageConfig, tokenizer, *, progress
     return TrainingBlocks(files, data, stage)
 
 
-def held_out_blocks(data: DataConfig, block_size: int, tokenizer, *, progress: bool) -> HeldOutBlocks | None:
+def held_out_blocks(data: DataConfig, block_size: int, tokenizer, *, progress: bool) -> list[dict[str, torch.Tensor]] | None:
     """
     Blocks of `data.held_out_tokens` held-out tokens, the same number from each source (at least one block, and all if it has
-    fewer), spread evenly over its text. None if nothing is held out.
+    fewer), spread evenly over its text; items are as those of TrainingBlocks. None if nothing is held out.
 
     Raises:
         ValueError: on text that cannot be read, does not fill one block, or is trained on as well.
@@ -220,14 +187,17 @@ def held_out_blocks(data: DataConfig, block_size: int, tokenizer, *, progress: b
         return None
     refuse_leaks(data)
     wanted = max(data.held_out_tokens // len(data.held_out) // block_size, 1)
-    chosen = []
+    items: list[dict[str, torch.Tensor]] = []
     for source in data.held_out:
         file = tokenize(source, data, tokenizer, tokens_needed=None, progress=progress)
         blocks = count_blocks(source, file, block_size)
         bounds = window_bounds(len(file), block_size, block_size)
         count = min(wanted, blocks)
-        chosen += [(file, bounds[number * blocks // count][0]) for number in range(count)]
-    return HeldOutBlocks(chosen, block_size, data.respect_documents)
+        for number in range(count):
+            first = bounds[number * blocks // count][0]
+            settings = {"respect_documents": data.respect_documents, "sample_index": len(items)}
+            items.append(cut_sequence(file, first, block_size, **settings))
+    return items
 
 
 def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -155,18 +155,8 @@ def write_tokens(
     advance: Callable[[int, int], None] = lambda tokens, documents: None,
 ) -> None:
     """
-    Write tokens.bin, starts.bin and, last, meta.json into `folder`.
-
-    Args:
-        folder: an empty folder.
-        documents: the text.
-        tokenizer: a transformers tokenizer.
-        limit: the document that completes this number of tokens is the last; None: write all.
-        fingerprint: hash to record.
-        advance: called with the number of tokens and of documents written so far.
-
-    Raises:
-        ValueError: if there is no text, or a document cannot be read.
+    Write tokens.bin, starts.bin and, last, meta.json into `folder`. The document that completes `limit` tokens is the last;
+    `advance` is called with the tokens and documents written so far. ValueError if there is no text.
     """
     highest = max(*tokenizer.get_vocab().values(), tokenizer.eos_token_id or 0)
     dtype = np.dtype("<u2" if highest < 2**16 else "<u4")

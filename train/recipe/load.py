@@ -123,16 +123,15 @@ def check_choices(recipe: Recipe) -> None:
     """Raise ValueError on a recipe without a stage, or with a conversion that `convert_model` would refuse."""
     if not recipe.stages:
         raise ValueError("it names no stage; add align, distill or both")
+    section = "convert"
     try:
         if recipe.convert.preset not in PRESETS:
             raise unknown("preset", recipe.convert.preset, PRESETS)
         dtype_named(recipe.convert.dtype)
-    except ValueError as error:
-        raise ValueError(f"convert: {error}") from None
-    try:
+        section = "convert.settings"
         check_keys(recipe.convert.settings)
     except ValueError as error:
-        raise ValueError(f"convert.settings: {error}") from None
+        raise ValueError(f"{section}: {error}") from None
 
 
 def without_idle(content: Any, idle: dict[str, str], key: str = "") -> Any:

@@ -170,15 +170,10 @@ class StageConfig:
         require_positive(self, "start_block_size")
         if self.start_block_size is not None:
             doublings = math.log2(self.block_size / self.start_block_size)
-            require(
-                doublings == int(doublings) and doublings > 0,
-                f"start_block_size={self.start_block_size} must be block_size={self.block_size} halved once or more",
-            )
-        if self.position_range is not None:
-            require(
-                self.position_range >= self.block_size,
-                f"position_range={self.position_range} must be at least block_size={self.block_size}",
-            )
+            sizes = f"start_block_size={self.start_block_size} must be block_size={self.block_size}"
+            require(doublings == int(doublings) and doublings > 0, f"{sizes} halved once or more")
+        if self.position_range is not None and self.position_range < self.block_size:
+            raise ValueError(f"position_range={self.position_range} must be at least block_size={self.block_size}")
         least = self.batch_size * self.block_size * len(self.sequence_lengths)
         require(self.tokens >= least, f"tokens={self.tokens} is less than one step of each sequence length, {least} in all")
 
@@ -295,10 +290,8 @@ class DistillConfig(StageConfig):
         )
         require_not_negative(self, "lora_rank", "kl_weight", "ce_weight", "teacher_top_k")
         require(self.kl_weight + self.ce_weight > 0, "kl_weight and ce_weight are both 0: no loss is left")
-        require(
-            not (self.teacher_top_k and self.start_block_size),
-            "teacher_top_k is kept for one length of sequences; leave start_block_size out",
-        )
+        one_length = not (self.teacher_top_k and self.start_block_size)
+        require(one_length, "teacher_top_k is kept for one length of sequences; leave start_block_size out")
         adaptable = self.trains != "kernel"
         require(adaptable or not self.lora_rank, f"lora_rank={self.lora_rank} needs trains=attention or all, not kernel")
         require(self.lora_alpha is None or self.lora_rank > 0, f"lora_alpha={self.lora_alpha} needs lora_rank of at least 1")
