@@ -1,1 +1,1 @@
-"""Error of the feature maps as estimates of the softmax kernel."""
+"""Error of the feature maps as estimates of the softmax kernel exp(q.k)."""

@@ -1,8 +1,8 @@
 """
-Frequencies of the feature maps that the kernel study compares, and weights fitted to their features.
+Frequencies of the feature maps that the study compares, and weights fitted to their features.
 
 d head size, m features. A map is a matrix of frequencies omega (m, d), float64; its features are exp(omega_r.x - |x|^2 / 2)
-(arXiv 2403.19928, equation 5), and sum_r w_r phi_r(q) phi_r(k) stands in for exp(q.k), w_r = 1 / m unless fitted.
+(arXiv 2403.19928, equation 5), and sum_r w_r phi_r(q) phi_r(k) estimates exp(q.k), with w_r = 1 / m unless fitted.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from scipy.stats import qmc
 
 from dijiang.modeling.frequency import frequency_matrix, low_discrepancy, orthogonal_rows, radii
 
-EDGE = 1e-6  # uniform points keep this far from 0 and 1, whose quantiles are infinite
-# of each coordinate in the quality of a lattice: alike, since no direction stands out, and small, so that pairs matter most
+EDGE = 1e-6  # distance of uniform points from 0 and 1, whose quantiles are infinite
+# in the quality of a lattice: the same for all coordinates, and small, so that pairs of coordinates matter most
 COORDINATE_WEIGHT = 0.01
 LEARNING_RATE, STEPS = 0.05, 300
 
@@ -43,13 +43,14 @@ def lattice(count: int, dim: int, seed: int) -> np.ndarray:
 def lattice_vector(count: int, dim: int) -> np.ndarray:
     """
     Generating vector z (dim,) int64 of a rank-1 lattice, built component by component so that each new entry has the least
-    worst-case error (the P_2 criterion) beside the entries before it.
+    worst-case error (the P_2 criterion) together with the previous entries.
     """
-    units = np.array([z for z in range(1, max(count // 2, 1) + 1) if np.gcd(z, count) == 1])  # z and count - z do the same
+    units = np.array([z for z in range(1, max(count // 2, 1) + 1) if np.gcd(z, count) == 1])  # z and count - z are equivalent
     x = np.arange(count) / count
     bernoulli = 2 * np.pi**2 * (x * x - x + 1 / 6)
     candidates = bernoulli[units[:, None] * np.arange(count) % count]
-    product, vector = np.ones(count), []
+    product = np.ones(count)
+    vector = []
     for _ in range(dim):
         best = (candidates @ product).argmin()
         vector.append(units[best])
@@ -58,18 +59,18 @@ def lattice_vector(count: int, dim: int) -> np.ndarray:
 
 
 def random_frequencies(m: int, d: int, seed: int) -> np.ndarray:
-    """Independent rows of N(0, I_d), those of PRF."""
+    """Frequencies of PRF: independent rows of N(0, I_d)."""
     return np.random.default_rng(seed).standard_normal((m, d))
 
 
 def orthogonal_frequencies(m: int, d: int, seed: int) -> np.ndarray:
-    """Blocks of d orthogonal directions with independent radii, so that each row alone is N(0, I_d) (arXiv 2009.14794)."""
+    """Blocks of d orthogonal directions with independent radii, so that each row is N(0, I_d) (arXiv 2009.14794)."""
     radius = np.linalg.norm(np.random.default_rng(seed).standard_normal((m, d)), axis=1)
     return radius[:, None] * orthogonal_rows(m, d, seed).numpy()
 
 
 def pff_frequencies(points: Callable, law: str) -> Callable[[int, int, int], np.ndarray]:
-    """Those of PFF and WPFF: of d + 1 coordinates of each of `points`, one gives the radius, the others the direction."""
+    """Frequencies of PFF and WPFF: the first of d + 1 coordinates of a point gives the radius, the others the direction."""
 
     def frequencies(m: int, d: int, seed: int) -> np.ndarray:
         uniform = points(m, d + 1, seed)
@@ -81,7 +82,7 @@ def pff_frequencies(points: Callable, law: str) -> Callable[[int, int, int], np.
 
 
 def wdcf_frequencies(law: str) -> Callable[[int, int, int], np.ndarray]:
-    """Those of WDCF: rows of the package's DCT matrix times Sobol radii, here with random signs that change with the seed."""
+    """Frequencies of WDCF: rows of the package's DCT matrix times Sobol radii, here with random signs that follow the seed."""
 
     def frequencies(m: int, d: int, seed: int) -> np.ndarray:
         signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=d)
@@ -102,14 +103,14 @@ WEIGHTED = ("pff-sobol-chi", "pff-sobol-normal", "wdcf-chi", "wdcf-normal")  # t
 
 
 def features(x: np.ndarray, omega: np.ndarray, log_scale: np.ndarray | float = 0.0) -> np.ndarray:
-    """exp(omega_r.x - |x|^2 / 2 + log_scale) of rows x (n, d), log_scale (n,): (n, m)."""
+    """Features exp(omega_r.x - |x|^2 / 2 + log_scale), (n, m), of rows x (n, d) with log_scale (n,)."""
     return np.exp(x @ omega.T + (log_scale - np.square(x).sum(1) / 2)[:, None])
 
 
 def estimate(
     q: np.ndarray, k: np.ndarray, omega: np.ndarray, weights: np.ndarray | None = None, log_scale: np.ndarray | float = 0.0
 ) -> np.ndarray:
-    """exp(q.k + log_scale) by the features of omega (m, d), (n, T), for log_scale (n,) and weights (m,), default equal."""
+    """Estimate (n, T) of exp(q.k + log_scale) by the features of omega (m, d); log_scale (n,), weights (m,) or equal ones."""
     weights = np.full(len(omega), 1 / len(omega)) if weights is None else weights
     return features(q, omega, log_scale) * weights @ features(k, omega).T
 
@@ -131,23 +132,26 @@ def best_weights(G: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The non-negative weights (m,) of least squared error."""
     size = np.sqrt(np.diag(G))
     values, vectors = np.linalg.eigh(G / np.outer(size, size))
-    kept = values > 1e-13 * values[-1]
-    root = np.sqrt(values[kept])
-    solution, _ = nnls(root[:, None] * vectors[:, kept].T, vectors[:, kept].T @ (b / size) / root)
+    large = values > 1e-13 * values[-1]
+    root = np.sqrt(values[large])
+    solution, _ = nnls(root[:, None] * vectors[:, large].T, vectors[:, large].T @ (b / size) / root)
     return solution / size
 
 
 def learnt_weights(G: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Weights (m,) that gradient descent (Adam) on their logarithms reaches from equal ones; the best it passes through."""
+    """The best weights (m,) on the path of Adam on their logarithms, from equal ones; torch's Adam takes ten times as long."""
     best = weights = np.full(len(b), 1 / len(b))
-    log_weights, best_error = np.log(weights), np.inf
+    best_error = np.inf
+    log_weights = np.log(weights)
     mean = spread = np.zeros(len(b))
     for step in range(1, STEPS + 1):
         image = G @ weights
         if (error := weights @ (image - 2 * b)) < best_error:
-            best, best_error = weights, error
+            best = weights
+            best_error = error
         gradient = 2 * weights * (image - b)
-        mean, spread = 0.9 * mean + 0.1 * gradient, 0.999 * spread + 0.001 * gradient**2
+        mean = 0.9 * mean + 0.1 * gradient
+        spread = 0.999 * spread + 0.001 * gradient**2
         log_weights = log_weights - LEARNING_RATE * mean / (1 - 0.9**step) / (np.sqrt(spread / (1 - 0.999**step)) + 1e-30)
         weights = np.exp(log_weights)
     return best
