@@ -64,12 +64,7 @@ def phases_of(stage: StageConfig) -> list[Phase]:
 
 
 def count_blocks(source: SourceConfig, file: TokenFile, block_size: int) -> int:
-    """
-    The number of whole blocks in the tokens of a source.
-
-    Raises:
-        ValueError: if the tokens do not fill one block.
-    """
+    """The number of whole blocks in the tokens of a source; ValueError if they do not fill one."""
     if len(file) < block_size:
         raise ValueError(
             f"{source.path}: {len(file):,} tokens do not fill one block of {block_size:,}; "

@@ -32,12 +32,7 @@ class BadRecords:
         self.first: dict[str, str] = {}
 
     def report(self, kind: str, where: str, cure: str, detail: str = "") -> None:
-        """
-        Count a bad record, or refuse it.
-
-        Raises:
-            ValueError: if the policy is `error`.
-        """
+        """Count a bad record, or raise ValueError if the policy is `error`."""
         if self.policy == "error":
             raise ValueError(f"{where}: {kind}{f' ({detail})' if detail else ''}; {cure}, or set bad_records to skip")
         self.count(kind, where)
@@ -48,12 +43,7 @@ class BadRecords:
         self.first.setdefault(kind, where)
 
     def accepts(self, text, where: str) -> bool:
-        """
-        Whether `text` is a string that is not blank; if it is not, report or count it.
-
-        Raises:
-            ValueError: on a value of another type, if the policy is `error`.
-        """
+        """Whether `text` is a string that is not blank; count a null or blank one, and `report` anything else."""
         if text is None or (isinstance(text, str) and not text.strip()):
             self.count(BLANK, where)
         elif not isinstance(text, str):

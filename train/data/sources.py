@@ -70,12 +70,7 @@ def public_source(path: str) -> str:
 
 
 def refuse_leaks(data: DataConfig) -> None:
-    """
-    Refuse text that is both trained on and held out.
-
-    Raises:
-        ValueError: if a file, or a split of a hub data set, is both trained on and held out.
-    """
+    """Raise ValueError if a file, or a split of a hub data set, is both trained on and held out."""
     trained = {identity: name for source in data.train for identity, name in identities(source)}
     for source in data.held_out:
         for identity, name in identities(source):
@@ -95,11 +90,8 @@ def identities(source: SourceConfig) -> list[tuple[tuple, str]]:
 
 def hub_rows(source: SourceConfig, revision: str | None) -> Iterator[dict]:
     """
-    The rows of a hub data set, as they arrive.
-
-    Raises:
-        ValueError: if it cannot be read, or reading breaks off. That is never a bad record, because the rest of the text would
-            be lost.
+    The rows of a hub data set, as they arrive. A data set that cannot be read to its end is a ValueError and never a bad
+    record, because the rest of the text would be lost.
     """
     try:
         import datasets
@@ -140,7 +132,8 @@ class Documents:
     """
 
     def __init__(self, source: SourceConfig, bad_records: str):
-        self.source, self.policy = source, bad_records
+        self.source = source
+        self.policy = bad_records
         self.files = local_files(source.path)
         self.bad = BadRecords(bad_records)
 

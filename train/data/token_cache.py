@@ -108,12 +108,7 @@ def tokenize(source: SourceConfig, data: DataConfig, tokenizer, *, tokens_needed
 
 
 def tokenized_source(folder: Path, tokenizer) -> TokenFile:
-    """
-    The tokens in `folder`, which the user named as a source.
-
-    Raises:
-        ValueError: if they are damaged, or not those of `tokenizer`.
-    """
+    """The tokens in `folder`, which the user named as a source; ValueError if they are damaged or not those of `tokenizer`."""
     try:
         file = TokenFile(folder)
     except (OSError, ValueError, KeyError) as error:
@@ -203,13 +198,14 @@ def tokenized_pieces(documents: Documents, tokenizer) -> Iterator[tuple[list[int
             characters += len(piece[0])
             if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_TEXTS:
                 yield from tokenized_batch(batch, tokenizer)
-                batch, characters = [], 0
+                batch = []
+                characters = 0
     if batch:
         yield from tokenized_batch(batch, tokenizer)
 
 
 def tokenized_batch(batch: list[tuple[str, bool]], tokenizer) -> Iterator[tuple[list[int], bool]]:
-    # verbose, it would warn about texts longer than the context of the model, although they are cut into blocks later
+    # verbose, it would warn about texts longer than the context of the model, but they are cut into blocks later
     ids = tokenizer([text for text, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]
     return zip(ids, (complete for _, complete in batch), strict=True)
 
@@ -221,9 +217,10 @@ def pieces(text: str) -> Iterator[tuple[str, bool]]:
     """
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
-        near, far = start + PIECE_CHARACTERS // 2, start + PIECE_CHARACTERS
-        match = LINE_END.search(text, near, far) or WORD_END.search(text, near, far)
-        cut = match.end() if match else far
+        end = start + PIECE_CHARACTERS
+        middle = start + PIECE_CHARACTERS // 2
+        match = LINE_END.search(text, middle, end) or WORD_END.search(text, middle, end)
+        cut = match.end() if match else end
         yield text[start:cut], False
         start = cut
     yield text[start:], True

@@ -65,20 +65,15 @@ def load_recipe(path_or_name: str | Path, sets: Sequence[str] = (), *, stored: b
 
 def dump_recipe(recipe: Recipe) -> str:
     """Write a recipe as YAML for `load_recipe`, with all defaults but without keys that have no effect."""
-    content, idle = dataclasses.asdict(recipe), without_effect(recipe)
-    return yaml.safe_dump(without_idle(content, idle), sort_keys=False, allow_unicode=True, width=1000)
+    content = without_idle(dataclasses.asdict(recipe), without_effect(recipe))
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def differences(a: Recipe, b: Recipe, ignore: Sequence[str] = NOT_LEARNED) -> list[str]:
     """
-    List the dotted keys in which two recipes differ, such as `align.tokens` or `data.train.0.path`.
-
-    A list of another length, or a stage that only one of them has, counts as one key.
-
-    Args:
-        a: one recipe.
-        b: the other.
-        ignore: keys to leave out, with all keys below them. Keys that have no effect in either recipe are left out too.
+    List the dotted keys in which two recipes differ, such as `align.tokens` or `data.train.0.path`. A list of another length,
+    or a stage that only one of them has, counts as one key. Keys in `ignore`, keys below them and keys that have no effect in
+    either recipe are left out.
     """
     idle = without_effect(a).keys() & without_effect(b).keys()
 
@@ -105,7 +100,8 @@ def bundled_recipes() -> dict[str, Any]:
 
 def read_recipe(path_or_name: str | Path) -> str:
     """The text of a recipe, see `load_recipe`."""
-    path, name = Path(path_or_name).expanduser(), str(path_or_name)
+    path = Path(path_or_name).expanduser()
+    name = str(path_or_name)
     try:
         if not path.exists() and (file := bundled_recipes().get(name)) is not None:
             path = file

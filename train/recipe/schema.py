@@ -4,7 +4,14 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from dijiang.common.settings import require, require_at_least, require_between, require_not_negative, require_positive
+from dijiang.common.settings import (
+    accepts_former_names,
+    require,
+    require_at_least,
+    require_between,
+    require_not_negative,
+    require_positive,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,6 +216,7 @@ class StageConfig:
         return self.tokens_after(self.steps)
 
 
+@accepts_former_names
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AlignConfig(StageConfig):
     """

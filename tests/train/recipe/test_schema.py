@@ -3,6 +3,8 @@
 import pytest
 from dijiang_testing.recipes import ALIGN, DATA, HEAD, SMALL
 
+from dijiang.train import AlignConfig
+
 
 @pytest.mark.parametrize(
     ("text", "message"),
@@ -24,3 +26,8 @@ from dijiang_testing.recipes import ALIGN, DATA, HEAD, SMALL
 )
 def test_values_that_make_no_sense(complains, text, message):
     complains(text, message)
+
+
+def test_a_former_name_still_works_in_the_constructor():
+    with pytest.warns(FutureWarning, match=r"^quiet is now called branch_scale_offset"):
+        assert AlignConfig(quiet=0.25) == AlignConfig(branch_scale_offset=0.25)
