@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) on a student's matrices, through peft, and the plain weights they amount to."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on a student's matrices, through peft, and their merged weights."""
 
 from collections.abc import Iterable, Mapping
 
@@ -6,14 +6,21 @@ import torch
 
 from dijiang.modeling import DiJiangForCausalLM
 
-ADAPTER = "default"  # peft's own name of the first adapter
+ADAPTER = "default"  # peft's name of the first adapter
 DOWN, UP = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 
 
 def add_adapters(student: DiJiangForCausalLM, modules: Iterable[str], rank: int, alpha: float, seed: int = 0) -> None:
     """
-    Put an adapter beside each of `modules`, names of linear layers in `student`, which stays a `DiJiangForCausalLM`. Adapters
-    are float32 and start at a change of 0; their other half is drawn from `seed`. All other parameters are frozen.
+    Add an adapter to each of `modules`. The student stays a `DiJiangForCausalLM`. Adapters are float32 and change nothing at
+    first; all other parameters are frozen.
+
+    Args:
+        student: the model.
+        modules: names of linear layers in it.
+        rank: of the adapters.
+        alpha: adapters are scaled by alpha / rank.
+        seed: of the half of each adapter that does not start at 0.
 
     Raises:
         ValueError: if peft is not installed.
@@ -35,20 +42,21 @@ def add_adapters(student: DiJiangForCausalLM, modules: Iterable[str], rank: int,
 
 def merged_state(student: DiJiangForCausalLM, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """
-    What training has changed, by the names of a checkpoint: the parameters that train, and the matrices that have an adapter
-    with it merged, in float32.
+    What training has changed, by the names of a checkpoint: the parameters that train, and the matrices that have an adapter,
+    merged with it in float32.
 
     Args:
-        state: by name, the values of the student's parameters, where the student itself holds only shards of them.
+        student: the trained model.
+        state: by name, the values of the student's parameters, if the student itself holds only shards of them.
     """
     values = dict(student.named_parameters()) if state is None else state
-    found = {}
+    merged = {}
     for name, parameter in student.named_parameters():
         if name.endswith(DOWN):
             module = name.removesuffix(DOWN)
             scale = student.get_submodule(module).scaling[ADAPTER]
             base, down, up = (values[module + part].detach().float() for part in (".base_layer.weight", DOWN, UP))
-            found[f"{module}.weight"] = base + scale * (up @ down)
+            merged[f"{module}.weight"] = base + scale * (up @ down)
         elif parameter.requires_grad and not name.endswith(UP):
-            found[name] = values[name].detach()
-    return found
+            merged[name] = values[name].detach()
+    return merged

@@ -34,11 +34,7 @@ class AlignModel(RecoveryModel):
     """
 
     def __init__(
-        self,
-        student: DiJiangForCausalLM,
-        teacher: DiJiangForCausalLM,
-        config: AlignConfig,
-        dtype: torch.dtype = torch.float32,
+        self, student: DiJiangForCausalLM, teacher: DiJiangForCausalLM, config: AlignConfig, dtype: torch.dtype = torch.float32
     ):
         super().__init__(student, teacher, dtype)
         refuse_what_cannot_be_aligned(student, config)
@@ -57,18 +53,13 @@ class AlignModel(RecoveryModel):
         return [{"name": name, "params": params, "lr": rates[name]} for name, params in groups if params]
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor | None = None,
-        sample_indices: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | None = None,
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, sample_indices: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """
         Args:
             input_ids: (B, T).
             position_ids: (B, T); where they do not rise by one, another document begins.
             sample_indices: (B,), numbers of the sequences; they give the step, which decides on window dropout.
-            num_items_in_batch: unused, because the loss is a mean; trainers pass it.
 
         Returns:
             In training `loss`, the mean over layers, and each layer's own, detached, as `layer_00`, ... In eval mode only

@@ -25,14 +25,7 @@ def build_model(
     folder: StageFolder, blocks: TrainingBlocks, *, device: torch.device, dtype: torch.dtype, progress: bool
 ) -> tuple[nn.Module, Dataset]:
     """
-    Build the model of one stage, the same in all processes.
-
-    Args:
-        folder: of the stage.
-        blocks: the training text.
-        device: of the teacher.
-        dtype: of computations, frozen weights and the teacher.
-        progress: show progress on stderr.
+    Build the model of one stage, the same in all processes, with the teacher on `device` and computations in `dtype`.
 
     Returns:
         The model to train, and `blocks`, with the teacher's logits if those come from disk.

@@ -1,12 +1,12 @@
-"""The distil stage through torch.compile: on a GPU it turns the many small passes of a layer and of the loss into few."""
+"""The distill stage through torch.compile, which on a GPU merges the many small passes of a layer and of the loss."""
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
+from dijiang.common.errors import print_line
 from dijiang.modeling import DiJiangForCausalLM
 from dijiang.modeling.linear_attention import prefer_backend
 
@@ -18,11 +18,12 @@ BACKEND = "inductor"  # of torch.compile
 
 class CompiledParts:
     """
-    The compiled forms of a recovery model's parts. Compilation happens at the first call, once for each shape of the inputs:
-    layers of one kind share their code, so a model compiles in the time of one layer.
+    The compiled parts of a recovery model. Each is compiled at its first call, once for each shape of the inputs. Layers of
+    one kind share their code, so a model compiles in the time of one layer.
 
     Attributes:
-        rows: `dense_rows` of the loss.
+        layers: by model, its layers and their compiled `forward`.
+        rows: compiled form of `dense_rows`.
     """
 
     def __init__(self, student: DiJiangForCausalLM, teacher: DiJiangForCausalLM | None):
@@ -35,19 +36,19 @@ class CompiledParts:
 
     @contextlib.contextmanager
     def inside(self, model: DiJiangForCausalLM) -> Iterator[None]:
-        """Within the block the layers of `model`, the student or the teacher, run compiled, each as one piece of code."""
+        """Run the layers of `model`, the student or the teacher, compiled in the block, each as one piece of code."""
         for layer, call in self.layers[model]:
             layer.forward = call
         try:
-            with prefer_backend("torch"):  # the compiler cannot look into the kernels of fla
+            with prefer_backend("torch"):  # the compiler cannot trace the kernels of fla
                 yield
         finally:
             for layer, _ in self.layers[model]:
-                del layer.forward  # the class's own comes forth again
+                del layer.forward  # reveals the method of the class again
 
 
 def wants_compilation(recipe: Recipe, stage: str, device: torch.device) -> bool:
-    """Whether this stage is to be compiled; see RunConfig.compile. Documents told apart would need code for every length."""
+    """Whether to compile this stage; see RunConfig.compile. Separate documents would need code for every length."""
     run = recipe.run
     if stage != "distill" or run.deepspeed is not None or run.gradient_checkpointing or recipe.data.respect_documents:
         return False
@@ -56,8 +57,13 @@ def wants_compilation(recipe: Recipe, stage: str, device: torch.device) -> bool:
 
 def compile_model(model: nn.Module, batch: dict[str, torch.Tensor]) -> bool:
     """
-    Compile a DistillModel, if a step forward and backward on `batch` shows that this works; else leave it as it was and say
-    why on stderr. A step that runs out of memory raises torch.OutOfMemoryError.
+    Compile a DistillModel and try it in a step forward and backward on `batch`; if that fails, undo it and say why on stderr.
+
+    Returns:
+        Whether the model is compiled.
+
+    Raises:
+        torch.OutOfMemoryError: if the memory is too small for the step.
     """
     training = model.training
     model.compiled = CompiledParts(model.student, model.teacher)
@@ -67,10 +73,10 @@ def compile_model(model: nn.Module, batch: dict[str, torch.Tensor]) -> bool:
     except torch.OutOfMemoryError:
         model.compiled = None
         raise
-    except Exception as error:  # of the compiler, the driver, Triton: all that matters is that it does not work
+    except Exception as error:  # from the compiler, the driver or Triton; whatever it is, compilation does not work here
         model.compiled = None
         reason = next(iter(str(error).strip().splitlines()), "")
-        print(f"dijiang: torch.compile fails here ({type(error).__name__}: {reason}); going on without it", file=sys.stderr)
+        print_line(f"torch.compile fails here ({type(error).__name__}: {reason}); continuing without it")
         return False
     finally:
         model.zero_grad(set_to_none=True)

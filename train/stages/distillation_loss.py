@@ -1,13 +1,32 @@
 """
-The distillation loss on hidden states: logits exist for a few tokens at a time, and their gradient is written down in closed
-form instead of being recorded, so that neither (tokens, vocabulary) array is ever kept.
+The distillation loss on hidden states. Logits exist for a few tokens at a time, and their gradient is computed in closed form,
+not by autograd, so that no (tokens, vocabulary) array is ever stored.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-IN_CACHE = 2**16  # float32 numbers per thread that a core's cache holds several times over
+IN_CACHE = 2**16  # float32 numbers per thread; a core's cache holds several such arrays
+
+
+class LossWeights(NamedTuple):
+    """
+    What the loss adds up.
+
+    Attributes:
+        kl: weight of temperature^2 times the divergence.
+        ce: weight of the cross-entropy.
+        temperature: of both distributions in the divergence.
+    """
+
+    kl: float = 1.0
+    ce: float = 0.0
+    temperature: float = 1.0
+
+
+DIVERGENCE = LossWeights()
 
 
 def distillation_loss(
@@ -15,28 +34,26 @@ def distillation_loss(
     head: torch.Tensor,
     labels: torch.Tensor,
     *,
-    teacher_hidden: torch.Tensor | None = None,
-    teacher_head: torch.Tensor | None = None,
+    teacher: tuple[torch.Tensor, torch.Tensor] | None = None,
     top_k: tuple[torch.Tensor, torch.Tensor] | None = None,
-    kl_weight: float = 1.0,
-    ce_weight: float = 0.0,
-    temperature: float = 1.0,
+    weights: LossWeights = DIVERGENCE,
     chunk_tokens: int = 256,
     rows_of: Callable | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    kl_weight * T^2 * KL(teacher || student), both at temperature T, plus ce_weight * cross-entropy, each summed over the
-    tokens and divided by N. Logits are computed in hidden's dtype (autocast's, where it is on), probabilities in float32.
+    Weighted sum of T^2 * KL(teacher || student), both at temperature T, and the cross-entropy, each summed over the tokens and
+    divided by N. Logits are computed in hidden's dtype (autocast's, where it is on), probabilities in float32.
 
     Args:
         hidden: (N, C), the student's last hidden states.
         head: (V, C), weight of its language-model head.
-        labels: (N,) int64, the tokens to predict; -100 where no cross-entropy is wanted. The divergence counts everywhere.
-        teacher_hidden: (N, C'), and teacher_head: (V, C'): the teacher's, of one dtype.
-        top_k: in their place, of the k tokens that the teacher finds most likely at temperature T, the ids (N, k), all
-            different, and the log-probabilities (N, k). All other tokens count as one more outcome, in both models.
-        chunk_tokens: logits are computed for so many tokens at a time.
-        rows_of: compiled form of `dense_rows`, for a teacher's whole distribution.
+        labels: (N,) int64, the tokens to predict; -100 where there is no cross-entropy. The divergence counts everywhere.
+        teacher: its last hidden states (N, C') and its head (V, C'), of one dtype.
+        top_k: instead of `teacher`, the ids (N, k), all different, and log-probabilities (N, k) of the k tokens that it finds
+            most likely at temperature T. All other tokens count as one more outcome, in both models.
+        weights: of the two losses, and T.
+        chunk_tokens: number of tokens whose logits are in memory at a time.
+        rows_of: compiled form of `dense_rows`, for `teacher`.
 
     Returns:
         The loss, a float32 scalar (float64 for such inputs), with gradients in hidden and head; and detached scalars: `ce`,
@@ -45,17 +62,14 @@ def distillation_loss(
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    teacher = None
-    if teacher_hidden is not None:
-        teacher = teacher_hidden.detach(), teacher_head.detach()
-    elif top_k is not None:
-        teacher = top_k
-    if teacher is None and kl_weight:
-        raise ValueError(f"kl_weight={kl_weight} needs a teacher: give teacher_hidden and teacher_head, or top_k")
-    settings = (top_k is not None, kl_weight, ce_weight, temperature, chunk_tokens, rows_of)
+    sparse = teacher is None and top_k is not None
+    target = top_k if sparse else teacher and tuple(x.detach() for x in teacher)
+    if target is None and weights.kl:
+        raise ValueError(f"kl_weight={weights.kl} needs a teacher: give teacher or top_k")
+    settings = (sparse, weights, chunk_tokens, rows_of)
     with torch.autocast(device, enabled=False):
-        loss, kl, ce = ChunkedLoss.apply(hidden, head, labels, teacher, settings, torch.is_grad_enabled())
-    return loss, {"ce": ce} if teacher is None else {"kl": kl, "ce": ce}
+        loss, kl, ce = ChunkedLoss.apply(hidden, head, labels, target, settings, torch.is_grad_enabled())
+    return loss, {"ce": ce} if target is None else {"kl": kl, "ce": ce}
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -63,30 +77,30 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, labels, teacher, settings, recording: bool):
-        sparse, kl_weight, ce_weight, temperature, chunk_tokens, rows_of = settings
+        sparse, weights, chunk_tokens, rows_of = settings
         N, V = len(hidden), len(head)
         wants_hidden, wants_head = (recording and wanted for wanted in ctx.needs_input_grad[:2])
-        weight = head.to(hidden.dtype)
+        head_weight = head.to(hidden.dtype)
         exact = torch.promote_types(hidden.dtype, torch.float32)
         kl, ce = (torch.zeros(N, dtype=exact, device=hidden.device) for _ in range(2))
         hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
-        head_gradient = torch.zeros_like(weight, dtype=exact) if wants_head else None
-        # one array for all chunks: taking fresh pages from the system costs as much as a product
+        head_gradient = torch.zeros_like(head_weight, dtype=exact) if wants_head else None
+        # one array for all chunks, because new pages from the system cost as much as a product
         student_logits = hidden.new_empty(min(chunk_tokens, N), V)
         dense = teacher is not None and not sparse
         teacher_logits = teacher[0].new_empty(student_logits.shape) if dense else None
         for start in range(0, N, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, N))
-            logits = torch.mm(hidden[chunk], weight.T, out=student_logits[: chunk.stop - start])
+            logits = torch.mm(hidden[chunk], head_weight.T, out=student_logits[: chunk.stop - start])
             if dense:
                 torch.mm(teacher[0][chunk], teacher[1].T, out=teacher_logits[: len(logits)])
-            weights, wanted = (kl_weight, ce_weight, temperature), wants_hidden or wants_head
+            wanted = wants_hidden or wants_head
             if dense and rows_of is not None:
-                there = teacher_logits[: len(logits)]
-                kl[chunk], ce[chunk], logits = rows_of(logits, there, labels[chunk], *weights, wanted)
+                targets = teacher_logits[: len(logits)]
+                kl[chunk], ce[chunk], logits = rows_of(logits, targets, labels[chunk], *weights, wanted)
                 parts = []
             else:
-                # the many small passes of a softmax go over rows that stay in the cache; what they leave is the gradient
+                # the many small passes of a softmax go over rows that stay in the cache, and replace them by the gradient
                 parts = slices(len(logits), rows_at_once(V, logits))
             for part in parts:
                 rows = slice(start + part.start, start + part.stop)
@@ -99,11 +113,11 @@ class ChunkedLoss(torch.autograd.Function):
                 if gradient is not None:
                     logits[part] = gradient
             if wants_hidden:
-                torch.mm(logits, weight, out=hidden_gradient[chunk])
+                torch.mm(logits, head_weight, out=hidden_gradient[chunk])
             if wants_head:
                 add_product(head_gradient, logits.T, hidden[chunk])
         kl_mean, labelled = kl.mean(), (labels != -100).sum()
-        loss = kl_weight * kl_mean + ce_weight * ce.sum() / N
+        loss = weights.kl * kl_mean + weights.ce * ce.sum() / N
         ce_mean = ce.sum() / labelled.clamp_min(1)
         ctx.save_for_backward(hidden_gradient, head_gradient)
         ctx.scale, ctx.head_dtype = 1 / N, head.dtype
@@ -111,9 +125,9 @@ class ChunkedLoss(torch.autograd.Function):
         return loss, kl_mean, ce_mean
 
     @staticmethod
-    def backward(ctx, given, *_):
+    def backward(ctx, loss_gradient, *_):
         hidden_gradient, head_gradient = ctx.saved_tensors
-        scale = given * ctx.scale
+        scale = loss_gradient * ctx.scale
         if hidden_gradient is not None:  # bfloat16 would round 1 / N
             hidden_gradient = (hidden_gradient.to(scale.dtype) * scale).to(hidden_gradient.dtype)
         if head_gradient is not None:
@@ -122,19 +136,19 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def slices(size: int, step: int) -> list[slice]:
-    """0 .. size in parts of `step`."""
+    """Slices of `step` that cover 0 .. size - 1."""
     return [slice(first, min(first + step, size)) for first in range(0, size, step)]
 
 
 def rows_at_once(vocabulary: int, logits: torch.Tensor) -> int:
-    """How many rows of `logits` to handle at a time: what the caches of a CPU hold; all of them elsewhere."""
+    """Number of rows of `logits` to handle at a time: as many as a CPU's caches hold; all on other devices."""
     if not logits.is_cpu:
         return len(logits)
     return max(1, IN_CACHE * torch.get_num_threads() // vocabulary)
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b, the sum in total's dtype."""
+    """Add a @ b to `total`, summing in total's dtype."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
@@ -143,8 +157,8 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 def loss_of_rows(s, labels, target, kl_weight: float, ce_weight: float, T: float, wanted: bool):
     """
-    Divergence times T^2 and cross-entropy of each row, (r,), and the gradient of their weighted sum in the logits, (r, V), or
-    None if not `wanted`.
+    Compute T^2 times the divergence and the cross-entropy of each row, (r,), and the gradient of their weighted sum in the
+    logits, (r, V), or None if not `wanted`.
 
     Args:
         s: (r, V), the student's logits, which are overwritten.
@@ -158,7 +172,7 @@ def loss_of_rows(s, labels, target, kl_weight: float, ce_weight: float, T: float
     if shared:
         ce_gradient = None
     else:
-        log_z, p = normalise(s)
+        log_z, p = normalize(s)
         ce = log_z - picked
         ce_gradient = p if wanted and ce_weight else None
     if target is None:
@@ -185,8 +199,8 @@ def loss_of_rows(s, labels, target, kl_weight: float, ce_weight: float, T: float
 
 def dense_rows(logits, teacher_logits, labels, kl_weight: float, ce_weight: float, T: float, wanted: bool):
     """
-    `loss_of_rows` of the student's logits (r, V) and the teacher's (r, V), the gradient in the logits' dtype; nothing is
-    overwritten, and no pass is spared: torch.compile makes few of them.
+    Compute what `loss_of_rows` does for the student's logits (r, V) and the teacher's (r, V), with the gradient in the logits'
+    dtype. Nothing is overwritten, and passes are not avoided, because torch.compile merges them.
     """
     exact = torch.promote_types(logits.dtype, torch.float32)
     s, t = logits.to(exact), teacher_logits.to(exact)
@@ -206,20 +220,20 @@ def dense_rows(logits, teacher_logits, labels, kl_weight: float, ce_weight: floa
     return kl, ce, gradient.to(logits.dtype)
 
 
-def normalise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """log(sum(exp(x))), (r, 1), and softmax of x, (r, V), which stays as it is."""
+def normalize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute log(sum(exp(x))), (r, 1), and the softmax of x, (r, V); x is not changed."""
     p = x.softmax(-1)
     return x.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log(), p
 
 
 def full_divergence(s, t, p_weight, kl_share: float, wanted: bool):
     """
-    Of logits s and t (r, V) at temperature 1: KL(t || s) (r,), the log-normaliser of s (r, 1), and p_weight * softmax(s) -
-    kl_share * softmax(t), or None if not `wanted`. t is overwritten.
+    Compute, for logits s and t (r, V) at temperature 1: KL(t || s) (r,), the log-normalizer of s (r, 1), and p_weight *
+    softmax(s) - kl_share * softmax(t), or None if not `wanted`. t is overwritten.
     """
     top_s, top_t = s.amax(-1, keepdim=True), t.amax(-1, keepdim=True)
     p_s, p_t = s.softmax(-1), t.softmax(-1)
-    # log-normalisers above the largest logit: its probability is 1 / sum(exp(x - top))
+    # the largest logit has the probability 1 / sum(exp(x - top))
     rest_s, rest_t = -p_s.amax(-1, keepdim=True).log(), -p_t.amax(-1, keepdim=True).log()
     difference = t.sub_(s).sub_(top_t - top_s)
     kl = torch.linalg.vecdot(p_t, difference) + (rest_s - rest_t).squeeze(1)
@@ -233,7 +247,7 @@ def full_divergence(s, t, p_weight, kl_share: float, wanted: bool):
 
 
 def top_k_divergence(s, ids, log_p, p_weight, kl_share: float, wanted: bool):
-    """`full_divergence` on k + 1 outcomes: the teacher's `ids` (r, k), and any other token. s is overwritten."""
+    """Compute what `full_divergence` does for k + 1 outcomes: the tokens `ids` (r, k), and any other. s is overwritten."""
     ids, log_p = ids.long(), log_p.to(s.dtype)
     t = log_p.exp()
     mass = t.sum(-1, keepdim=True)
@@ -251,7 +265,7 @@ def top_k_divergence(s, ids, log_p, p_weight, kl_share: float, wanted: bool):
     kl = (t * (log_p - log_q)).sum(-1, keepdim=True) + torch.xlogy(t_other, t_other) - t_other * log_q_other
     gradient = None
     if wanted:
-        # among themselves the other tokens keep the student's proportions
+        # the other tokens share their mass in the student's proportions
         share = p_weight * log_q_other.exp() - kl_share * t_other
         gradient = s.sub_(log_other).exp_().mul_(share)
         gradient.scatter_(1, ids, p_weight * log_q.exp() - kl_share * t)

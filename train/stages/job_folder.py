@@ -32,33 +32,27 @@ class StageFolder:
         stage: `align` or `distill`.
 
     Attributes:
+        config: the recipe's section of the stage.
         output: the job's folder.
         path: the stage's own folder in it.
         model: the result; exists only when it is complete.
         teacher_logits: the teacher's most likely tokens, if the stage reads them from disk.
         converted: the converted source.
         source: the checkpoint that the stage starts from.
+        recipe_file: the recipe that the stage was begun with.
     """
 
     def __init__(self, recipe: Recipe, stage: str):
         self.recipe = recipe
         self.stage = stage
+        self.config: StageConfig = getattr(recipe, stage)
         self.output = Path(recipe.output).expanduser()
         self.path = self.output / stage
         self.model = self.path / "model"
         self.teacher_logits = self.path / "teacher_logits"
         self.converted = self.output / "converted"
         self.source = self.output / "align" / "model" if stage == "distill" and recipe.align else self.converted
-
-    @property
-    def config(self) -> StageConfig:
-        """The recipe's section of the stage."""
-        return getattr(self.recipe, self.stage)
-
-    @property
-    def recipe_file(self) -> Path:
-        """The recipe that the stage was begun with."""
-        return self.path / RECIPE_FILE
+        self.recipe_file = self.path / RECIPE_FILE
 
     @contextmanager
     def lock(self) -> Iterator[None]:

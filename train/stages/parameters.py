@@ -1,4 +1,4 @@
-"""The groups of a student's parameters: those that conversion added, projections, other matrices, embeddings."""
+"""Groups of a student's parameters, and the choice of those that train in the distill stage."""
 
 import torch
 
@@ -6,6 +6,7 @@ from dijiang.modeling import DiJiangForCausalLM
 from dijiang.modeling.linear_attention_layer import linear_layers
 
 from ..recipe.schema import DistillConfig
+from .adapters import add_adapters
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MATRICES = ("gate_proj", "up_proj", "down_proj")
@@ -30,12 +31,40 @@ def added_parameters(model: DiJiangForCausalLM) -> dict[str, torch.nn.Parameter]
     return parameters
 
 
-def output_parameter_names(student: DiJiangForCausalLM) -> list[str]:
-    """Names of the parameters of OUTPUT_PARTS."""
-    return [name for name, _ in student.named_parameters() if belongs_to(name, OUTPUT_PARTS)]
+def select_trained(student: DiJiangForCausalLM, config: DistillConfig, dtype: torch.dtype = torch.float32) -> None:
+    """
+    Choose by config.trains which parameters of `student` train, and make them float32. The frozen ones become `dtype`, except
+    those that conversion added, which are float32 always; of the latter all train that are not fixed. With config.lora_rank
+    adapters are added.
+
+    Raises:
+        ValueError: if nothing is left to train.
+    """
+    weights = source_weights(student, config)
+    if config.lora_rank:
+        matrices = tuple(f".{part}.weight" for part in PROJECTIONS + MLP_MATRICES)
+        modules = [name.removesuffix(".weight") for name in weights if name.endswith(matrices)]
+        weights = [name for name in weights if name.endswith(EMBEDDINGS)]
+        if modules:
+            alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+            add_adapters(student, modules, config.lora_rank, alpha, config.seed)
+    output_parts = [name for name, _ in student.named_parameters() if belongs_to(name, OUTPUT_PARTS)]
+    trained = {*weights, *added_parameters(student), *output_parts}
+    for name, parameter in student.named_parameters():
+        adapter = config.lora_rank and ".lora_" in name
+        parameter.requires_grad_(adapter or name in trained)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+        elif not (belongs_to(name, ADDED_PARTS) or ".base_layer." in name):  # adapters are merged with base layers as stored
+            parameter.data = parameter.data.to(dtype)
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError(
+            f"trains={config.trains} leaves nothing to train: the model has no linear-attention layer with parameters of that "
+            "kind; choose trains=all"
+        )
 
 
-def source_weight_names(student: DiJiangForCausalLM, config: DistillConfig) -> list[str]:
+def source_weights(student: DiJiangForCausalLM, config: DistillConfig) -> list[str]:
     """Names of the source model's own parameters that config.trains covers."""
     if config.trains == "kernel":
         return []

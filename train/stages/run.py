@@ -19,12 +19,11 @@ from dijiang.common.device import dtype_name, dtype_named, fastest_dtype
 from dijiang.common.errors import print_line
 from dijiang.common.outputs import new_folder
 
-from ..data.blocks import HeldOutBlocks, TrainingBlocks, held_out_blocks, training_blocks
+from ..data.blocks import TrainingBlocks, held_out_blocks, training_blocks
 from ..recipe.schema import Recipe, RunConfig
 from ..trainer.callbacks import StopSignals
 from ..trainer.checkpoints import Checkpoints, read_manifest
 from ..trainer.distributed import (
-    accumulation,
     deepspeed_settings,
     forget_deepspeed,
     from_main,
@@ -88,7 +87,7 @@ def run_stage(recipe: Recipe, stage: str, *, progress: bool = True) -> Path:
     with ExitStack() as stack:
         device = stack.enter_context(training_process(recipe.run))
         with share_errors():
-            accumulation(folder.config, recipe.run)
+            micro_batch(folder.config, recipe.run)
             library_trackers(recipe.run.report_to)
             deepspeed_settings(folder.config, recipe.run, hidden_size=1)
             if is_main():
@@ -144,7 +143,6 @@ def train_stage(folder: StageFolder, device: torch.device, progress: bool) -> No
             run=run,
             blocks=blocks,
             held_out=held_out,
-            collate=collate_with_teacher,
             folder=folder.path,
             device=device,
             title=TITLES[folder.stage],
@@ -186,7 +184,7 @@ def pick_checkpoint(folder: StageFolder, device: torch.device) -> tuple[Path | N
     return checkpoint, dtype_named(dtype)
 
 
-def read_text(folder: StageFolder, progress: bool) -> tuple[TrainingBlocks, HeldOutBlocks | None]:
+def read_text(folder: StageFolder, progress: bool) -> tuple[TrainingBlocks, list | None]:
     """Training and held-out blocks; the main process tokenizes first, then the others read its files."""
     data = folder.recipe.data
     for main_reads in (True, False):

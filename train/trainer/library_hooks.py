@@ -4,7 +4,6 @@ from transformers import Trainer, __version__
 
 # by method: what would silently happen if Trainer did not call it
 HOOKS = {
-    "_get_train_sampler": "the text would be shuffled, and a resumed run would see other text",
     "_get_output_dir": "checkpoints would appear before they are complete",
     "_save_checkpoint": "checkpoints would lack their manifest",
     "save_model": "checkpoints would hold frozen weights as well",

@@ -2,20 +2,22 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from dijiang.common.errors import unknown
 from dijiang.common.perplexity import perplexity_of
 
 from ..recipe.schema import RunConfig, StageConfig
 from ..stages.base import next_token_labels
+from ..stages.teacher_logits import collate_with_teacher
 from .callbacks import ConsoleProgress, FlowCallback, MetricsFile, TensorBoardLog
 from .checkpoints import Checkpoints
 from .distributed import accumulation, gather, is_main, micro_batch, rank, sum_over_processes, world_size
@@ -34,8 +36,7 @@ class TrainingJob:
         stage: settings of the stage.
         run: settings of how it runs.
         blocks: dataset of stage.steps * stage.batch_size items with "sample_index", trained on in order.
-        held_out: dataset of items to evaluate on, or None.
-        collate: makes a batch of a list of items.
+        held_out: items to evaluate on, or None.
         folder: of the stage; checkpoints, logs and metrics.jsonl are written into it.
         device: `cpu` or `cuda`.
         title: for the progress bar.
@@ -48,8 +49,7 @@ class TrainingJob:
     stage: StageConfig
     run: RunConfig
     blocks: Dataset
-    held_out: Dataset | None
-    collate: Callable
+    held_out: Sequence[dict[str, torch.Tensor]] | None
     folder: Path
     device: torch.device
     title: str
@@ -87,8 +87,8 @@ class RecoveryTrainer(Trainer):
         self.stopping = False
         self.checkpoints = Checkpoints(job.folder / "checkpoints", job.run.keep_checkpoints)
         self.writer = CheckpointWriter(self.checkpoints, model, job.deepspeed)
-        arguments = training_arguments(job, self.checkpoints.folder)
-        super().__init__(model, arguments, data_collator=job.collate, train_dataset=job.blocks, eval_dataset=job.held_out)
+        data = {"data_collator": collate_with_teacher, "train_dataset": job.blocks, "eval_dataset": job.held_out}
+        super().__init__(model, training_arguments(job, self.checkpoints.folder), **data)
         self.model_accepts_loss_kwargs = False  # losses are means, which Trainer divides by the micro-batches of a step
         self.remove_callback(PrinterCallback)
         self.add_callback(FlowCallback(job.run, job.held_out is not None, lambda: self.stopping))
@@ -120,7 +120,7 @@ class RecoveryTrainer(Trainer):
             self.console.close()
         return self.state.global_step == self.stage.steps
 
-    # --- optimizer and order of the data ---
+    # --- optimizer ---
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -134,9 +134,6 @@ class RecoveryTrainer(Trainer):
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    def _get_train_sampler(self, train_dataset=None) -> SequentialSampler:
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
     # --- loss and metrics ---
 
@@ -300,6 +297,7 @@ def training_arguments(job: TrainingJob, folder: Path) -> TrainingArguments:
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=job.device.type != "cpu",
         remove_unused_columns=False,
+        train_sampling_strategy="sequential",
         average_tokens_across_devices=False,
         logging_nan_inf_filter=False,
         logging_strategy="no",
@@ -320,9 +318,8 @@ def library_trackers(names: list[str]) -> list[str]:
         ValueError: if a tracker is unknown, or its package is not installed.
     """
     for name in names:
-        if name != "tensorboard" and name not in INTEGRATION_TO_CALLBACK:
-            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-            raise ValueError(f"report_to names {name!r}, which is unknown; choose from {known}")
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise unknown("report_to", name, sorted(INTEGRATION_TO_CALLBACK))
         if name not in get_available_reporting_integrations():
             raise ValueError(f"report_to names {name!r}, which is not installed; pip install {name}, or leave it out")
     return [name for name in names if name != "tensorboard"]

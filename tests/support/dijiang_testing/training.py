@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
-from dijiang.train.data.blocks import collate
 from dijiang.train.recipe.schema import RunConfig, StageConfig
 from dijiang.train.trainer.distributed import choose_device, deepspeed_settings
 from dijiang.train.trainer.trainer import RecoveryTrainer, TrainingJob
@@ -88,7 +87,6 @@ def build_trainer(folder: Path, stage: StageConfig, run: RunConfig, model: FakeM
         "run": run,
         "blocks": FakeBlocks(stage.steps * stage.batch_size),
         "held_out": FakeBlocks(7, seed=1),
-        "collate": collate,
         "folder": Path(folder),
         "device": choose_device("cpu"),
         "title": "Testing",

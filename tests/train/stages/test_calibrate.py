@@ -9,7 +9,7 @@ from dijiang.modeling import DiJiangConfig
 from dijiang.modeling.feature_maps import build_feature_map
 from dijiang.modeling.linear_attention_layer import DiJiangLinearAttention
 from dijiang.train.stages import calibrate
-from dijiang.train.stages.calibrate import calibrate_layer, far_log_sum, linear_log_sum
+from dijiang.train.stages.calibrate import calibrate_layer, linear_log_sum, softmax_log_sum
 
 HEADS, GROUPS, DIM = 4, 2, 8
 
@@ -20,7 +20,7 @@ def make_config(**settings) -> DiJiangConfig:
 
 
 def make_layer(seed: int = 0, **settings) -> DiJiangLinearAttention:
-    """A layer whose kernel parameters have moved from their start."""
+    """A layer whose added parameters have moved from their start."""
     layer = DiJiangLinearAttention(make_config(**settings), layer_idx=0)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -46,11 +46,11 @@ WINDOWS = [(5, 2), (3, 0), (1, 4), (7, 7)]
 
 @pytest.mark.parametrize(("window", "sinks"), WINDOWS)
 @pytest.mark.parametrize("at_once", [4, 256])
-def test_far_log_sum_equals_loops(monkeypatch, window, sinks, at_once):
+def test_softmax_log_sum_equals_loops(monkeypatch, window, sinks, at_once):
     monkeypatch.setattr(calibrate, "QUERIES_AT_ONCE", at_once)
     layer = make_layer(attention_window=window, attention_sinks=sinks)
     q, k = make_qk(19)
-    found = far_log_sum(layer, q, k)
+    found = softmax_log_sum(layer, q, k)
     assert found.shape == (2, 19, HEADS)
     for b in range(2):
         for t in range(19):
@@ -89,19 +89,19 @@ def test_linear_log_sum_equals_loops(window, sinks, feature_map, decay):
 @pytest.mark.parametrize("activation", ["softmax", "exp"])
 @pytest.mark.parametrize("pairs", [True, False])
 @pytest.mark.parametrize("feature_map", ["wdcf", "ldcf", "wpff"])
-def test_a_centred_map_is_the_map_of_centred_inputs(feature_map, pairs, activation):
+def test_a_centered_map_is_the_map_of_centered_inputs(feature_map, pairs, activation):
     config = make_config(feature_map=feature_map, feature_pairs=pairs, feature_activation=activation, feature_dim=11)
     x = make_qk(30)[0]
     mean = x.mean((0, 1))
-    centred, plain = (build_feature_map(config, HEADS, 3) for _ in range(2))
-    centred.center(mean)
+    centered, plain = (build_feature_map(config, HEADS, 3) for _ in range(2))
+    centered.center(mean)
     with torch.no_grad():
-        assert (centred(x) - plain(x - mean)).abs().max() < 1e-5 * plain(x - mean).max()
-        assert (centred(x) - plain(x)).abs().max() > 0.01
+        assert (centered(x) - plain(x - mean)).abs().max() < 1e-5 * plain(x - mean).max()
+        assert (centered(x) - plain(x)).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("feature_map", ["pff", "prf", "hedgehog", "elu", "relu", "cosformer"])
-def test_maps_without_weights_are_not_centred(feature_map):
+def test_maps_without_weights_are_not_centered(feature_map):
     layer_map = build_feature_map(make_config(feature_map=feature_map), HEADS, 3)
     before = {name: tensor.clone() for name, tensor in layer_map.state_dict().items()}
     layer_map.center(torch.ones(HEADS, DIM))
@@ -114,10 +114,10 @@ def softmax_output(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.T
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-def calibrated(layer: DiJiangLinearAttention, q: torch.Tensor, k: torch.Tensor, quiet: float = 0.0) -> float | None:
+def calibrated(layer: DiJiangLinearAttention, q: torch.Tensor, k: torch.Tensor, offset: float = 0.0) -> float | None:
     """Calibrate with random values, towards their softmax attention."""
     v = torch.randn(k.shape, generator=torch.Generator().manual_seed(3)).to(k.dtype)
-    return calibrate_layer(layer, q, k, v, softmax_output(q, k, v), quiet)
+    return calibrate_layer(layer, q, k, v, softmax_output(q, k, v), offset)
 
 
 def test_key_scale_takes_the_mean_query_over():
@@ -133,16 +133,16 @@ def test_key_scale_takes_the_mean_query_over():
         assert found.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_the_maps_are_centred_on_the_mean_query_and_key():
+def test_the_maps_are_centered_on_the_mean_query_and_key():
     layer, plain = make_layer(), make_layer()
     q, k = make_qk(40)
     calibrated(layer, q, k)
     with torch.no_grad():
         for part, x in (("feature_map_q", q * DIM**-0.25), ("feature_map_k", k * DIM**-0.25)):
-            centred, fresh = getattr(layer, part), getattr(plain, part)
-            fresh.T.copy_(centred.T)
+            centered, fresh = getattr(layer, part), getattr(plain, part)
+            fresh.T.copy_(centered.T)
             fresh.log_D.zero_()
-            assert (centred(x) - fresh(x - x.mean((0, 1)))).abs().max() < 1e-5
+            assert (centered(x) - fresh(x - x.mean((0, 1)))).abs().max() < 1e-5
 
 
 def same_keys(T: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,8 +152,8 @@ def same_keys(T: int) -> tuple[torch.Tensor, torch.Tensor]:
     return q, torch.randn(1, 1, GROUPS, DIM, generator=generator).expand(1, T, GROUPS, DIM)
 
 
-@pytest.mark.parametrize("quiet", [0.0, 2.0])
-def test_a_linear_scale_is_recovered(quiet):
+@pytest.mark.parametrize("offset", [0.0, 2.0])
+def test_a_linear_scale_is_recovered(offset):
     """
     With a flat map and one key k0, log(sum exp(q.k0)) - log(n / M) = q.k0 + log M, where the M features of one row sum to 1:
     so w is k0, scaled, and b is log M, less what the branch is to start below that.
@@ -163,10 +163,10 @@ def test_a_linear_scale_is_recovered(quiet):
         layer.feature_map_q.T.zero_()
         layer.feature_map_k.T.zero_()
     q, k = same_keys(400)
-    assert calibrated(layer, q, k, quiet) == pytest.approx(1.0, abs=1e-4)
-    wanted = (k[0, 0] * DIM**-0.25).repeat_interleave(2, dim=0)
-    assert (layer.branch_scale.weight - wanted).abs().max() < 0.01 * wanted.abs().max()
-    assert (layer.branch_scale.bias - (math.log(layer.feature_map_q.size) - quiet)).abs().max() < 0.02
+    assert calibrated(layer, q, k, offset) == pytest.approx(1.0, abs=1e-4)
+    scaled_key = (k[0, 0] * DIM**-0.25).repeat_interleave(2, dim=0)
+    assert (layer.branch_scale.weight - scaled_key).abs().max() < 0.01 * scaled_key.abs().max()
+    assert (layer.branch_scale.bias - (math.log(layer.feature_map_q.size) - offset)).abs().max() < 0.02
 
 
 def test_the_fit_is_the_least_squares_solution_of_another_library():
@@ -178,7 +178,7 @@ def test_the_fit_is_the_least_squares_solution_of_another_library():
     fit = calibrated(layer, q, k)
     scaled = q * DIM**-0.25
     with torch.no_grad():
-        gap = (far_log_sum(layer, q, k) - linear_log_sum(layer, q, k))[:, 7:]
+        gap = (softmax_log_sum(layer, q, k) - linear_log_sum(layer, q, k))[:, 7:]
     shares = []
     for h in range(HEADS):
         x = torch.cat((scaled[:, 7:, h], torch.ones(2, 113, 1)), dim=-1).flatten(0, 1).numpy()
@@ -191,18 +191,18 @@ def test_the_fit_is_the_least_squares_solution_of_another_library():
 
 
 @pytest.mark.parametrize(("feature_map", "window"), [("wdcf", 5), ("ldcf", 5), ("wpff", 5), ("wdcf", 0)])
-@pytest.mark.parametrize("loudness", [0.3, 3.0])
-def test_the_multiple_of_the_radii_is_the_best_of_those_tried(monkeypatch, feature_map, window, loudness):
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+def test_the_multiple_of_T_is_the_best_of_those_tried(monkeypatch, feature_map, window, scale):
     settings = {"feature_map": feature_map, "attention_window": window, "attention_sinks": min(window, 2)}
-    q, k = (loudness * x for x in make_qk(60))
+    q, k = (scale * x for x in make_qk(60))
     v = torch.randn(k.shape, generator=torch.Generator().manual_seed(3))
     target, start = softmax_output(q, k, v), make_layer(**settings).feature_map_q.T.detach()
 
     def tried(*multiples: float) -> tuple[float, float, float | None]:
         """(error, multiple that was taken, fit) with these multiples to choose from."""
-        monkeypatch.setattr(calibrate, "RADIUS_SCALES", multiples)
+        monkeypatch.setattr(calibrate, "T_SCALES", multiples)
         layer = make_layer(**settings)
-        fit = calibrate_layer(layer, q, k, v, target, quiet=0.5)
+        fit = calibrate_layer(layer, q, k, v, target, offset=0.5)
         with torch.no_grad():
             error = (layer.attend(q, k, v)[0] - target).square().mean().item()
         return error, (layer.feature_map_q.T / start).mean().item(), fit
@@ -213,15 +213,15 @@ def test_the_multiple_of_the_radii_is_the_best_of_those_tried(monkeypatch, featu
     assert tried(4.0, 2.0, 1.0) == pytest.approx(min(one_by_one, key=lambda found: found[0]))
 
 
-def test_different_inputs_want_different_radii():
+def test_different_inputs_want_different_multiples_of_T():
     """Else nothing is gained by trying."""
-    wanted = set()
-    for loudness in (0.3, 1.0, 3.0):
+    multiples = set()
+    for scale in (0.3, 1.0, 3.0):
         layer = make_layer(feature_dim=32)
         start = layer.feature_map_q.T.clone()
-        calibrated(layer, *(loudness * x for x in make_qk(80)))
-        wanted.add(round((layer.feature_map_q.T / start).mean().item()))
-    assert len(wanted) > 1
+        calibrated(layer, *(scale * x for x in make_qk(80)))
+        multiples.add(round((layer.feature_map_q.T / start).mean().item()))
+    assert len(multiples) > 1
 
 
 def test_calibration_brings_the_branches_into_one_unit():
@@ -233,26 +233,26 @@ def test_calibration_brings_the_branches_into_one_unit():
     def error() -> float:
         with torch.no_grad():
             ours = layer.branch_scale(scaled) + linear_log_sum(layer, scaled, k)
-        return (ours - far_log_sum(layer, q, k))[:, 7:].abs().mean().item()
+        return (ours - softmax_log_sum(layer, q, k))[:, 7:].abs().mean().item()
 
     before = error()
     calibrated(layer, q, k)
     assert error() < 0.5 < 2.0 < before
 
 
-def test_quiet_lowers_the_linear_branch_by_so_much():
-    loud, quiet = make_layer(), make_layer()
-    q, k = same_keys(60)  # on which every multiple of the radii does the same
-    calibrated(loud, q, k, 0.0)
-    calibrated(quiet, q, k, 1.5)
-    assert torch.allclose(loud.branch_scale.bias - 1.5, quiet.branch_scale.bias, atol=1e-5)
-    assert torch.allclose(loud.branch_scale.weight, quiet.branch_scale.weight, atol=1e-5)
+def test_the_offset_lowers_the_log_scale_of_the_linear_branch():
+    fitted, lowered = make_layer(), make_layer()
+    q, k = same_keys(60)  # every multiple of T does the same on them
+    calibrated(fitted, q, k, 0.0)
+    calibrated(lowered, q, k, 1.5)
+    assert torch.allclose(fitted.branch_scale.bias - 1.5, lowered.branch_scale.bias, atol=1e-5)
+    assert torch.allclose(fitted.branch_scale.weight, lowered.branch_scale.weight, atol=1e-5)
 
 
 def test_only_the_map_and_the_scales_are_set():
     layer = make_layer(decay="learned")
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    calibrated(layer, *make_qk(40), quiet=1.0)
+    calibrated(layer, *make_qk(40), offset=1.0)
     changed = {name for name, tensor in layer.state_dict().items() if not torch.equal(tensor, before[name])}
     maps = {f"feature_map_{side}.{name}" for side in "qk" for name in ("T", "log_D")}
     scales = {"key_scale.weight", "key_scale.bias", "branch_scale.weight", "branch_scale.bias"}
@@ -261,7 +261,7 @@ def test_only_the_map_and_the_scales_are_set():
 
 
 @pytest.mark.parametrize("feature_map", ["hedgehog", "elu", "relu", "cosformer"])
-def test_maps_without_radii_keep_their_weights(feature_map):
+def test_maps_without_T_keep_their_weights(feature_map):
     layer = make_layer(feature_map=feature_map)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     assert calibrated(layer, *make_qk(40)) is not None

@@ -5,9 +5,16 @@ import torch
 import torch.nn.functional as F
 
 from dijiang.train.stages import distillation_loss as module
-from dijiang.train.stages.distillation_loss import distillation_loss
+from dijiang.train.stages.distillation_loss import LossWeights, distillation_loss
 
 WEIGHTS = {"kl": (1.0, 0.0), "both": (0.7, 0.4), "ce": (0.0, 1.3)}
+
+
+def loss_of(hidden, head, labels, teacher_hidden=None, teacher_head=None, *, top_k=None, chunk_tokens=256, **weights):
+    """`distillation_loss` with the arguments of `oracle`."""
+    teacher = None if teacher_hidden is None else (teacher_hidden, teacher_head)
+    chosen = LossWeights(**{name.removesuffix("_weight"): value for name, value in weights.items()})
+    return distillation_loss(hidden, head, labels, teacher=teacher, top_k=top_k, weights=chosen, chunk_tokens=chunk_tokens)
 
 
 def oracle(hidden, head, labels, teacher_logits, *, kl_weight, ce_weight, temperature, top_k=None):
@@ -43,7 +50,7 @@ def top_k_of(p, k, temperature):
 
 def check(p, arguments, expected, tolerance):
     """Values, and the gradients of a multiple of the loss, against the oracle's."""
-    loss, measures = distillation_loss(**arguments)
+    loss, measures = loss_of(**arguments)
     for name, found, right in zip(("loss", "kl", "ce"), (loss, measures["kl"], measures["ce"]), expected, strict=True):
         assert abs(found.double() - right.double()) <= tolerance * max(1, abs(right)), name
         assert found.requires_grad == (name == "loss")
@@ -94,7 +101,7 @@ def test_lower_precision_stays_near_the_oracle_on_the_same_numbers(dtype, tolera
             top_k=None if k is None else top_k[0],
             **options,
         )
-        loss, measures = distillation_loss(**arguments)
+        loss, measures = loss_of(**arguments)
         assert loss.dtype == measures["kl"].dtype == torch.float32
         for found, value in zip((loss, measures["kl"], measures["ce"]), right, strict=True):
             assert abs(found - value) < tolerance * max(1, value)
@@ -106,11 +113,11 @@ def test_lower_precision_stays_near_the_oracle_on_the_same_numbers(dtype, tolera
 def test_full_and_top_k_forms_agree_when_k_is_the_vocabulary():
     for seed in range(3):
         p = problem(seed, dtype=torch.float32)
-        full, _ = distillation_loss(**p)
+        full, _ = loss_of(**p)
         ids, log_p = top_k_of(p, 61, 1.0)
         student = {name: p[name] for name in ("hidden", "head", "labels")}
-        sparse, _ = distillation_loss(**student, top_k=(ids, log_p))
-        rounded, _ = distillation_loss(**student, top_k=(ids.to(torch.uint16), log_p.half()))
+        sparse, _ = loss_of(**student, top_k=(ids, log_p))
+        rounded, _ = loss_of(**student, top_k=(ids.to(torch.uint16), log_p.half()))
         assert abs(full - sparse) < 1e-5 * full and abs(full - rounded) < 2e-3 * full
 
 
@@ -132,7 +139,7 @@ def test_extreme_logits_stay_finite_and_right(k, temperature):
         if k is not None:
             del arguments["teacher_hidden"], arguments["teacher_head"]
             arguments["top_k"] = top_k
-        loss, _ = distillation_loss(**arguments)
+        loss, _ = loss_of(**arguments)
         gradients = torch.autograd.grad(loss, (p["hidden"], p["head"]))
         assert loss.isfinite() and all(x.isfinite().all() for x in gradients)
         if k is None:
@@ -143,7 +150,7 @@ def test_extreme_logits_stay_finite_and_right(k, temperature):
 def test_equal_models_have_no_divergence_and_no_gradient():
     p = problem(0, dtype=torch.float32)
     p |= {"teacher_hidden": p["hidden"].detach(), "teacher_head": p["head"].detach()}
-    loss, measures = distillation_loss(**p)
+    loss, measures = loss_of(**p)
     gradients = torch.autograd.grad(loss, (p["hidden"], p["head"]))
     assert abs(loss) < 1e-6 and all(x.abs().max() < 1e-6 for x in gradients)
     assert measures["ce"] > 0
@@ -151,46 +158,46 @@ def test_equal_models_have_no_divergence_and_no_gradient():
 
 def test_without_gradients_nothing_is_recorded_and_values_are_the_same():
     p = problem(1, dtype=torch.float32)
-    loss, measures = distillation_loss(**p, ce_weight=0.3)
+    loss, measures = loss_of(**p, ce_weight=0.3)
     with torch.no_grad():
-        plain, again = distillation_loss(**p, ce_weight=0.3)
-    frozen, _ = distillation_loss(**{name: x.detach() for name, x in p.items()}, ce_weight=0.3)
+        plain, again = loss_of(**p, ce_weight=0.3)
+    frozen, _ = loss_of(**{name: x.detach() for name, x in p.items()}, ce_weight=0.3)
     assert not plain.requires_grad and not frozen.requires_grad
     assert loss.detach() == plain == frozen and measures == again
 
 
 def test_only_what_requires_gradients_gets_them():
     p = problem(2)
-    both = torch.autograd.grad(distillation_loss(**p)[0], (p["hidden"], p["head"]))
+    both = torch.autograd.grad(loss_of(**p)[0], (p["hidden"], p["head"]))
     for i, name in enumerate(("hidden", "head")):
         other = ("head", "hidden")[i]
-        loss, _ = distillation_loss(**p | {other: p[other].detach()})
+        loss, _ = loss_of(**p | {other: p[other].detach()})
         assert torch.equal(torch.autograd.grad(loss, p[name])[0], both[i])
 
 
 def test_without_a_teacher_cross_entropy_is_all_there_is():
     p = problem(3)
     student = {name: p[name] for name in ("hidden", "head", "labels")}
-    loss, measures = distillation_loss(**student, kl_weight=0.0, ce_weight=1.0, chunk_tokens=4)
+    loss, measures = loss_of(**student, kl_weight=0.0, ce_weight=1.0, chunk_tokens=4)
     right = F.cross_entropy(p["hidden"] @ p["head"].T, p["labels"], reduction="sum") / 23
     assert measures.keys() == {"ce"} and abs(loss - right) < 1e-12
     for a, b in zip(*(torch.autograd.grad(x, (p["hidden"], p["head"])) for x in (loss, right)), strict=True):
         assert (a - b).abs().max() < 1e-12
     no_labels = student | {"labels": torch.full((23,), -100)}
-    loss, measures = distillation_loss(**no_labels, kl_weight=0.0, ce_weight=1.0)
+    loss, measures = loss_of(**no_labels, kl_weight=0.0, ce_weight=1.0)
     assert loss == measures["ce"] == 0
     with pytest.raises(ValueError, match="needs a teacher"):
-        distillation_loss(**student)
+        loss_of(**student)
 
 
 def test_autocast_computes_in_its_dtype_and_gives_each_tensor_its_own():
     """A float32 hidden state and head under bfloat16 autocast: what the same numbers in bfloat16 give."""
     p = problem(4, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = distillation_loss(**p, ce_weight=0.2)
+        loss, _ = loss_of(**p, ce_weight=0.2)
     found = torch.autograd.grad(loss, (p["hidden"], p["head"]))
     half = {name: p[name].detach().bfloat16().requires_grad_() for name in ("hidden", "head")}
-    right, _ = distillation_loss(**p | half, ce_weight=0.2)
+    right, _ = loss_of(**p | half, ce_weight=0.2)
     expected = torch.autograd.grad(right, tuple(half.values()))
     assert loss == right
     for a, b in zip(found, expected, strict=True):
@@ -211,5 +218,5 @@ def test_memory_is_a_chunks_not_the_texts(monkeypatch):
             return result
 
     with Watch():
-        distillation_loss(**p, ce_weight=0.2, chunk_tokens=6)
+        loss_of(**p, ce_weight=0.2, chunk_tokens=6)
     assert largest == 6

@@ -46,6 +46,6 @@ def test_a_trainer_looks_for_them(monkeypatch):
 
 def test_trainer_without_one_of_them_is_refused():
     refuse_renamed_hooks()
-    methods = {name: None for name in HOOKS if name != "_get_train_sampler"}
-    with pytest.raises(ValueError, match=r"has no Trainer._get_train_sampler, so the text would be shuffled"):
+    methods = {name: None for name in HOOKS if name != "_get_output_dir"}
+    with pytest.raises(ValueError, match=r"has no Trainer._get_output_dir, so checkpoints would appear before"):
         refuse_renamed_hooks(type("Renamed", (), methods))
