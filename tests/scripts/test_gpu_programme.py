@@ -158,15 +158,15 @@ def test_without_a_gpu_it_says_how_to_try_it(load):
 @pytest.fixture
 def record(load, tmp_path, monkeypatch):
     """record(seconds, before=0) -> a `Record` in a process that began so many seconds ago, with tiny sizes."""
-    load("steps/common")
-    import common
+    load("steps/shared")
+    import shared
 
     def make(seconds: float, before: float = 0.0):
-        monkeypatch.setattr(common, "STARTED", time.time() - before)
-        return common.Record("op", argparse.Namespace(results=tmp_path, small=True, seconds=seconds))
+        monkeypatch.setattr(shared, "STARTED", time.time() - before)
+        return shared.Record("op", argparse.Namespace(results=tmp_path, small=True, seconds=seconds))
 
     yield make
-    sys.modules.pop("common", None)
+    sys.modules.pop("shared", None)
 
 
 def test_rows_go_on_where_an_earlier_call_ended(record, tmp_path):

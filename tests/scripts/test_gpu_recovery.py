@@ -14,9 +14,9 @@ import torch
 STEPS = Path(__file__).resolve().parents[2] / "scripts" / "gpu" / "steps"
 sys.path.insert(0, str(STEPS))
 
-from recovery_data import as_llama, made_up_inputs, own_tokens  # noqa: E402
+from recovery import Watch  # noqa: E402
+from recovery_data import as_llama, own_tokens, synthetic_inputs  # noqa: E402
 from recovery_speed import disagreement  # noqa: E402
-from recovery_watch import Watch  # noqa: E402
 
 from dijiang.common.text import tokenizer_fingerprint  # noqa: E402
 from dijiang.convert import load_source  # noqa: E402
@@ -25,7 +25,7 @@ from dijiang.train.data.token_cache import TokenFile  # noqa: E402
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    return made_up_inputs(tmp_path_factory.mktemp("inputs"))
+    return synthetic_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.mark.parametrize("recipe", ["smollm2-135m-linear", pytest.param("smollm2-135m", marks=pytest.mark.slow)])

@@ -1,11 +1,11 @@
 """
-An experiment: the whole op in three Triton kernels, forward only. Features are computed in registers, so that q, k and v are
-read and o is written without anything else of their size in between.
+An experiment: the whole op in three Triton kernels, forward only. Features are computed in registers, so that no tensor of the
+size of q, k, v or o goes through memory besides these four.
 
-Softmax features of one matrix per head (`wdcf`, `ldcf`, `pff`, `wpff`), paired or not, no decay, no padding. The tokens are
-cut into segments: one kernel sums the keys' features times (value, 1) over each segment, one adds the sums up from segment to
-segment, one starts from them and computes the outputs in blocks. A query's features are not divided by their sum, which its
-output does not depend on.
+It supports softmax features of one matrix per head (`wdcf`, `ldcf`, `pff`, `wpff`), paired or not, without decay and padding.
+The tokens are cut into segments: the first kernel sums the keys' features times (value, 1) over each segment, the second
+accumulates the sums over segments, the third starts from them and computes the outputs in blocks. A query's features are not
+divided by their sum, which cancels in its output.
 
 B batch, T tokens, H heads, d head size, m directions (paired: 2 m features), S segments.
 """
@@ -15,14 +15,14 @@ import triton
 import triton.language as tl
 
 SMALLEST, LARGEST = 64, 1024  # tokens per segment
-PROGRAMS = 512  # as many at least, where the tokens suffice
+PROGRAMS = 512  # fewest, if there are enough tokens
 
 
 @triton.jit
 def features(x, W, bias, h, m: tl.constexpr, d: tl.constexpr, PAIRS: tl.constexpr, DIVIDE: tl.constexpr):
     """
     exp(z - max) of z = [W x + b, -W x + b'], (C, m) each, over their sum if DIVIDE. W (2, H, m, d) holds a matrix as the sum
-    of two in bfloat16; bias (H, M). They are loaded anew every time, since they would fill the registers.
+    of two in bfloat16; bias (H, M). They are loaded every time, because they would fill the registers.
     """
     rows, columns = tl.arange(0, m), tl.arange(0, d)
     M = 2 * m if PAIRS else m
@@ -61,7 +61,7 @@ def segment_sums(
         at = ((b * T + t) * H + h)[:, None].to(tl.int64) * d + columns[None, :]
         key = tl.load(k + at, mask=real[:, None], other=0.0)
         value = tl.load(v + at, mask=real[:, None], other=0.0)
-        # tokens beyond the end count nothing: their values and ones are zero
+        # values and ones of tokens beyond the end are zero
         ones = tl.where(real[:, None], tl.full((C, 16), 1.0, tl.float32), 0.0).to(tl.bfloat16)
         first, second = features(key, W, bias, h, m, d, PAIRS, True)
         state_first = tl.dot(tl.trans(first), value, state_first)
@@ -70,65 +70,65 @@ def segment_sums(
             state_second = tl.dot(tl.trans(second), value, state_second)
             sum_second = tl.dot(tl.trans(second), ones, sum_second)
     M = 2 * m if PAIRS else m
-    place = ((b * H + h) * S + s).to(tl.int64) * M
-    tl.store(states + (place + rows[:, None]) * d + columns[None, :], state_first)
-    tl.store(sums + place + rows, tl.max(sum_first, 1))
+    base_row = ((b * H + h) * S + s).to(tl.int64) * M
+    tl.store(states + (base_row + rows[:, None]) * d + columns[None, :], state_first)
+    tl.store(sums + base_row + rows, tl.max(sum_first, 1))
     if PAIRS:
-        tl.store(states + (place + m + rows[:, None]) * d + columns[None, :], state_second)
-        tl.store(sums + place + m + rows, tl.max(sum_second, 1))
+        tl.store(states + (base_row + m + rows[:, None]) * d + columns[None, :], state_second)
+        tl.store(sums + base_row + m + rows, tl.max(sum_second, 1))
 
 
 @triton.jit
 def running_sums(x, S, size, BLOCK: tl.constexpr):
-    """x (B H, S, size): each segment's entry becomes the sum of those before it. Sixteen segments are read at once."""
-    at, near = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, 16)
+    """x (B H, S, size): each segment's entry becomes the sum of those before it. Sixteen segments are read at a time."""
+    at, offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, 16)
     base = x + tl.program_id(1).to(tl.int64) * S * size
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, S, 16):
-        inside = ((start + near) < S)[:, None] & (at < size)[None, :]
-        place = base + (start + near)[:, None] * size + at[None, :]
-        entries = tl.load(place, mask=inside, other=0.0)
-        tl.store(place, total[None, :] + tl.cumsum(entries, 0) - entries, mask=inside)
+        inside = ((start + offset) < S)[:, None] & (at < size)[None, :]
+        at_segments = base + (start + offset)[:, None] * size + at[None, :]
+        entries = tl.load(at_segments, mask=inside, other=0.0)
+        tl.store(at_segments, total[None, :] + tl.cumsum(entries, 0) - entries, mask=inside)
         total += tl.sum(entries, 0)
 
 
 @triton.jit
 def outputs(q, k, v, W_q, bias_q, W_k, bias_k, states, sums, o, T, segment,
             C: tl.constexpr, m: tl.constexpr, d: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
-    """The output of a segment's queries."""
+    """The outputs of a segment's queries."""
     s, b, h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     S, H = tl.num_programs(0), tl.num_programs(2)
     rows, columns, tokens, same = tl.arange(0, m), tl.arange(0, d), tl.arange(0, C), tl.arange(0, 16)
     M = 2 * m if PAIRS else m
-    place = ((b * H + h) * S + s).to(tl.int64) * M
-    state_first = tl.load(states + (place + rows[:, None]) * d + columns[None, :])
-    sum_first = tl.load(sums + place + rows[:, None] + 0 * same[None, :])  # sixteen equal columns, for the matrix unit
+    base_row = ((b * H + h) * S + s).to(tl.int64) * M
+    state_first = tl.load(states + (base_row + rows[:, None]) * d + columns[None, :])
+    sum_first = tl.load(sums + base_row + rows[:, None] + 0 * same[None, :])  # sixteen equal columns, for the matrix unit
     state_second, sum_second = state_first, sum_first
     if PAIRS:
-        state_second = tl.load(states + (place + m + rows[:, None]) * d + columns[None, :])
-        sum_second = tl.load(sums + place + m + rows[:, None] + 0 * same[None, :])
+        state_second = tl.load(states + (base_row + m + rows[:, None]) * d + columns[None, :])
+        sum_second = tl.load(sums + base_row + m + rows[:, None] + 0 * same[None, :])
     for start in range(0, segment, C):
         t = s * segment + start + tokens
         real = t < T
         at = ((b * T + t) * H + h)[:, None].to(tl.int64) * d + columns[None, :]
         query = tl.load(q + at, mask=real[:, None], other=0.0)
         a_first, a_second = features(query, W_q, bias_q, h, m, d, PAIRS, False)
-        found = tl.dot(a_first, state_first.to(tl.bfloat16))
+        numerator = tl.dot(a_first, state_first.to(tl.bfloat16))
         total = tl.dot(a_first, sum_first.to(tl.bfloat16))
         if PAIRS:
-            found = tl.dot(a_second, state_second.to(tl.bfloat16), found)
+            numerator = tl.dot(a_second, state_second.to(tl.bfloat16), numerator)
             total = tl.dot(a_second, sum_second.to(tl.bfloat16), total)
         key = tl.load(k + at, mask=real[:, None], other=0.0)
         first, second = features(key, W_k, bias_k, h, m, d, PAIRS, True)
-        near = tl.dot(a_first, tl.trans(first))
+        weights = tl.dot(a_first, tl.trans(first))
         if PAIRS:
-            near = tl.dot(a_second, tl.trans(second), near)
-        near = tl.where((tokens[:, None] >= tokens[None, :]) & real[None, :], near, 0.0).to(tl.bfloat16)
+            weights = tl.dot(a_second, tl.trans(second), weights)
+        weights = tl.where((tokens[:, None] >= tokens[None, :]) & real[None, :], weights, 0.0).to(tl.bfloat16)
         ones = tl.where(real[:, None], tl.full((C, 16), 1.0, tl.float32), 0.0).to(tl.bfloat16)
         value = tl.load(v + at, mask=real[:, None], other=0.0)
-        found = tl.dot(near, value, found)
-        total = tl.max(tl.dot(near, ones, total), 1)
-        tl.store(o + at, (found / tl.maximum(total, 1e-30)[:, None]).to(tl.bfloat16), mask=real[:, None])
+        numerator = tl.dot(weights, value, numerator)
+        total = tl.max(tl.dot(weights, ones, total), 1)
+        tl.store(o + at, (numerator / tl.maximum(total, 1e-30)[:, None]).to(tl.bfloat16), mask=real[:, None])
         state_first = tl.dot(tl.trans(first), value, state_first)
         sum_first = tl.dot(tl.trans(first), ones, sum_first)
         if PAIRS:
@@ -137,21 +137,28 @@ def outputs(q, k, v, W_q, bias_q, W_k, bias_k, states, sums, o, T, segment,
 
 
 def split(matrix: torch.Tensor) -> torch.Tensor:
-    """(2, H, m, d) bfloat16, whose sum over the first axis is matrix (H, m, d) to 16 bits."""
+    """Tensor (2, H, m, d) in bfloat16 whose sum over the first axis is matrix (H, m, d) to 16 bits."""
     high = matrix.bfloat16()
     return torch.stack((high, (matrix - high.float()).bfloat16()))
 
 
 def fused_forward(layer, q, k, v, *, block: int = 32, warps: int = 4, stages: int = 1) -> torch.Tensor:
     """
-    `DiJiangLinearAttention.attend` of bfloat16 q, k, v (B, T, H, d), contiguous, without state: o (B, T, H, d).
+    Output o (B, T, H, d) of `DiJiangLinearAttention.attend` without a state.
 
     Args:
-        block: tokens computed at a time: 32, since with 64 or 128 Triton 3.6 takes Hopper's warp-group products, and results
-            were wrong or memory was reached out of bounds (seen on an H200).
-        warps, stages: of a program.
+        layer: the linear layer.
+        q: contiguous bfloat16 queries (B, T, H, d).
+        k: keys, the same.
+        v: values, the same.
+        block: tokens computed at a time. With 64 or 128 Triton 3.6 uses Hopper's warp-group products; then results were wrong
+            or memory was accessed out of bounds (seen on an H200).
+        warps: of a program.
+        stages: of a program.
     """
-    (B, T, H, d), pairs, m = q.shape, layer.feature_map_q.pairs, layer.feature_map_q.feature_dim
+    B, T, H, d = q.shape
+    pairs = layer.feature_map_q.pairs
+    m = layer.feature_map_q.feature_dim
     scale = layer.feature_scale
     (W_q, bias_q), (W_k, bias_k) = (phi.matrix(scale) for phi in (layer.feature_map_q, layer.feature_map_k))
     M = W_q.shape[1]

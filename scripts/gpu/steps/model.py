@@ -1,25 +1,27 @@
 """
-Whole models: a decoding step and a prompt, beside transformers' own class with its default cache, a static one, CUDA graphs
+Whole models: a decoding step and a prompt, next to transformers' own class with its default cache, a static one, CUDA graphs
 and torch.compile. Random weights in known shapes, bfloat16.
 
     python scripts/gpu/steps/model.py --data DATA --results RESULTS [--small] [--seconds 120]
 
-A decoding step takes one token of every sequence after so many tokens of context, until the next tokens are known to the host.
-The paper's Table 1 is at 2,048 tokens (arXiv 2403.19928; its ratios are over the default cache, on an A800); longer contexts
-are those of its Figure 4.
+A decoding step reads one token of every sequence after a number of tokens of context, and ends when the next tokens are on the
+host. The paper's Table 1 is at 2,048 tokens (arXiv 2403.19928; its ratios are over the default cache, on an A800); longer
+contexts are those of its Figure 4.
 """
 
 import torch
+from shared import Record, arguments, card_rates, describe_error, device_of, measure
 from transformers import PreTrainedConfig
 
-from common import Record, arguments, card_rates, device_of, measure, one_line
 from dijiang.checkpoint.shapes import shape_config
-from dijiang.evaluate.latency.contenders import Contender, contenders
+from dijiang.common.memory import PeakMemory, trim
+from dijiang.evaluate.latency.config import LatencyConfig
+from dijiang.evaluate.latency.contenders import Contender, contenders_of
 from dijiang.evaluate.latency.graphs import InPlaceStep, agreement, graphed_step, short_cache
 from dijiang.evaluate.latency.measure import PAPER_CONTEXT, PAPER_SPEEDS
-from dijiang.evaluate.latency.models import SPARE_BYTES, config_pair, shortage
-from dijiang.evaluate.latency.timing import PeakMemory, alternate, floor_seconds, trim, waiting_for
-from dijiang.modeling.window_attention_flex import flex_is_broken
+from dijiang.evaluate.latency.models import SPARE_BYTES, random_pair, shortage
+from dijiang.evaluate.latency.timing import alternate, floor_seconds, waiting_for
+from dijiang.modeling.window_attention_flex import kernel as flex_kernel
 
 SHAPES = (*PAPER_SPEEDS, "smollm2-135m")
 LONGEST = 65536
@@ -40,7 +42,7 @@ SMALL_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 
 
 
 def plan(small: bool) -> list[dict]:
-    """Every row, the most telling first."""
+    """Every row, the most informative first."""
     rows = []
 
     def add(phase: str, shape: str, batch: int, context: int, *names: str) -> None:
@@ -76,94 +78,101 @@ def cost(row: dict) -> float:
 
 
 class Bench:
-    """What the rows of one run share: models of a shape, and the card's rates."""
+    """Measures the rows of one run, which share the models of a shape and the card's rates."""
 
     def __init__(self, device: torch.device, small: bool, rates: dict):
-        self.device, self.small, self.rates = device, small, rates
-        self.sides: dict[str, dict[str, Contender]] = {}
+        self.device = device
+        self.small = small
+        self.rates = rates
+        self.contenders: dict[str, dict[str, Contender]] = {}  # by shape
 
     def measure_row(self, row: dict) -> dict:
-        """Time one contender, alone on the card but for the models' weights."""
-        side, batch, context = self.contender(row), row["batch"], row["context"]
+        """Time one contender, alone on the card except for the models' weights."""
+        contender = self.contender(row)
+        batch, context = row["batch"], row["context"]
         trim()
-        needed = side.cache_bytes(batch, context) * (1 + 2 / side.model.config.num_hidden_layers) + SPARE_BYTES
+        needed = contender.cache_bytes(batch, context) * (1 + 2 / contender.model.config.num_hidden_layers) + SPARE_BYTES
         if not self.small and shortage(needed, self.device):
-            self.sides = {row["shape"]: self.sides[row["shape"]]}  # the weights of other shapes can be made again
-            trim()
-            torch.cuda.empty_cache()
+            self.drop_all_but(row["shape"])
             if reason := shortage(needed, self.device):
                 return {"left_out": reason}
-        facts = {"cache_bytes": side.cache_bytes(batch, context)}
         with PeakMemory(self.device) as peak:
-            found = self.prefill(side, row) if row["phase"] == "prefill" else self.decode(side, row)
-        return found | facts | {"peak_bytes": peak.bytes}
+            result = self.prefill(contender, row) if row["phase"] == "prefill" else self.decode(contender, row)
+        return result | {"cache_bytes": contender.cache_bytes(batch, context), "peak_bytes": peak.bytes}
 
     def contender(self, row: dict) -> Contender:
-        """The model and cache of a row; models are kept for the rows to come."""
+        """The model and cache of a row; models are kept for later rows."""
         shape = row["shape"]
-        if shape not in self.sides:
-            config = tiny_config(shape) if self.small else shape_config(shape)
-            where = {"device": self.device.type, "dtype": "float32" if self.small else "bfloat16"}
+        if shape not in self.contenders:
+            softmax_config = tiny_config(shape) if self.small else shape_config(shape)
+            dtype = "float32" if self.small else "bfloat16"
+            config = LatencyConfig(contexts=(LONGEST,), device=self.device.type, dtype=dtype)
             try:
-                pair = config_pair(shape, config, longest=LONGEST, **where)
-            except ValueError:  # no room: those of other shapes can be made again
-                self.sides.clear()
-                trim()
-                torch.cuda.empty_cache()
-                pair = config_pair(shape, config, longest=LONGEST, **where)
-            self.sides[shape] = contenders(pair)
+                pair = random_pair(shape, softmax_config, config)
+            except ValueError:  # there is no room
+                self.drop_all_but(shape)
+                pair = random_pair(shape, softmax_config, config)
+            self.contenders[shape] = contenders_of(pair)
         name = row["contender"].removesuffix(" graph").removesuffix(" compiled")
-        return self.sides[shape][name]
+        return self.contenders[shape][name]
+
+    def drop_all_but(self, shape: str) -> None:
+        """Free the models of other shapes, which can be built again."""
+        self.contenders = {shape: self.contenders[shape]} if shape in self.contenders else {}
+        trim()
+        torch.cuda.empty_cache()
 
     def pace(self) -> dict:
         wait = waiting_for(self.device)
         return {"rounds": 2, "seconds": 0.0, "wait": wait} if self.small else {"rounds": 5, "seconds": 0.3, "wait": wait}
 
-    def prefill(self, side: Contender, row: dict) -> dict:
-        """Read a prompt of random tokens into a new cache, until the first token is known."""
-        ids = side.random_ids(row["batch"], row["context"])
-        flex_is_broken.clear()  # by another shape
-        found = alternate({"call": lambda: side.prefill(ids)}, **self.pace() | ({} if self.small else {"rounds": 3}))["call"]
-        facts = {"flex_attention": one_line(flex_is_broken[0])} if flex_is_broken else {}
-        return found | facts | {"tokens_per_s": ids.numel() / found["median_s"]}
+    def prefill(self, contender: Contender, row: dict) -> dict:
+        """Time reading a prompt of random tokens into a new cache until the first token is known."""
+        ids = contender.random_ids(row["batch"], row["context"])
+        flex_kernel.failure = None  # another shape may have set it
+        pace = self.pace() | ({} if self.small else {"rounds": 3})
+        times = alternate({"call": lambda: contender.prefill(ids)}, **pace)["call"]
+        facts = {"flex_attention": describe_error(flex_kernel.failure)} if flex_kernel.failure else {}
+        return times | facts | {"tokens_per_s": ids.numel() / times["median_s"]}
 
-    def decode(self, side: Contender, row: dict) -> dict:
-        """One token of every sequence, as often as the time allows."""
+    def decode(self, contender: Contender, row: dict) -> dict:
+        """Time one token of every sequence, as often as the time allows."""
         name, batch, context = row["contender"], row["batch"], row["context"]
-        own = name.startswith("dijiang")
-        cache = short_cache(side, batch, min(context, STATE_TOKENS)) if own else side.filled_cache(batch, context)
-        ids, facts = side.random_ids(batch, 1), {}
+        if name.startswith("dijiang"):
+            cache = short_cache(contender, batch, min(context, STATE_TOKENS))
+        else:
+            cache = contender.filled_cache(batch, context)
+        ids = contender.random_ids(batch, 1)
+        facts = {}
         if name.endswith(("graph", "compiled")):
             forward = None
             if name.endswith("compiled"):
                 torch.compiler.reset()
-                forward = torch.compile(side.model.forward, dynamic=False, backend="eager" if self.small else "inductor")
-            step = InPlaceStep(side, cache, ids, context, forward)
+                backend = "eager" if self.small else "inductor"
+                forward = torch.compile(contender.model.forward, dynamic=False, backend=backend)
+            step = InPlaceStep(contender, cache, ids, context, forward)
             call = graphed_step(step)
-            facts, calls = {"agreement": agreement(step, call)}, {"call": call}
-            found = alternate(calls, warmup=2, **self.pace())["call"]
+            facts = {"agreement": agreement(step, call)}
+            times = alternate({"call": call}, warmup=2, **self.pace())["call"]
         else:
-            calls, after = {"call": lambda: side.step(ids, cache)}, {"call": lambda: side.step_back(cache)}
-            found = alternate(calls, after=after, warmup=3, **self.pace())["call"]
-        floor = floor_seconds(*side.least_work(batch, context), self.rates, "bfloat16")
-        return found | facts | {
-            "tokens_per_s": batch / found["median_s"],
-            "floor_s": floor,
-            "of_floor": found["median_s"] / floor,
-        }  # fmt: skip
+            after = {"call": lambda: contender.step_back(cache)}
+            times = alternate({"call": lambda: contender.step(ids, cache)}, after=after, warmup=3, **self.pace())["call"]
+        floor = floor_seconds(*contender.least_work(batch, context), self.rates, "bfloat16")
+        speed = {"tokens_per_s": batch / times["median_s"], "floor_s": floor, "of_floor": times["median_s"] / floor}
+        return times | facts | speed
 
 
 def tiny_config(shape: str) -> PreTrainedConfig:
-    """The config of a shape, of hardly any size."""
+    """The config of a shape with tiny sizes."""
     config = shape_config(shape)
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
     return type(config)(**{key: heads.get(key, value) for key, value in (config.to_dict() | SMALL_SIZES).items()})
 
 
 def targets(rows: list[dict]) -> list[dict]:
-    """Speeds over the default cache at the paper's context, batch 32 and more, against the paper's."""
-    at = {(row["shape"], row["batch"], row["contender"]): row["median_s"] for row in rows
-          if row["phase"] == "decode" and row["context"] == PAPER_CONTEXT and "median_s" in row}  # fmt: skip
+    """Speeds over the default cache at the paper's context with batches of 32 and more, against the paper's."""
+    decoded = [row for row in rows if row["phase"] == "decode" and row["context"] == PAPER_CONTEXT and "median_s" in row]
+    at = {(row["shape"], row["batch"], row["contender"]): row["median_s"] for row in decoded}
     lines = []
     for shape, (softmax, dijiang) in PAPER_SPEEDS.items():
         for batch in (32, 128):

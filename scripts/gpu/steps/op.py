@@ -1,28 +1,29 @@
 """
-The linear-attention op, feature maps included, beside FlashAttention, forward and backward, against the card's own rates.
+The linear-attention op, feature maps included, next to FlashAttention, forward and backward, against the card's rates.
 
     python scripts/gpu/steps/op.py --data DATA --results RESULTS [--small] [--seconds 90]
 
 The op is `DiJiangLinearAttention.attend` without window, sinks and key weights, as in benchmarks/attention.py, in bfloat16
-with 16 heads of 64. FlashAttention is torch's SDPA, held to that kernel. Our outputs and gradients are compared with an oracle
-first.
+with 16 heads of 64. FlashAttention is torch's SDPA, restricted to that kernel. Our outputs and gradients are first compared
+with an oracle: float32 features, sums in float64.
 
 The floor is max(flops / rate of a large product, bytes / rate of a large copy or sum), both measured in the same call. A
 forward pass moves q, k, v and o once and computes what the chunk form must (`measure.floor_flops`); forward and backward
 together compute three times as much and move eleven such tensors: the four, again q, k, v and the gradient of o, and the
 gradients of q, k and v.
+
+B batch, T tokens, H heads, d head size, M features.
 """
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from op_oracle import expected, features_of, oracle, precision, relative_error  # noqa: F401, the tests' too
+from shared import Record, arguments, card_rates, device_of, measure, seconds_per_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import Record, arguments, card_rates, device_of, measure, seconds_per_call
 from dijiang.evaluate.latency.graphs import capture
 from dijiang.evaluate.latency.timing import floor_seconds
 from dijiang.modeling import DiJiangConfig, DiJiangModel
@@ -30,9 +31,10 @@ from dijiang.modeling.linear_attention import linear_attention, prefer_backend
 from dijiang.modeling.linear_attention_fla import fla_is_usable
 
 HEADS, SMALL_HEADS, HEAD_DIM, DTYPE = 16, 2, 64, torch.bfloat16
-PAIRS = {128: True, 64: False}  # by features M, whether they come in pairs
-LENGTHS, MAIN = (65536, 2048, 4096, 8192, 32768), 16384  # in the order of what they tell
+PAIRS = {128: True, 64: False}  # by number of features, whether they come in pairs
+LENGTHS, MAIN = (65536, 2048, 4096, 8192, 32768), 16384  # the most informative first
 SMALL_LENGTHS, SMALL_MAIN = (32,), 64
+ORACLE_BLOCK = 256  # tokens per block
 GRADIENTS_UP_TO = 16384  # tokens for which the oracle's gradients are taken
 VARIANTS = {
     "flash": "scaled_dot_product_attention(is_causal=True), FlashAttention only",
@@ -56,8 +58,10 @@ SPEED_GOAL, FLOOR_GOAL = 4, 2
 
 
 def plan(small: bool) -> list[dict]:
-    """Every row, the most telling first."""
-    main, lengths, rows = SMALL_MAIN if small else MAIN, SMALL_LENGTHS if small else LENGTHS, []
+    """Every row, the most informative first."""
+    main = SMALL_MAIN if small else MAIN
+    lengths = SMALL_LENGTHS if small else LENGTHS
+    rows = []
 
     def add(kind: str, tokens: int, batch: int, *variants: str) -> None:
         for features in PAIRS:
@@ -84,55 +88,105 @@ def plan(small: bool) -> list[dict]:
     return rows
 
 
+def features_of(layer, q, k, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """phi(q) and phi(k), (B, T, H, M), in the form that the sums take."""
+    return layer.feature_map_q(q, None, layer.feature_scale).to(dtype), layer.key_features(k).to(dtype)
+
+
+@contextlib.contextmanager
+def precision(tf32: bool) -> Iterator[None]:
+    """Compute float32 products in TF32, or in full, for the length of a `with` block."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@torch.compiler.disable
+def oracle(layer, q, k, v) -> torch.Tensor:
+    """The op on float32 features with sums in float64, (B, T, H, d)."""
+    phi_q, phi_k = (x.double().transpose(1, 2) for x in features_of(layer, q.float(), k.float(), torch.float32))
+    values = F.pad(v.double(), (0, 1), value=1.0).transpose(1, 2)  # a column of ones sums the weights
+    state = 0.0
+    outputs = []
+    for start in range(0, q.shape[1], ORACLE_BLOCK):
+        a, b, x = (y[:, :, start : start + ORACLE_BLOCK] for y in (phi_q, phi_k, values))
+        o = (a @ b.transpose(-1, -2)).tril() @ x
+        outputs.append(o if start == 0 else o + a @ state)
+        state = state + b.transpose(-1, -2) @ x
+    o = torch.cat(outputs, dim=2)
+    return (o[..., :-1] / o[..., -1:]).transpose(1, 2)
+
+
+def expected(layer, inputs: list[torch.Tensor], cotangent: torch.Tensor | None) -> list[torch.Tensor]:
+    """The oracle's output for the first sequence or, with a cotangent, its gradients by q, k and v."""
+    with precision(False):
+        if cotangent is None:
+            return [oracle(layer, *(x[:1] for x in inputs))]
+        first = [x[:1].detach().clone().requires_grad_() for x in inputs]
+        return list(torch.autograd.grad(oracle(layer, *first), first, cotangent[:1].double()))
+
+
+def relative_error(output: torch.Tensor, reference: torch.Tensor) -> float:
+    """|output - reference| / |reference|, Euclidean norms."""
+    reference = reference.detach().double()
+    return float((output.detach().double() - reference).norm() / reference.norm())
+
+
 class Bench:
-    """What the rows of one run share: layers, rates, and the last oracle."""
+    """Measures the rows of one run, which share layers, rates and the last output of the oracle."""
 
     def __init__(self, device: torch.device, small: bool, rates: dict):
-        self.device, self.small, self.rates = device, small, rates
+        self.device = device
+        self.small = small
+        self.rates = rates
         self.heads = SMALL_HEADS if small else HEADS
         self.layers = {features: build_layer(features, self.heads, device) for features in PAIRS}
-        self.known: tuple = (None, None)
+        self.reference: tuple = (None, None)  # what it is for, and the oracle's tensors
         self.tried: dict[str, float] = {}  # seconds of the fused kernels by their options, written as JSON
 
     def measure_row(self, row: dict) -> dict:
-        """Time one variant, once its output is known to be right."""
+        """Time one variant, after a comparison of its output with the oracle's."""
         variant = row["variant"]
         if "fla" in variant.split() and not (usable := fla_is_usable(self.device))[0]:
             return {"left_out": usable[1]}
         if {"graph", "fused"} & set(variant.split()) and self.device.type != "cuda":
             return {"left_out": "it needs a GPU"}
-        layer, inputs = self.layers.get(row["features"]), self.inputs(row)
+        layer = self.layers.get(row["features"])
+        inputs = self.inputs(row)
         backward = row["pass"] == "forward + backward"
         weights = [] if layer is None else [*layer.feature_map_q.parameters(), *layer.feature_map_k.parameters()]
-        with torch.set_grad_enabled(backward), precision("tf32" in variant), chosen(variant):
-            forward = self.forward_of(row, layer, inputs)
-            call, found = forward, {}
+        with torch.set_grad_enabled(backward), precision("tf32" in variant), chosen_backend(variant):
+            call = forward = self.forward_of(row, layer, inputs)
+            result = {}
             if backward:
                 leaves, cotangent = inputs + weights, random_like(inputs[0])
                 call = lambda: torch.autograd.grad(forward(), leaves, cotangent)  # noqa: E731
             if row["pass"] != "parts" and layer is not None:
-                found = self.errors(row, layer, inputs, call, cotangent if backward else None)
+                result = self.errors(row, layer, inputs, call, cotangent if backward else None)
             options = {"rounds": 2, "seconds": 0.0, "warmup": 1} if self.small else {}
-            found |= seconds_per_call(call, self.device, **options)
+            result |= seconds_per_call(call, self.device, **options)
         if row["pass"] == "parts" or layer is None:
-            return found
+            return result
         if "fused" in variant:
-            found["tried"] = self.tried
+            result["tried"] = self.tried
         count = row["batch"] * row["tokens"]
         flops = measure.floor_flops(count, self.heads, HEAD_DIM, row["features"]) * (3 if backward else 1)
         moved = inputs[0].nbytes * (11 if backward else 4)
         floor = floor_seconds(flops, moved, self.rates, "bfloat16")
-        return found | {"flops": flops, "bytes": moved, "floor_s": floor, "of_floor": found["median_s"] / floor}
+        return result | {"flops": flops, "bytes": moved, "floor_s": floor, "of_floor": result["median_s"] / floor}
 
     def inputs(self, row: dict) -> list[torch.Tensor]:
-        """q, k, v (B, T, H, d), as projections leave them; always the same for a shape."""
+        """q, k, v (B, T, H, d), in the layout that projections leave; always the same for a shape."""
         generator = torch.Generator(self.device).manual_seed(row["tokens"])
         shape = (row["batch"], row["tokens"], self.heads, HEAD_DIM)
-        found = [torch.randn(shape, generator=generator, device=self.device).to(DTYPE) for _ in "qkv"]
-        return [x.requires_grad_(row["pass"] == "forward + backward") for x in found]
+        inputs = [torch.randn(shape, generator=generator, device=self.device).to(DTYPE) for _ in "qkv"]
+        return [x.requires_grad_(row["pass"] == "forward + backward") for x in inputs]
 
     def forward_of(self, row: dict, layer, inputs: list[torch.Tensor]) -> Callable:
-        """What is timed, without its gradient."""
+        """The forward call of a row."""
         variant = row["variant"].removesuffix(" tf32")
         if variant == "flash":
             return lambda: flash_attention(*inputs)
@@ -155,13 +209,13 @@ class Bench:
         return plain
 
     def fused(self, layer, inputs: list[torch.Tensor]) -> Callable:
-        """The fused kernels, with the options that were the fastest at the first call."""
+        """A call of the fused kernels with the options that were fastest when they were first tried."""
         from fused_forward import fused_forward
 
         if not self.tried:
             for options in FUSED:
                 call = lambda options=options: fused_forward(layer, *inputs, **options)  # noqa: E731
-                with contextlib.suppress(Exception):  # what does not fit on this card
+                with contextlib.suppress(Exception):  # options that do not fit this card
                     self.tried[json.dumps(options)] = seconds_per_call(call, self.device)["median_s"]
         if not self.tried:
             return lambda: fused_forward(layer, *inputs, **FUSED[0])
@@ -169,21 +223,21 @@ class Bench:
         return lambda: fused_forward(layer, *inputs, **best)
 
     def compiled(self, function: Callable) -> Callable:
-        """In a small run it is only traced: generating code takes long on a CPU."""
+        """Compile; a small run only traces, because generating code takes long on a CPU."""
         torch.compiler.reset()
         return torch.compile(function, dynamic=False, backend="eager" if self.small else "inductor")
 
     def errors(self, row: dict, layer, inputs: list, call: Callable, cotangent: torch.Tensor | None) -> dict:
-        """Relative errors of the first sequence's output, or gradients, against the oracle's."""
+        """Relative errors of the first sequence's output or gradients against the oracle's."""
         if cotangent is not None and row["tokens"] > GRADIENTS_UP_TO:
             return {}
         key = (row["pass"], row["tokens"], row["batch"], row["features"])
-        if self.known[0] != key:
-            self.known = (None, None)  # give its memory back first
-            self.known = (key, expected(layer, inputs, cotangent))
+        if self.reference[0] != key:
+            self.reference = (None, None)  # frees its memory first
+            self.reference = (key, expected(layer, inputs, cotangent))
         results = [call()] if cotangent is None else call()[:3]
         names = ["o"] if cotangent is None else ["dq", "dk", "dv"]
-        pairs = zip(names, results, self.known[1], strict=True)
+        pairs = zip(names, results, self.reference[1], strict=True)
         return {"relative_error": {name: relative_error(x[:1], reference) for name, x, reference in pairs}}
 
 
@@ -193,18 +247,19 @@ def build_layer(features: int, heads: int, device: torch.device):
         attention_window=0, attention_sinks=0, key_scale=False, feature_pairs=PAIRS[features], feature_seed=1,
     )  # fmt: skip
     layer = DiJiangModel(config).layers[0].self_attn.to(device, DTYPE).eval()
-    layer.feature_map_q.float(), layer.feature_map_k.float()  # as a checkpoint keeps them
+    layer.feature_map_q.float()  # as in a checkpoint
+    layer.feature_map_k.float()
     return layer
 
 
 def flash_attention(q, k, v) -> torch.Tensor:
-    """(B, T, H, d), from views as a transformers model has them."""
+    """Output (B, T, H, d), from transposed views as in a transformers model."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
 
 
-def chosen(variant: str) -> contextlib.AbstractContextManager:
-    """Sums by `fla` or `torch` where the variant says so, else by what the op itself chooses."""
+def chosen_backend(variant: str) -> contextlib.AbstractContextManager:
+    """Have sums computed by `fla` or `torch` if the variant names one, else by the op's own choice."""
     return prefer_backend(next((word for word in variant.split() if word in ("fla", "torch")), "auto"))
 
 
@@ -213,7 +268,7 @@ def random_like(x: torch.Tensor) -> torch.Tensor:
 
 
 def targets(rows: list[dict], main: int) -> list[dict]:
-    """What the op is to reach at the main length: as a model calls it, and by the fastest variant."""
+    """The goals at the main length, for the op as a model calls it and for the fastest variant."""
     at_main = [row for row in rows if (row["pass"], row["tokens"], row["batch"]) == ("forward", main, 1) and "median_s" in row]
     flash = next((row["median_s"] for row in at_main if row["variant"] == "flash"), None)
     lines = []

@@ -3,27 +3,32 @@ Recovery of SmolLM2-135M-Instruct by a recipe of this package, in as many tokens
 
     python scripts/gpu/steps/recovery.py --data DATA --results RESULTS [--recipe RECIPE] [--set KEY=VALUE ...] [--seconds 300]
 
-The teacher is the GGUF file in DATA/weights, dequantised once into DATA/runs/teacher; the text is DATA/corpus, tokenised
-already. A few real training steps tell how fast each way of computing them is (`training_step`), and the fastest sets the
-budget of tokens, so that the learning rate's schedule ends with the time. Everything else is what `dijiang recover` does: the
-recipe, its stages, its checkpoints. Perplexity and recall of teacher, converted and recovered model come last; what a killed
-run leaves is in the JSON too, and a further call goes on from its newest checkpoint.
+The teacher is the GGUF file in DATA/weights, dequantized once into DATA/runs/teacher; the text is DATA/corpus, already
+tokenized. A few real training steps show how fast each way of computing them is (`training_step`), and the fastest determines
+the budget of tokens, so that the learning rate's schedule ends with the time. Everything else is that of `dijiang recover`:
+recipe, stages, checkpoints. Perplexity and recall of teacher, converted and recovered model come last. The JSON also holds
+what a killed run has measured, and another call continues from its newest checkpoint.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import json
+import statistics
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
+from typing import Self
 
 import torch
-from recovery_data import Inputs, made_up_inputs, prepare_inputs
+from recovery_data import Inputs, prepare_inputs, synthetic_inputs
 from recovery_quality import Judge
 from recovery_speed import Speed, checkpoint_seconds, note
-from recovery_watch import Watch
+from shared import Record, arguments, card_rates, describe_error, device_of
 
-from common import Record, arguments, card_rates, device_of, one_line
-from dijiang.common.device import fastest_dtype
+from dijiang.common.device import dtype_name, fastest_dtype
 from dijiang.modeling import window_attention_flex as flex_window
 from dijiang.modeling.linear_attention import prefer_backend
 from dijiang.train import Recipe, load_recipe, run_stage
@@ -31,7 +36,7 @@ from dijiang.train.stages.job_folder import StageFolder
 from dijiang.train.trainer.checkpoints import Checkpoints
 
 STEPS = {"smollm2-135m-linear": "recovery_linear", "smollm2-135m": "recovery_window"}
-# on top of the recipes, which are made for two processor cores and one sequence per step
+# on top of the recipes, which are meant for two processor cores and one sequence per step
 SETTINGS = {
     "smollm2-135m-linear": (
         "align.attention_learning_rate=1e-3",
@@ -56,7 +61,7 @@ SHARED = (
     "distill.batch_size=16",
     "distill.final_share=0.02",
     "distill.chunk_tokens=8192",
-    "data.respect_documents=false",  # as in all recorded runs; it also lets torch.compile know the shapes
+    "data.respect_documents=false",  # as in all recorded runs; it also gives torch.compile fixed shapes
     "data.streaming=false",
     "run.report_to=[]",
 )
@@ -67,17 +72,82 @@ SMALL = (
 ALIGN_SECONDS, ALIGN_TOKENS = 15.0, 4_000_000
 FIRST_GUESS = 1_000_000  # tokens, until the speed is known
 LAST_SECONDS = 14.0  # of a run: the evaluation at the end
-SLACK = 0.93  # share of the measured speed that is counted on
+SLACK = 0.93  # share of the measured speed that is relied on
 SAVE_EVERY_SECONDS, COSTLY_SAVE = 60.0, 4.0
 QUICK_TOKENS = 49_152  # held out, measured with every checkpoint
+READ_EVERY_SECONDS = 5.0
+SHOWN_METRICS = ("step", "tokens", "loss", "kl", "ce", "grad_norm", "tokens_per_second")
+
+
+class Watch:
+    """
+    Context manager that reads a stage's metrics.jsonl every few seconds, and once more at the end, into the record's
+    `training` section under the stage's name, so that a killed run leaves it.
+    """
+
+    def __init__(self, record, path: Path, stage: str):
+        self.record = record
+        self.path = path
+        self.stage = stage
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.follow, daemon=True)
+
+    def __enter__(self) -> Self:
+        self.began = time.monotonic()
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.ended.set()
+        self.thread.join()
+        self.read()
+
+    def follow(self) -> None:
+        while not self.ended.wait(READ_EVERY_SECONDS):
+            self.read()
+
+    def read(self) -> None:
+        """Copy the current content of the file into the record."""
+        lines = []
+        with contextlib.suppress(OSError, ValueError):  # the file may be missing, or its last line half-written
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                lines.append(json.loads(line))
+        curve = [{key: line[key] for key in SHOWN_METRICS if key in line} for line in lines if "loss" in line]
+        held_out = [
+            {
+                "tokens": line["tokens"],
+                "perplexity": line["eval_perplexity"],
+                "teacher_perplexity": line.get("eval_teacher_perplexity"),
+            }
+            for line in lines
+            if "eval_perplexity" in line
+        ]
+        training = {"seconds": round(time.monotonic() - self.began, 1), "curve": curve, "held_out": held_out}
+        if curve:
+            speeds = [line["tokens_per_second"] for line in curve[1:] or curve]
+            training |= {"tokens": curve[-1]["tokens"], "tokens_per_s": statistics.median(speeds)}
+        self.record.data.setdefault("training", {})[self.stage] = training
+        self.record.save()
 
 
 class Recovery:
-    """One run of the step."""
+    """
+    One run of the step.
 
-    def __init__(self, options, own, record: Record, device: torch.device):
-        self.options, self.own, self.record, self.device = options, own, record, device
-        self.small, self.data = options.small, record.data
+    Args:
+        options: those that every step takes.
+        own: options of this step.
+        record: its JSON.
+        device: to train on.
+    """
+
+    def __init__(self, options: argparse.Namespace, own: argparse.Namespace, record: Record, device: torch.device):
+        self.options = options
+        self.own = own
+        self.record = record
+        self.device = device
+        self.small = options.small
+        self.data = record.data
         self.dtype = torch.float32 if self.small else torch.bfloat16 if device.type == "cuda" else fastest_dtype(device)
         self.last_seconds = 8.0 if self.small else min(LAST_SECONDS, 0.15 * options.seconds)
 
@@ -85,7 +155,7 @@ class Recovery:
         self.inputs = inputs
         for key in ("error", "stopped", "fell_back", "judged_checkpoint"):  # of an earlier call
             self.data.pop(key, None)
-        self.data |= {"recipe": self.own.recipe, "corpus": inputs.facts, "dtype": str(self.dtype).removeprefix("torch.")}
+        self.data |= {"recipe": self.own.recipe, "corpus": inputs.facts, "dtype": dtype_name(self.dtype)}
         self.data["card"] = self.data.get("card") or card_rates(self.device, self.small)
         self.judge = Judge(inputs, self.device, self.dtype, self.record, self.small)
         recipe = self.recipe()
@@ -109,20 +179,20 @@ class Recovery:
         self.record.save()
 
     def phase(self, name: str) -> None:
-        """Note what comes now, and when."""
+        """Record the phase that begins, and the time left."""
         print(f"recovery: {name}, {self.record.left():.0f} s left", flush=True)
         self.data.setdefault("phases", []).append({"phase": name, "left_s": round(self.record.left(), 1)})
         self.record.save()
 
     def recipe(self) -> Recipe:
-        """The recipe with this machine's paths and settings, its budgets not yet known."""
+        """The recipe with this machine's paths and settings and preliminary budgets."""
         sets = [*SHARED, *SETTINGS.get(self.own.recipe, ()), *(SMALL if self.small else ())]
         if self.small and self.own.recipe == "smollm2-135m":
             sets.append("convert.settings.attention_window=16")
         sets += [f"source={self.inputs.teacher}", f"output={self.inputs.runs / self.record.path.stem}"]
         sets += [f"align.tokens={FIRST_GUESS}", f"distill.tokens={FIRST_GUESS}", *self.own.set]
-        last = {word.partition("=")[0]: word for word in sets}  # the user's words come last and win
-        recipe = load_recipe(self.own.recipe, list(last.values()))
+        words = {word.partition("=")[0]: word for word in sets}  # the user's come last and win
+        recipe = load_recipe(self.own.recipe, list(words.values()))
         data = dataclasses.replace(
             recipe.data,
             train=self.inputs.train,
@@ -130,7 +200,7 @@ class Recovery:
             held_out_tokens=512 if self.small else QUICK_TOKENS,
             cache=str(self.inputs.runs / "tokens"),
         )
-        run = dataclasses.replace(recipe.run, device=self.device.type, dtype=str(self.dtype).removeprefix("torch."))
+        run = dataclasses.replace(recipe.run, device=self.device.type, dtype=dtype_name(self.dtype))
         return dataclasses.replace(recipe, data=data, run=run)
 
     def stored(self, recipe: Recipe, stage: str) -> Recipe | None:
@@ -139,7 +209,7 @@ class Recovery:
         return load_recipe(file, stored=True) if file.is_file() else None
 
     def align(self, recipe: Recipe) -> Recipe:
-        """Run the first stage, on as many tokens as go into `ALIGN_SECONDS`; returns the recipe with its budget."""
+        """Run the first stage on the tokens that `ALIGN_SECONDS` allow, and return the recipe with that budget."""
         if (stored := self.stored(recipe, "align")) is not None:
             recipe = self.with_micro_batch(dataclasses.replace(recipe, align=stored.align), stored.run.micro_batch_size)
         else:
@@ -148,14 +218,14 @@ class Recovery:
             StageFolder(recipe, "align").prepare(False)
             StageFolder(recipe, "align").recipe_file.unlink()
             speed = Speed(recipe, "align", self.inputs.tokenizer, self.device, self.dtype)
-            found = speed.measure({"name": "eager, torch"}, steps=2)
+            eager = speed.measure({"name": "eager, torch"}, steps=2)
             speed.close()
-            note(self.data.setdefault("training_step", []), found)
+            note(self.data.setdefault("training_step", []), eager)
             step = recipe.align.batch_size * recipe.align.block_size
             seconds = 1.0 if self.small else min(ALIGN_SECONDS, 0.06 * self.options.seconds)
-            tokens = int(min(found["tokens_per_s"] * seconds * SLACK, ALIGN_TOKENS)) if "tokens_per_s" in found else 50 * step
+            tokens = int(min(eager["tokens_per_s"] * seconds * SLACK, ALIGN_TOKENS)) if "tokens_per_s" in eager else 50 * step
             recipe = dataclasses.replace(recipe, align=dataclasses.replace(recipe.align, tokens=max(tokens, 4 * step)))
-            recipe = self.with_micro_batch(recipe, found.get("micro_batch", 1))
+            recipe = self.with_micro_batch(recipe, eager.get("micro_batch", 1))
         self.phase("align")
         self.train(recipe, "align")
         return recipe
@@ -164,10 +234,11 @@ class Recovery:
         return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, micro_batch_size=micro_batch, **run))
 
     def distill(self, recipe: Recipe) -> Recipe:
-        """Run the second stage, on as many tokens as go into the time that is left."""
+        """Run the second stage on the tokens that the remaining time allows, and return the recipe with that budget."""
         stored = self.stored(recipe, "distill")
         if stored is not None and not self.small:
-            recipe, best = dataclasses.replace(stored, output=recipe.output), {}
+            recipe = dataclasses.replace(stored, output=recipe.output)
+            best = {}
             self.phase("distill goes on")
             seconds_to_start = 30.0
         else:
@@ -180,19 +251,19 @@ class Recovery:
             speed.close()
             recipe = self.with_budget(recipe, best, seconds_to_start, trained)
         self.phase("distill")
-        flex_window.use_flex = best.get("flex", False)
+        flex_window.kernel.enabled = best.get("flex", False)
         with prefer_backend(best.get("backend", "torch")):
             self.train(recipe, "distill", seconds_to_start)
-        flex_window.use_flex = False
+        flex_window.kernel.enabled = False
         return recipe
 
     def with_budget(self, recipe: Recipe, best: dict, seconds_to_start: float, trained: int) -> Recipe:
-        """`recipe` with the fastest settings, and the tokens and checkpoints that the time allows for."""
+        """`recipe` with the fastest settings, and the tokens and checkpoints that the time allows."""
         save = checkpoint_seconds(Path(recipe.output), 12 * trained)
-        config, step = recipe.distill, recipe.distill.batch_size * recipe.distill.block_size
+        step = recipe.distill.batch_size * recipe.distill.block_size
         seconds = self.record.left() - self.last_seconds - seconds_to_start
         saves = 1 if save > COSTLY_SAVE or self.small else max(1, int(seconds / SAVE_EVERY_SECONDS))
-        quick = 2.0  # seconds of a quick look at held-out text
+        quick = 2.0  # seconds to measure held-out text
         seconds -= saves * (save + quick) + save + 2.0
         rate = best.get("tokens_per_s", 1e4) * SLACK
         tokens = 12 * step if self.small else max(int(seconds * rate), 20 * step)
@@ -212,12 +283,12 @@ class Recovery:
             evaluate_every=every,
             log_every=max(1, steps // 200),
         )
-        return dataclasses.replace(recipe, distill=dataclasses.replace(config, tokens=tokens))
+        return dataclasses.replace(recipe, distill=dataclasses.replace(recipe.distill, tokens=tokens))
 
     def train(self, recipe: Recipe, stage: str, seconds_to_start: float = 0.0) -> None:
         """
-        `run_stage`, with its measures put into the JSON as they come. What fails is tried again from the newest checkpoint
-        with less: half the micro-batch where the memory ran out, else without torch.compile.
+        Run `run_stage` while its metrics go into the JSON. After a failure it is tried again from the newest checkpoint: with
+        half the micro-batch if the memory ran out, else without torch.compile.
         """
         for _ in range(4):
             minutes = (self.record.left() - self.last_seconds - seconds_to_start) / 60
@@ -245,22 +316,22 @@ class Recovery:
                 if not run.compile:
                     raise
                 recipe = self.with_micro_batch(recipe, run.micro_batch_size, compile=False)
-                self.data.setdefault("fell_back", []).append(f"{stage}: without torch.compile after {one_line(error)}")
+                self.data.setdefault("fell_back", []).append(f"{stage}: without torch.compile after {describe_error(error)}")
             finally:
                 self.note_speed(stage)
             torch.cuda.empty_cache()
 
     def note_speed(self, stage: str) -> None:
-        """What the training so far says of tokens and FLOPs per second."""
-        found = self.data.get("training", {}).get(stage, {})
-        if stage != "distill" or not found.get("tokens_per_s"):
+        """Record tokens and FLOPs per second of the training so far."""
+        training = self.data.get("training", {}).get(stage, {})
+        if stage != "distill" or not training.get("tokens_per_s"):
             return
         flops = sum(self.data.get("flops_per_token", {}).values())
         peak = self.data["card"]["product_gflops"]["bfloat16"] * 1e9
         self.data |= {
-            "tokens": found["tokens"],
-            "tokens_per_s": found["tokens_per_s"],
-            "share_of_measured_peak": flops * found["tokens_per_s"] / peak,
+            "tokens": training["tokens"],
+            "tokens_per_s": training["tokens_per_s"],
+            "share_of_measured_peak": flops * training["tokens_per_s"] / peak,
         }
         self.record.save()
 
@@ -269,8 +340,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--recipe", default="smollm2-135m-linear", help="a bundled recipe or a file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the recipe")
-    parser.add_argument("--tokens", type=int, help="budget of the second stage, in place of what the time allows")
-    parser.add_argument("--fresh", action="store_true", help="delete what an earlier call began")
+    parser.add_argument("--tokens", type=int, help="budget of the second stage; default: what the time allows")
+    parser.add_argument("--fresh", action="store_true", help="delete the run of an earlier call")
     parser.add_argument("--all-ways", action="store_true", help="time fla and FlexAttention too, a minute more")
     words = sys.argv[1:]
     own, rest = parser.parse_known_args()
@@ -283,15 +354,15 @@ def main() -> None:
     record = Record(step, options)
     record.data["command"] = record.data["command"].replace(f"steps/{step}.py", "steps/recovery.py")
     run = Recovery(options, own, record, device)
-    flex_window.use_flex = False  # nothing is compiled unasked, and evaluation has many lengths
+    flex_window.kernel.enabled = False  # it compiles, and evaluation has many lengths
     try:
         with prefer_backend("torch"), tempfile.TemporaryDirectory() as folder:
             if options.small:
-                run.run(made_up_inputs(Path(folder)))
+                run.run(synthetic_inputs(Path(folder)))
             else:
                 run.run(prepare_inputs(options.data, record, fresh=step if own.fresh else None))
     except (Exception, KeyboardInterrupt) as error:
-        record.data["error"] = one_line(error)
+        record.data["error"] = describe_error(error)
         record.save()
         raise
 

@@ -1,4 +1,4 @@
-"""What the recovery step starts from: the teacher as a plain checkpoint and the tokenised corpus, or made-up ones."""
+"""Inputs of the recovery step: the teacher as a plain checkpoint and the tokenized corpus, or synthetic ones."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dijiang.checkpoint.source import load_tokenizer, open_source
+from dijiang.common.outputs import new_folder
 from dijiang.common.text import tokenizer_fingerprint
 from dijiang.convert import load_source
 from dijiang.modeling import DiJiangForCausalLM
@@ -24,18 +25,21 @@ SAME_NAMES = (
     *("head_dim", "hidden_act", "max_position_embeddings", "rope_parameters", "tie_word_embeddings", "attention_bias"),
     *("mlp_bias", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
-CHECKED_TOKENS = 500  # of a folder of tokens that were made by another version of the tokenizer's library
+CHECKED_TOKENS = 500  # per document of a folder that another version of the tokenizer's library wrote
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """
+    What a recovery starts from.
+
     Attributes:
         teacher: folder of the softmax model.
-        tokenizer: its tokenizer.
-        train, held: sources of training and held-out text, folders of tokens.
-        runs: where recipes write.
-        facts: what the JSON says of the text.
+        tokenizer: of the teacher.
+        train: sources of training text, folders of tokens.
+        held: sources of held-out text, folders of tokens.
+        runs: folder that recipes write to.
+        facts: description of the text in the JSON.
     """
 
     teacher: Path
@@ -48,10 +52,15 @@ class Inputs:
 
 def prepare_inputs(data: Path, record, fresh: str | None = None) -> Inputs:
     """
-    Everything from DATA; `fresh` names a run to delete.
+    The inputs in DATA.
+
+    Args:
+        data: the folder DATA.
+        record: of the step.
+        fresh: name of a run to delete.
 
     Raises:
-        SystemExit: with one line, where something is missing or does not fit.
+        SystemExit: with one line, if something is missing or does not fit.
     """
     runs = data / "runs"
     if fresh:
@@ -61,18 +70,18 @@ def prepare_inputs(data: Path, record, fresh: str | None = None) -> Inputs:
     tokenizer = load_tokenizer(open_source(teacher))
     folders = {"train": data / "corpus" / "train"}
     folders |= {f"held/{folder.name}": folder for folder in sorted((data / "corpus" / "held").iterdir()) if folder.is_dir()}
-    found = {name: own_tokens(folder, tokenizer, runs / "corpus" / name) for name, folder in folders.items()}
-    facts = {name: {"documents": len(file.starts), "tokens": len(file)} for name, (_, file) in found.items()}
-    adopted = [name for name, (folder, _) in found.items() if folder != folders[name]]
+    tokens = {name: own_tokens(folder, tokenizer, runs / "corpus" / name) for name, folder in folders.items()}
+    facts = {name: {"documents": len(file.starts), "tokens": len(file)} for name, (_, file) in tokens.items()}
+    adopted = [name for name, (folder, _) in tokens.items() if folder != folders[name]]
     if adopted:
         facts["checked_by_encoding_again"] = adopted
-    sources = {name: SourceConfig(path=str(folder)) for name, (folder, _) in found.items()}
+    sources = {name: SourceConfig(path=str(folder)) for name, (folder, _) in tokens.items()}
     held = [source for name, source in sources.items() if name != "train"]
     return Inputs(teacher=teacher, tokenizer=tokenizer, train=[sources["train"]], held=held, runs=runs, facts=facts)
 
 
 def plain_teacher(weights: Path, folder: Path, record) -> Path:
-    """The softmax model in a folder of its own, dequantised once: a GGUF file takes tens of seconds to read each time."""
+    """The softmax model in a folder of its own, dequantized once: reading a GGUF file takes tens of seconds each time."""
     if (folder / "config.json").is_file():
         return folder
     files = sorted(weights.rglob("*.gguf"))
@@ -80,18 +89,16 @@ def plain_teacher(weights: Path, folder: Path, record) -> Path:
         if (weights / "config.json").is_file():
             return weights
         raise SystemExit(f"{weights} holds no GGUF file; bring the part that has it")
-    print(f"recovery: dequantising {files[0].name}, {record.left():.0f} s left", flush=True)
+    print(f"recovery: dequantizing {files[0].name}, {record.left():.0f} s left", flush=True)
     model, tokenizer = load_source(files[0], dtype=torch.float32)
-    draft = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    as_llama(model).save_pretrained(draft)
-    tokenizer.save_pretrained(draft)
-    draft.rename(folder)
+    with new_folder(folder) as draft:
+        as_llama(model).save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
     return folder
 
 
 def as_llama(model: DiJiangForCausalLM) -> LlamaForCausalLM:
-    """Our decoder with softmax attention in every layer as transformers' own class, whose names its weights have."""
+    """Our decoder with softmax attention in every layer as transformers' own class; their weights have the same names."""
     config = LlamaConfig(**{name: getattr(model.config, name) for name in SAME_NAMES}, rms_norm_eps=model.config.norm_eps)
     plain = LlamaForCausalLM(config)
     plain.load_state_dict(model.state_dict())
@@ -100,8 +107,8 @@ def as_llama(model: DiJiangForCausalLM) -> LlamaForCausalLM:
 
 def own_tokens(folder: Path, tokenizer, copy: Path) -> tuple[Path, TokenFile]:
     """
-    A folder of tokens that says it was made by this tokenizer. Another version of the tokenizers library may write the same
-    tokenizer down in other words; then some text is encoded again, and a copy that says so stands in for the folder.
+    A folder of tokens with this tokenizer's fingerprint. Another version of the tokenizers library may serialize the same
+    tokenizer differently; then some text is encoded again for comparison, and a copy with the new fingerprint is used.
 
     Raises:
         SystemExit: if the tokens are not this tokenizer's.
@@ -112,7 +119,7 @@ def own_tokens(folder: Path, tokenizer, copy: Path) -> tuple[Path, TokenFile]:
         raise SystemExit(f"{folder} is not a whole folder of tokens ({error}); bring its parts again") from None
     if file.tokenizer == tokenizer_fingerprint(tokenizer):
         return folder, file
-    if not encodes_alike(file, tokenizer):
+    if not encodes_the_same(file, tokenizer):
         raise SystemExit(f"{folder} holds tokens of another tokenizer than the teacher's; make the corpus again")
     copy.mkdir(parents=True, exist_ok=True)
     for name in ("tokens.bin", "starts.bin"):
@@ -123,30 +130,30 @@ def own_tokens(folder: Path, tokenizer, copy: Path) -> tuple[Path, TokenFile]:
     return copy, TokenFile(copy)
 
 
-def encodes_alike(file: TokenFile, tokenizer) -> bool:
-    """Whether the first tokens of nearly all of some documents, taken as text, become the same tokens again."""
-    alike = checked = 0
+def encodes_the_same(file: TokenFile, tokenizer) -> bool:
+    """Whether the text of a sample of documents is encoded to the tokens in the file, for more than nine in ten of them."""
+    same = checked = 0
     for start in file.starts[:: max(1, len(file.starts) // 20)].tolist():
         ids = np.asarray(file.tokens[start : start + CHECKED_TOKENS]).tolist()
         ids = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
-        kept = max(len(ids) - 8, 0)  # a cut within a word makes other tokens at the end
+        compared = max(len(ids) - 8, 0)  # a cut within a word gives other tokens at the end
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        alike += tokenizer(text, add_special_tokens=False)["input_ids"][:kept] == ids[:kept] and kept > 0
-        checked += kept > 0
-    return alike > 0.9 * checked
+        same += tokenizer(text, add_special_tokens=False)["input_ids"][:compared] == ids[:compared] and compared > 0
+        checked += compared > 0
+    return same > 0.9 * checked
 
 
-def made_up_inputs(folder: Path) -> Inputs:
-    """A tiny random Llama, a tokenizer of made-up words, and text of these words in which some follow from others."""
+def synthetic_inputs(folder: Path) -> Inputs:
+    """A tiny random Llama, a tokenizer of synthetic words, and text in which each word has three possible successors."""
     rng = random.Random(0)
     words = sorted({"".join(rng.choices("bdfgklmnprst", k=1)[0] + rng.choice("aeiou") for _ in range(3)) for _ in range(120)})
     follows = {word: rng.sample(words, 3) for word in words}
 
     def text(count: int) -> str:
-        found = [rng.choice(words)]
-        while len(found) < count:
-            found.append(rng.choice(follows[found[-1]]))
-        return " ".join(found) + ".\n"
+        sequence = [rng.choice(words)]
+        while len(sequence) < count:
+            sequence.append(rng.choice(follows[sequence[-1]]))
+        return " ".join(sequence) + ".\n"
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()

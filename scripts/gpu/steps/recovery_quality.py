@@ -23,17 +23,23 @@ FILLER_TOKENS = 20_000
 
 class Judge:
     """
-    Measures models and keeps what it found in the record's `quality`, and ratios to the teacher in `perplexity_ratio`.
+    Measures models into the record's entry `quality`, and ratios to the teacher into `perplexity_ratio`.
 
     Args:
         inputs: held-out folders and tokenizer.
+        device: that models are measured on.
         dtype: that models are measured in.
+        record: of the step.
+        small: whether sizes are tiny.
     """
 
     def __init__(self, inputs, device: torch.device, dtype: torch.dtype, record, small: bool):
-        self.device, self.dtype, self.record, self.tokenizer = device, dtype, record, inputs.tokenizer
-        files = {Path(source.path).name if not small else f"source {i}": TokenFile(Path(source.path))
-                 for i, source in enumerate(inputs.held)}  # fmt: skip
+        self.device = device
+        self.dtype = dtype
+        self.record = record
+        self.tokenizer = inputs.tokenizer
+        paths = [Path(source.path) for source in inputs.held]
+        files = {f"source {i}" if small else path.name: TokenFile(path) for i, path in enumerate(paths)}
         self.blocks = {
             length: {name: blocks for name, file in files.items() if (blocks := spread(file, length, count)) is not None}
             for length, count in (SMALL_BLOCKS if small else BLOCKS).items()
@@ -48,7 +54,10 @@ class Judge:
         Measure the model at `source`, unless an earlier call did.
 
         Args:
-            weights: of a checkpoint, to put in place of the model's own.
+            name: `teacher`, `baseline` or `student`.
+            source: folder of the model.
+            recall: whether to measure recall too.
+            weights: file of a checkpoint that replaces the model's own weights.
         """
         quality = self.record.data.setdefault("quality", {})
         if name != "student" and quality.get(name, {}).get("measured"):
@@ -59,16 +68,16 @@ class Judge:
             for key, value in load_file(weights).items():
                 own[key.removeprefix("student.")].copy_(value)
         model = model.to(self.device).eval()
-        found = quality[name] = {"perplexity": {}, "measured": False}
+        scores = quality[name] = {"perplexity": {}, "measured": False}
         for length, sources in self.blocks.items():
             losses = {source: self.loss(model, blocks) for source, blocks in sources.items()}
             if losses:
                 losses["all"] = sum(losses.values()) / len(losses)
-                found["perplexity"][str(length)] = {key: math.exp(min(loss, 700.0)) for key, loss in losses.items()}
+                scores["perplexity"][str(length)] = {key: math.exp(min(loss, 700.0)) for key, loss in losses.items()}
                 self.ratios()
         if recall:
-            self.recall(model, found)
-        found["measured"] = True
+            self.recall(model, scores)
+        scores["measured"] = True
         self.record.save()
         del model
         gc.collect()
@@ -76,7 +85,7 @@ class Judge:
             torch.cuda.empty_cache()
 
     def loss(self, model, blocks: torch.Tensor) -> float:
-        """Mean nats per predicted token of blocks (N, T), each on its own."""
+        """Mean nats per predicted token of independent blocks (N, T)."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for rows in blocks.split(max(1, BATCH_TOKENS // blocks.shape[1])):
             rows = rows.to(self.device)
@@ -87,27 +96,27 @@ class Judge:
         return total.item() / (blocks.shape[0] * (blocks.shape[1] - 1))
 
     def ratios(self) -> None:
-        """Put every model's perplexity over the teacher's into the record."""
+        """Write every model's perplexity over the teacher's into the record."""
         quality = self.record.data["quality"]
         teacher = quality.get("teacher", {}).get("perplexity", {})
         self.record.data["perplexity_ratio"] = {
             name: {
                 length: {key: value / teacher[length][key] for key, value in values.items()}
-                for length, values in found["perplexity"].items()
+                for length, values in scores["perplexity"].items()
                 if length in teacher
             }
-            for name, found in quality.items()
+            for name, scores in quality.items()
             if name != "teacher"
         }
         self.record.save()
 
-    def recall(self, model, found: dict) -> None:
-        """Shares of right answers by task and length; what no time is left for is left out."""
-        found["recall"] = {}
+    def recall(self, model, scores: dict) -> None:
+        """Measure shares of right answers by task and length, as far as the time allows."""
+        recall = scores["recall"] = {}
         for length in self.lengths:
             for task in ("needle", "associative"):
                 if self.record.left() < 1.0:
-                    found["recall_cut_short"] = True
+                    scores["recall_cut_short"] = True
                     return
                 try:
                     options = {"length": length, "samples": self.samples, "seed": 0}
@@ -116,20 +125,20 @@ class Judge:
                     else:
                         samples = associative_samples(self.tokenizer, **options)
                 except ValueError as error:  # a length or vocabulary that is too small
-                    found["recall"].setdefault(task, {})[str(length)] = {"left_out": str(error)}
+                    recall.setdefault(task, {})[str(length)] = {"left_out": str(error)}
                     continue
-                scores = recall_scores(model, samples)
-                share = sum(scores["totals"]) / sum(scores["weights"])
-                row = {"share": share, "answers": int(sum(scores["weights"])), "chance": chance(samples)}
-                found["recall"].setdefault(task, {})[str(length)] = row
+                answers = recall_scores(model, samples)
+                share = sum(answers["totals"]) / sum(answers["weights"])
+                row = {"share": share, "answers": int(sum(answers["weights"])), "chance": chance(samples)}
+                recall.setdefault(task, {})[str(length)] = row
             self.record.save()
 
 
 def spread(file: TokenFile, length: int, count: int) -> torch.Tensor | None:
-    """At most `count` blocks of `length` tokens, spread evenly over the text, (n, length); None if it does not fill one."""
-    blocks = len(file) // length
-    if not blocks:
+    """At most `count` blocks of `length` tokens, (n, length), spread evenly over the text; None if it does not fill one."""
+    available = len(file) // length
+    if not available:
         return None
-    taken = min(count, blocks)
-    firsts = [i * blocks // taken * length for i in range(taken)]
-    return torch.from_numpy(np.stack([np.asarray(file.tokens[first : first + length], dtype=np.int64) for first in firsts]))
+    taken = min(count, available)
+    starts = [i * available // taken * length for i in range(taken)]
+    return torch.from_numpy(np.stack([np.asarray(file.tokens[start : start + length], dtype=np.int64) for start in starts]))

@@ -1,5 +1,5 @@
 """
-The repository's GPU tests (`pytest -m gpu`), counted one by one as they end. A small run only collects them.
+The repository's GPU tests (`pytest -m gpu`), counted as they end. A small run only collects them.
 
     python scripts/gpu/steps/tests.py --data DATA --results RESULTS [--small] [--seconds 60]
 """
@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from common import ROOT, Record, arguments
+from shared import ROOT, Record, arguments
 
 WORKERS = 4  # compiling kernels takes most of the time
 
 
 class Recorder:
-    """A pytest plugin that writes every outcome into the record at once."""
+    """A pytest plugin that records every outcome immediately."""
 
     def __init__(self, record: Record):
         self.record = record
@@ -39,7 +39,7 @@ class Recorder:
             self.note("passed", report)
 
     def note(self, outcome: str, report) -> None:
-        """Count it; of what went wrong, and of what was skipped, also keep the name and the reason."""
+        """Count an outcome, and record name and reason unless the test passed."""
         data = self.record.data
         data[outcome] += 1
         data["test_seconds"][report.nodeid] = round(getattr(report, "duration", 0.0), 2)
@@ -59,7 +59,7 @@ def reason_of(report) -> str:
 
 
 def files_with_gpu_tests() -> list[str]:
-    """Only these are collected: others need packages that a bare machine lacks."""
+    """The files to collect; others need packages that a bare machine lacks."""
     return sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8"))
 
 
@@ -73,13 +73,13 @@ def main() -> None:
         words.append("--collect-only")
     elif importlib.util.find_spec("xdist"):
         words += ["-n", str(WORKERS)]
-    # neither this folder nor the repository's own: `import evaluate` there would be our room
+    # this folder's modules must not hide others, nor the repository's folders, such as evaluate/, libraries of their names
     with contextlib.suppress(ValueError):
         sys.path.remove(str(Path(__file__).resolve().parent))
     os.chdir(ROOT)
     code = pytest.main([*words, "--rootdir", str(ROOT), *files_with_gpu_tests()], plugins=[Recorder(record)])
     counts = sum(record.data[outcome] for outcome in ("passed", "failed", "errors", "skipped"))
-    record.finish(exit_code=int(code), collected=max(record.data["collected"], counts))  # workers collect for themselves
+    record.finish(exit_code=int(code), collected=max(record.data["collected"], counts))  # with xdist the workers collect
     if int(code) not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise SystemExit(f"pytest ended with code {int(code)}; its log says why")
 

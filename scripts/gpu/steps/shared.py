@@ -1,6 +1,6 @@
 """
-What the steps of the GPU programme share: their command line, the JSON that is whole at any time, times by CUDA events, and
-the card's own rates.
+Shared parts of the GPU programme's steps: command line, the JSON file that is whole at any time, times by CUDA events, and
+the card's rates.
 """
 
 import argparse
@@ -15,19 +15,20 @@ from pathlib import Path
 
 import torch
 
+from dijiang.common.machine import command_line, machine
 from dijiang.evaluate.latency import timing
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import measure  # noqa: E402
 
-# when the programme began the step: importing torch counts too
+# when the programme started the step, so that importing torch counts too
 STARTED = float(os.environ.get("STEP_STARTED", time.time()))
 PACKAGES = ("triton", "flash-linear-attention", "accelerate", "peft")
-MARGIN_S = 4.0  # what a step leaves of its limit, to end by itself
+MARGIN_S = 4.0  # left of a step's limit, so that it ends by itself
 FLUSH_BYTES = 256 << 20  # more than any card's L2 cache
 MOST_CALLS = 100
-AGAIN = 75  # exit code that asks for another process, for the rows that are left
+AGAIN = 75  # exit code that asks for another process for the remaining rows
 
 
 def arguments(doc: str) -> argparse.Namespace:
@@ -36,7 +37,7 @@ def arguments(doc: str) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of weights, corpus and wheels")
     parser.add_argument("--results", type=Path, required=True, help="folder of the JSON files")
     parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU, to try the step")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="end by then; rows that are left are said so")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="time limit; the JSON says what it left out")
     return parser.parse_args()
 
 
@@ -45,14 +46,14 @@ def device_of(small: bool) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and not small else "cpu")
 
 
-def one_line(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Type and first line of an error."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def still_works(device: str) -> bool:
-    """Whether the GPU computes after an error; some leave a process none that does."""
+    """Whether the GPU still computes after an error; some errors end its use in this process."""
     try:
         if device != "cpu":
             torch.randn(8, device="cuda").sum().item()
@@ -63,14 +64,15 @@ def still_works(device: str) -> bool:
 
 class Record:
     """
-    The JSON of one step, on disk as a whole after every change. A file of an earlier call on the same device is gone on with.
+    The JSON of one step, on disk as a whole after every change. A file of an earlier call on the same device is continued.
 
     Attributes:
-        data: what the file holds.
+        data: content of the file.
     """
 
     def __init__(self, step: str, options: argparse.Namespace):
-        self.path, self.limit = options.results / f"{step}.json", options.seconds
+        self.path = options.results / f"{step}.json"
+        self.limit = options.seconds
         device = device_of(options.small)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         earlier = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
@@ -81,15 +83,15 @@ class Record:
             "step": step,
             "complete": False,
             "small": options.small,
-            "command": timing.command("python", f"scripts/gpu/steps/{step}.py"),
-            "machine": timing.machine(),
+            "command": command_line("python", f"scripts/gpu/steps/{step}.py"),
+            "machine": machine(),
             "device": name,
             "versions": measure.versions(*PACKAGES),
         }
         self.save()
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file."""
         self.data["seconds"] = round(self.before + time.time() - STARTED, 1)
         measure.write_json(self.path, self.data)
 
@@ -106,21 +108,21 @@ class Record:
         after: Callable[[list[dict]], dict],
     ) -> None:
         """
-        Measure the rows of `plan` in its order and write the file after each. Rows that an earlier call has are passed over;
-        those for which no time is left stand in `data["not_reached"]`, and are what a further call begins with.
+        Measure the rows of `plan` in order and write the file after each. Rows of an earlier call are passed over; those for
+        which no time is left are counted in `data["not_reached"]`, and another call begins with them.
 
         Args:
-            plan: what names each row, unique.
-            measure_row: what is found for a row; an error of it is noted in the row.
+            plan: the entries that identify each row.
+            measure_row: returns further entries of a row; an error is recorded in the row.
             cost: seconds that a row may take.
-            after: entries of `data` that follow from the rows so far.
+            after: returns entries of `data` that follow from the rows so far.
         """
         rows = self.data.setdefault("rows", [])
-        found = [{key: row.get(key) for key in plan[0]} for row in rows]
-        waiting = [row for row in plan if row not in found]
+        measured = [{key: row.get(key) for key in plan[0]} for row in rows]
+        waiting = [row for row in plan if row not in measured]
         self.data["not_reached"] = len(waiting)
         gc.collect()
-        gc.freeze()  # timing collects garbage for every row, which takes long beside all that torch has imported
+        gc.freeze()  # timing collects garbage for every row, which would look at all that torch has imported
         for row in waiting:
             if cost(row) > self.left():
                 continue
@@ -131,7 +133,7 @@ class Record:
                 result = {"left_out": "the GPU's memory ran out"}
             except Exception as error:  # one row that fails must not cost the others
                 traceback.print_exc()
-                result = {"error": one_line(error)}
+                result = {"error": describe_error(error)}
             rows.append(row | result | {"row_s": round(time.monotonic() - began, 2)})
             self.data["not_reached"] -= 1
             self.data |= after(rows)
@@ -151,11 +153,15 @@ class Record:
 
 def seconds_per_call(call: Callable, device: torch.device, *, seconds: float = 0.1, warmup: int = 2, rounds: int = 5) -> dict:
     """
-    Median and spread of a call's time. On a GPU by CUDA events, its L2 cache emptied before every call, so that calls are
-    queued while it is busy and launches cost time only where they outlast the work; on a CPU by the clock.
+    Median and spread of a call's time. On a GPU it is measured by CUDA events, and its L2 cache is emptied before every call:
+    calls are queued while the GPU is busy, so launches cost time only where they outlast the work.
 
     Args:
-        seconds: what all calls should take together, between `rounds` and `MOST_CALLS` of them.
+        call: to be timed.
+        device: that it runs on.
+        seconds: that all calls should take together, between `rounds` and `MOST_CALLS` of them.
+        warmup: calls that are not counted.
+        rounds: fewest calls.
     """
     if device.type != "cuda":
         return timing.alternate({"call": call}, rounds=rounds, seconds=seconds, warmup=warmup)["call"]
@@ -179,14 +185,14 @@ def seconds_per_call(call: Callable, device: torch.device, *, seconds: float = 0
 
 
 def card_rates(device: torch.device, small: bool) -> dict:
-    """The device's rates, as `timing.machine_limits` gives them: bfloat16 products, copying, reading."""
+    """The device's rates of bfloat16 products, copying and reading, in the form of `timing.machine_limits`."""
     if device.type != "cuda":
         return timing.machine_limits(["bfloat16"], quick=small)
     best = 0.0
     for size in (4096, 8192):
         a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-        found = seconds_per_call(lambda a=a, b=b: torch.mm(a, b), device, seconds=0.2)
-        best = max(best, 2 * size**3 / found["median_s"] / 1e9)
+        seconds = seconds_per_call(lambda a=a, b=b: torch.mm(a, b), device, seconds=0.2)["median_s"]
+        best = max(best, 2 * size**3 / seconds / 1e9)
     source = torch.ones(1 << 28, device=device)  # 1 GiB
     target = torch.empty_like(source)
     copying = seconds_per_call(lambda: target.copy_(source), device)["median_s"]
