@@ -96,6 +96,13 @@ def build_trainer(folder: Path, stage: StageConfig, run: RunConfig, model: FakeM
     return RecoveryTrainer(model or FakeModel(), TrainingJob(**settings))
 
 
+def assert_same_tensors(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Assert that two mappings hold the same bits."""
+    assert tensors.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(tensors[name], expected[name]), name
+
+
 def metrics(folder: Path) -> list[dict]:
     """The lines of a stage's metrics.jsonl, without what depends on the clock."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]

@@ -1,36 +1,28 @@
-"""The training loop on a model of a few parameters, against one written out here; what it logs, keeps, resumes, refuses."""
+"""The training loop on a model of a few parameters, against one written out here; what it logs, resumes and refuses."""
 
-import gc
 import json
 import math
-import signal
 
 import pytest
 import torch
-from dijiang_testing.training import LENGTH, WIDTH, FakeBlocks, FakeModel, build_trainer, metrics, run_config, stage_config
+from dijiang_testing.training import (
+    LENGTH,
+    FakeBlocks,
+    FakeModel,
+    assert_same_tensors,
+    build_trainer,
+    metrics,
+    run_config,
+    stage_config,
+)
 from safetensors.torch import load_file
 
-from dijiang.train.trainer.callbacks import StopSignals
 from dijiang.train.trainer.checkpoints import Checkpoints
-from dijiang.train.trainer.distributed import (
-    accumulation,
-    choose_device,
-    deepspeed_settings,
-    micro_batch,
-    prepare_process,
-    share_errors,
-)
-from dijiang.train.trainer.optimizer import adamw, learning_rate_factor
-from dijiang.train.trainer.saving import WEIGHTS, refuse_other_writer
+from dijiang.train.trainer.optimizer import learning_rate_factor
+from dijiang.train.trainer.saving import WEIGHTS
 from dijiang.train.trainer.trainer import library_trackers
 
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-    gc.freeze()  # Trainer has all objects looked through before it begins
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("no_waiting")
 
 
 def oracle(stage, model: FakeModel) -> list[float]:
@@ -58,9 +50,9 @@ def oracle(stage, model: FakeModel) -> list[float]:
             factor = stage.final_share + (1 - stage.final_share) * (1 + math.cos(angle)) / 2
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
-        places = range(step * stage.batch_size, (step + 1) * stage.batch_size)
-        ids = torch.cat([blocks[place]["input_ids"] for place in places])
-        loss = model.train()(ids, sample_indices=torch.tensor(places))["loss"]
+        indices = range(step * stage.batch_size, (step + 1) * stage.batch_size)
+        ids = torch.cat([blocks[index]["input_ids"] for index in indices])
+        loss = model.train()(ids, sample_indices=torch.tensor(indices))["loss"]
         loss.backward()
         if stage.clip:
             torch.nn.utils.clip_grad_norm_([*kernel, *matrices, *vectors], stage.clip)
@@ -68,12 +60,6 @@ def oracle(stage, model: FakeModel) -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
-
-
-def assert_same(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
-    for name in expected:
-        assert torch.equal(found[name], expected[name]), name
 
 
 # --- what it computes ---
@@ -97,25 +83,6 @@ def test_it_trains_as_a_plain_loop_does(tmp_path, stage, micro):
     for name, value in expected.trained().items():
         torch.testing.assert_close(model.trained()[name], value, rtol=2e-4, atol=2e-6, msg=name)
     assert torch.equal(model.student.embed.weight, FakeModel(seed=3).student.embed.weight)
-
-
-@pytest.mark.parametrize(("steps", "share"), [(1, 0.05), (10, 0.0), (10, 0.05), (37, 0.3), (10, 1.0)])
-def test_the_schedule_stays_in_bounds_and_ends_low(steps, share):
-    stage = stage_config(steps=steps, warmup_share=share, final_share=0.1)
-    factors = [learning_rate_factor(step, stage) for step in range(steps + 1)]
-    top = round(share * steps)
-    assert all(0 < factor <= 1 for factor in factors)
-    assert factors[: top + 1] == sorted(factors[: top + 1]) and factors[top:] == sorted(factors[top:], reverse=True)
-    if top < steps:
-        assert factors[top] == 1 and factors[steps] == pytest.approx(0.1)
-
-
-def test_kernels_and_vectors_do_not_decay():
-    model = FakeModel()
-    optimizer = adamw(model.parameter_groups(), stage_config(weight_decay=0.3))
-    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert {name for name, p in model.named_parameters() if decays.get(id(p))} == {"student.head.weight"}
-    assert len(decays) == len(model.trained())
 
 
 def test_held_out_perplexity_is_that_of_the_mean_block(tmp_path):
@@ -193,24 +160,6 @@ def test_logs_hold_the_means_of_their_steps(tmp_path):
     assert raw["tokens_per_second"] > 0 and raw["seconds_left"] > 0 and raw["grad_norm"] > 0
 
 
-def test_console_lines_leave_layer_measures_out(tmp_path, capsys):
-    build_trainer(tmp_path, stage_config(), run_config(log_every=3), progress=True).run(None)
-    err = capsys.readouterr().err
-    assert "Testing: step 3/6, 108 tokens, " in err and "held-out loss" in err
-    assert "teacher's" not in err
-    assert "loss 3." in err and "learning rate 2.29e-02 7.62e-03" in err and "logit" not in err
-
-
-def test_tensorboard_gets_every_measure(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    build_trainer(tmp_path, stage_config(), run_config(report_to=["tensorboard"])).run(None)
-    events = EventAccumulator(str(tmp_path / "logs")).Reload()
-    assert {"loss", "logit", "grad_norm", "learning_rate/kernel", "tokens", "eval_perplexity"} <= set(events.Tags()["scalars"])
-    expected = [line["loss"] for line in metrics(tmp_path) if "loss" in line]
-    assert [event.value for event in events.Scalars("loss")] == pytest.approx(expected, rel=1e-6)
-
-
 # --- resuming ---
 
 
@@ -227,7 +176,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path, step):
     resumed.student.embed = whole.student.embed
     trainer = build_trainer(tmp_path, stage, run, resumed)
     assert trainer.run(tmp_path / "checkpoints" / f"checkpoint-{step}") is True
-    assert_same(resumed.trained(), whole.trained())
+    assert_same_tensors(resumed.trained(), whole.trained())
     assert metrics(tmp_path) == lines  # the window of the log at step 4 begins before step 2
 
 
@@ -245,16 +194,6 @@ def test_the_summary_survives_a_resume(tmp_path):
     assert resumed.metrics.seconds > 0
 
 
-def test_lines_of_steps_done_again_are_dropped(tmp_path):
-    stage, run = stage_config(), run_config()
-    build_trainer(tmp_path, stage, run).run(None)
-    expected = metrics(tmp_path)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 6, "loss": 1.0}\n{"step": 5, "lo')  # a kill in the middle of a line
-    build_trainer(tmp_path, stage, run).run(tmp_path / "checkpoints" / "checkpoint-4")
-    assert metrics(tmp_path) == expected
-
-
 def test_stopping_saves_and_goes_on_in_the_same_bits(tmp_path):
     stage, run, whole, model = stage_config(), run_config(save_every=0), FakeModel(), FakeModel()
     build_trainer(tmp_path / "whole", stage, run, whole).run(None)
@@ -265,30 +204,8 @@ def test_stopping_saves_and_goes_on_in_the_same_bits(tmp_path):
     assert newest.name == "checkpoint-3"
     again = FakeModel()
     assert build_trainer(tmp_path / "two", stage, run, again).run(newest) is True
-    assert_same(again.trained(), whole.trained())
+    assert_same_tensors(again.trained(), whole.trained())
     assert metrics(tmp_path / "two") == metrics(tmp_path / "whole")
-
-
-def test_checkpoints_hold_what_trains_and_nothing_else(tmp_path):
-    model = FakeModel()
-    build_trainer(tmp_path, stage_config(), run_config(), model).run(None)
-    folder = tmp_path / "checkpoints" / "checkpoint-6"
-    assert_same(load_file(folder / WEIGHTS), model.trained())
-    assert {path.name for path in folder.iterdir()} == {
-        *("trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
-        *("tally.json", "manifest.json"),
-    }
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["checkpoint-4", "checkpoint-6"]
-    for name in ("optimizer.pt", "scheduler.pt"):
-        torch.load(folder / name, weights_only=True)
-
-
-def test_other_weights_are_not_loaded(tmp_path):
-    build_trainer(tmp_path, stage_config(), run_config()).run(None)
-    model = FakeModel()
-    model.student.norm.requires_grad_(False)
-    with pytest.raises(ValueError, match="checkpoint-4 holds other weights than those that train now"):
-        build_trainer(tmp_path, stage_config(), run_config(), model).run(tmp_path / "checkpoints" / "checkpoint-4")
 
 
 # --- numbers that are not finite ---
@@ -329,15 +246,6 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 # --- what is refused ---
 
 
-def test_a_batch_that_cannot_be_dealt_out(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    for batch, most, micro in ((12, 2, 2), (12, 4, 4), (6, 4, 2), (3, 4, 1), (15, 4, 1), (36, 5, 4)):
-        stage, run = stage_config(batch_size=batch), run_config(micro_batch_size=most)
-        assert micro_batch(stage, run) == micro and accumulation(stage, run) * micro * 3 == batch
-    with pytest.raises(ValueError, match=r"^batch_size=4 cannot be dealt out to 3 processes; make it a multiple of 3"):
-        accumulation(stage_config(batch_size=4), run_config(micro_batch_size=4))
-
-
 def test_trackers_that_are_not_there(monkeypatch):
     assert library_trackers(["tensorboard"]) == []
     with pytest.raises(ValueError, match=r"^report_to 'excel' is unknown.*; choose from .*wandb"):
@@ -345,113 +253,3 @@ def test_trackers_that_are_not_there(monkeypatch):
     monkeypatch.setattr("dijiang.train.trainer.trainer.get_available_reporting_integrations", lambda: ["tensorboard"])
     with pytest.raises(ValueError, match=r"^report_to names 'wandb', which is not installed; pip install wandb, or leave it"):
         library_trackers(["tensorboard", "wandb"])
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"zero_', r"is not valid JSON"),
-        ("[]", r"must hold a JSON object"),
-        ('{"gradient_clipping": 3}', r"sets gradient_clipping, which clip of the stage in the recipe decides"),
-        ('{"optimizer": {"type": "AdamW"}}', r"sets optimizer, which the stage's learning rates in the recipe decides"),
-        ('{"bf16": {"enabled": true}}', r"enables bf16; remove it there"),
-    ],
-)
-def test_deepspeed_settings_that_contradict_the_recipe(tmp_path, content, message):
-    path = tmp_path / "ds.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message) as caught:
-        deepspeed_settings(stage_config(), run_config(deepspeed=str(path)), WIDTH)
-    assert "\n" not in str(caught.value)
-
-
-def test_deepspeed_settings_are_filled_in(tmp_path):
-    path = tmp_path / "ds.json"
-    zero = '{"stage": 3, "reduce_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}'
-    path.write_text(f'{{"bf16": {{"enabled": "auto"}}, "train_batch_size": "auto", "zero_optimization": {zero}}}')
-    run = run_config(micro_batch_size=3, deepspeed=str(path))
-    assert deepspeed_settings(stage_config(batch_size=6, clip=0.5), run, 100) == {
-        "zero_optimization": {"stage": 3, "reduce_bucket_size": 10_000, "stage3_param_persistence_threshold": 1_000},
-        "train_micro_batch_size_per_gpu": 3,
-        "gradient_accumulation_steps": 2,
-        "gradient_clipping": 0.5,
-    }
-    with pytest.raises(ValueError, match="deepspeed='zero9' is neither a file nor one of zero0, zero1"):
-        deepspeed_settings(stage_config(), run_config(deepspeed="zero9"), WIDTH)
-
-
-def test_a_checkpoint_of_other_processes(tmp_path):
-    build_trainer(tmp_path, stage_config(), run_config()).run(None)
-    checkpoint = tmp_path / "checkpoints" / "checkpoint-6"
-    refuse_other_writer(checkpoint, None)
-    zero2 = deepspeed_settings(stage_config(), run_config(deepspeed="zero2"), WIDTH)
-    message = "checkpoint-6 was written by 1 processes of PyTorch and cannot be resumed by 1 of DeepSpeed ZeRO-2; "
-    with pytest.raises(ValueError, match=message):
-        refuse_other_writer(checkpoint, zero2)
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    edit = lambda **facts: (checkpoint / "manifest.json").write_text(json.dumps(manifest | facts))  # noqa: E731
-    edit(world_size=2)
-    refuse_other_writer(checkpoint, None)
-    edit(world_size=2, written_by="DeepSpeed ZeRO-2")
-    with pytest.raises(ValueError, match=r"by 2 processes of DeepSpeed ZeRO-2 and cannot be resumed by 1 of DeepSpeed ZeRO-2"):
-        refuse_other_writer(checkpoint, zero2)
-    edit(world_size=1, written_by="DeepSpeed ZeRO-2")
-    refuse_other_writer(checkpoint, zero2)
-
-
-@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP"])
-def test_settings_of_accelerate_launch(monkeypatch, name):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(ValueError, match=f"^accelerate launch was configured with {name} settings of its own; "):
-        prepare_process(run_config())
-
-
-def test_devices():
-    assert choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(ValueError, match=r"^device='cuda:1' names one GPU; use device='cuda' and CUDA_VISIBLE_DEVICES=1$"):
-        choose_device("cuda:1")
-    with pytest.raises(ValueError, match=r"^device 'gpu' is unknown \(did you mean cpu\?\); choose from auto, cpu, cuda$"):
-        choose_device("gpu")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_where_there_is_none():
-    assert choose_device("auto") == torch.device("cpu")
-    with pytest.raises(ValueError, match=r"^device cuda was asked for, but torch finds no GPU; choose cpu$"):
-        choose_device("cuda")
-
-
-# --- signals and errors ---
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_are_noted_and_handed_back(number):
-    before = signal.getsignal(number)
-    with StopSignals() as signals:
-        assert signals.caught is None
-        signal.raise_signal(number)
-        assert signals.caught == number
-        signal.raise_signal(signal.SIGINT)  # passed on by a launcher, at once
-        assert signals.caught == number
-    assert signal.getsignal(number) is before
-
-
-def test_a_second_ctrl_c_ends_the_process(monkeypatch):
-    codes = []
-    monkeypatch.setattr("os._exit", codes.append)
-    with StopSignals() as signals:
-        signal.raise_signal(signal.SIGINT)
-        signals.time -= 5.0
-        signal.raise_signal(signal.SIGTERM)
-        assert codes == []
-        signal.raise_signal(signal.SIGINT)
-    assert codes == [130]
-
-
-def test_errors_of_one_process_pass_unchanged():
-    error = ValueError("this")
-    with pytest.raises(ValueError, match="this") as caught, share_errors():
-        raise error
-    assert caught.value is error
-    with pytest.raises(KeyError), share_errors():
-        raise KeyError
