@@ -169,7 +169,7 @@ def test_what_is_printed_has_the_tables_and_takes_no_text_for_markup(
 
 
 def test_an_output_that_is_taken_is_refused_before_any_work(tmp_path, refused, monkeypatch):
-    for name in ("packaged_model", "load_recipe", "convert_model"):
+    for name in ("packaged_model", "load_recipe", "run_stage"):
         monkeypatch.setattr(dijiang.demo, name, lambda *args, **kwargs: pytest.fail("began to work"))
     (tmp_path / "theirs").write_text("1")
     refused(
@@ -179,7 +179,7 @@ def test_an_output_that_is_taken_is_refused_before_any_work(tmp_path, refused, m
 
 
 def test_contexts_beyond_the_model_are_refused_before_any_work(long_teacher, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(dijiang.demo, "convert_model", lambda *args, **kwargs: pytest.fail("began to work"))
+    monkeypatch.setattr(dijiang.demo, "run_stage", lambda *args, **kwargs: pytest.fail("began to work"))
     message = r"^decoding after a context of 257 tokens exceeds the 256 that these models were made for"
     refused(tmp_path, lambda: run_demo(tmp_path / "out", source=long_teacher, contexts=[64, 257]), message)
 
@@ -212,7 +212,7 @@ def test_the_packaged_model_is_found_without_importing_its_package(tmp_path, mon
     ],
 )
 def test_a_recipe_that_will_not_do_is_refused_before_any_work(long_teacher, tmp_path, refused, monkeypatch, content, message):
-    monkeypatch.setattr(dijiang.demo, "convert_model", lambda *args, **kwargs: pytest.fail("began to work"))
+    monkeypatch.setattr(dijiang.demo, "run_stage", lambda *args, **kwargs: pytest.fail("began to work"))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(content))
     call = lambda: run_demo(tmp_path / "out", source=long_teacher, recipe=recipe, contexts=[8])  # noqa: E731

@@ -14,12 +14,13 @@ import yaml
 from dijiang.checkpoint.provenance import read_provenance
 from dijiang.convert import convert_model
 from dijiang.train import AlignConfig, load_recipe
+from dijiang.train.__main__ import parse_arguments
 from dijiang.train.estimate.estimate import estimate, render
 from dijiang.train.recipe.load import bundled_recipes
 
 COMMANDS = (
     *("convert", "align", "distill", "recover", "estimate", "demo", "evaluate", "report", "card", "benchmark kernels"),
-    *("benchmark latency", "prune", "unpack"),
+    *("benchmark latency", "prune", "unpack", "refresh-code"),
 )
 
 
@@ -52,7 +53,7 @@ def test_convert(command, pair, tmp_path):
         (("--set", "featuremap=wdcf"), r"unknown setting 'featuremap' \(did you mean feature_map\?\); these can be set: "),
         (("--set", "hidden_size=64"), "hidden_size is given by the source model and cannot be changed on conversion"),
         (("--set", "attention_window"), "'attention_window' is not KEY=VALUE; write for example attention_window=64"),
-        (("--set", "layer_types=[a"), r"the value of 'layer_types=\[a' is not valid YAML"),
+        (("--set", "layer_types=[a"), r"--set 'layer_types=\[a': it is not valid YAML"),
         (("--set", "decay=none", "--set", "decay=retnet"), "decay is set twice"),
         (("--set", "feature_map=wdfc"), "feature_map='wdfc' is unknown; choose one of wdcf"),
         (("--set", "attention_window=wide"), "attention_window"),
@@ -140,19 +141,23 @@ def test_recover_of_a_recipe_with_one_stage(command, recipe, tmp_path):
 
 @pytest.mark.parametrize("name", ["align", "distill", "recover"])
 def test_words_reach_the_run_that_launchers_start(command, monkeypatch, name):
-    import dijiang.train.__main__ as launched
-
     calls = []
-    monkeypatch.setattr(launched, "main", lambda words: calls.append(vars(launched.parse_arguments(words))) or 0)
+    monkeypatch.setattr("dijiang.train.launch.run_recipe", lambda *arguments: calls.append(arguments) or 0)
     words = ("--set", "data.train=[a.txt, b=c.txt]", "--set", "-x", "--", "--a recipe")
     assert command(name, *words) == (0, "", "")
     stage = None if name == "recover" else name
-    assert calls == [{"recipe": "--a recipe", "stage": stage, "set": ["data.train=[a.txt, b=c.txt]", "-x"], "local_rank": 0}]
+    assert calls == [("--a recipe", ["data.train=[a.txt, b=c.txt]", "-x"], stage)]
+
+
+def test_words_of_a_launcher_reach_the_same_run():
+    words = ["--local_rank=1", "--stage", "align", "--set", "data.train=[a.txt, b=c.txt]", "--set=-x", "--", "--a recipe"]
+    given = vars(parse_arguments(words))
+    assert given == {"recipe": "--a recipe", "stage": "align", "set": ["data.train=[a.txt, b=c.txt]", "-x"], "local_rank": 1}
 
 
 @pytest.mark.parametrize("code", [1, 3, 130])
-def test_what_the_run_told_is_not_told_again(command, monkeypatch, code):
-    monkeypatch.setattr("dijiang.train.__main__.main", lambda words: code)
+def test_what_the_run_printed_is_not_printed_again(command, monkeypatch, code):
+    monkeypatch.setattr("dijiang.train.launch.run_recipe", lambda recipe, sets, stage: code)
     assert command("recover", "x") == (code, "", "")
 
 
@@ -185,7 +190,7 @@ def test_align_on_data_that_will_not_do(command, recipe, tmp_path, content, mess
         (("--set", "align"), "--set 'align' is not KEY=VALUE; write for example align.tokens=20000"),
         (("--set", "align.seed=1", "--set", "align.seed=2"), "--set gives align.seed twice; keep one of them"),
         (("--set", "run.dtype=int8"), "run.dtype is 'int8'; choose auto, bfloat16 or float32"),
-        (("--set", "run.device=abacus"), "device='abacus' is unknown; choose from auto, cpu, cuda"),
+        (("--set", "run.device=abacus"), "device='abacus' is unknown; choose auto, cpu or cuda"),
         (("--set", "align=null"), "the recipe has no section align; it has distill"),
     ],
 )
@@ -336,7 +341,7 @@ def test_a_stage_interrupted_goes_on_with_the_same_command(command, recipe, tmp_
     assert not (tmp_path / "out" / "align" / "model").exists()
 
     code, _, err = command("align", path)
-    assert code == 0 and f"going on at step {stopped[1]} of 100" in err
+    assert code == 0 and f"continuing at step {stopped[1]} of 100" in err
     record = read_provenance(tmp_path / "out" / "align" / "model")["stages"][-1]
     assert record["stage"] == "align" and record["tokens"] == 6400
 
@@ -358,8 +363,23 @@ finally:
     assert name or all(command.split()[0] in done.stdout for command in COMMANDS)
 
 
+@pytest.mark.parametrize("name", ["", "benchmark", *COMMANDS])
+def test_help_fits_one_screen(command, name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    code, out, _ = command(*name.split(), "--help")
+    lines = out.splitlines()
+    assert code == 0 and len(lines) <= 24 and max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("name", ["evaluate", "prune"])
+def test_all_settings_are_listed(command, name):
+    code, out, _ = command(name, "--list-settings")
+    assert code == 0 and "--list-settings" in command(name, "--help")[1]
+    assert re.search(r"^seed=0$", out, re.MULTILINE) and re.search(r"^device=auto$", out, re.MULTILINE)
+
+
 def words_of(text: str) -> str:
-    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+    return " ".join(text.split())
 
 
 @pytest.mark.parametrize("name", ["align", "distill", "recover"])
@@ -371,7 +391,7 @@ def test_help_teaches(command, name):
     stage = "" if name == "recover" else f" --stage {name}"
     for launcher in ("deepspeed --module", "torchrun --nproc-per-node 8 -m"):
         assert f"{launcher} dijiang.train RECIPE{stage}" in text
-    listed = re.search(r"or a bundled recipe: ([^│]*?)\.? \[required\]", text)[1].rstrip(".").split(", ")
+    listed = re.search(r"or a bundled recipe: (.*?)\.? \[required\]", text)[1].rstrip(".").split(", ")
     assert listed == sorted(bundled_recipes().keys() - {"demo"})
 
 

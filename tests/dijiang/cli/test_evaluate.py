@@ -93,7 +93,10 @@ def test_card(command, fails, pair, tmp_path):
         (("student", "--against", "t", "--shape", "pythia-70m"), "give either a CHECKPOINT and --against TEACHER"),
         (("--against", "t", "--shape", "pythia-70m"), "give either a CHECKPOINT and --against TEACHER"),
         (("student", "--against", "t", "--set", "decay=retnet"), "--preset and --set are for a --shape"),
-        (("--shape", "pythia-7m"), "shape 'pythia-7m' is unknown; choose from smollm2-135m, pythia-70m"),
+        (
+            ("--shape", "pythia-7m"),
+            r"shape 'pythia-7m' is unknown \(did you mean pythia-70m\?\); choose from smollm2-135m, pythia-70m",
+        ),
         (
             ("--shape", "pythia-70m", "--phases", "decode,sleep"),
             "phases decode, sleep are unknown; choose from",
