@@ -32,6 +32,19 @@ class Factors(NamedTuple):
     log_D: torch.Tensor | None
 
 
+class Exponents(NamedTuple):
+    """
+    The exponents W x + b of a feature map.
+
+    Attributes:
+        W: (H, M, d).
+        b: (H, M).
+    """
+
+    W: torch.Tensor
+    b: torch.Tensor
+
+
 class ExponentialMap(FeatureMap):
     """phi(x) = D * exp(T V x), or its softmax over the features."""
 
@@ -54,11 +67,11 @@ class ExponentialMap(FeatureMap):
             z = self.project(mean[None, None], self.directions())[0, 0]
             self.log_D.copy_(torch.cat((-z, z), dim=-1) if self.pairs else -z)
 
-    def matrix(self, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """W (H, M, d) and b (H, M), where the exponents are W x + b. Pairing appends -W, which makes the kernel even."""
+    def matrix(self, scale: float = 1.0) -> Exponents:
+        """The exponents of scale * x. Pairing appends -W, which makes the kernel even."""
         W, log_D = self.directions() * scale, self.factors()[2]
         W = torch.cat((W, -W), dim=1) if self.pairs else W
-        return W, W.new_zeros(W.shape[:2]) if log_D is None else log_D.float()
+        return Exponents(W, W.new_zeros(W.shape[:2]) if log_D is None else log_D.float())
 
     def exponents(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """Exponents of all features, log-weights included, (B, T, H, M)."""

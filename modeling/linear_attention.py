@@ -1,13 +1,13 @@
 """
-Causal linear attention over positive features, written three times: `naive` (the formula, quadratic, the oracle), `chunk`
-(matrix products, linear, differentiable; `chunk_attention.py`) and `recurrent` (one step after another, for decoding). On a
+Causal linear attention over features, written three times: `naive` (the formula, quadratic, the oracle), `chunk`
+(matrix products, linear, differentiable; linear_attention_chunk.py) and `recurrent` (one step after another, for decoding). On a
 GPU flash-linear-attention's kernels take the place of `chunk` where they are installed.
 
 B batch, T tokens, H query heads, G key/value heads (G divides H; query head h reads key/value head h * G // H), R = H // G,
 m features, d value size. State: S_t = exp(g_t) S_{t-1} + k_t v_t^T and o_t = q_t S_t, in float32 whatever the inputs are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -23,22 +23,25 @@ logger = logging.get_logger(__name__)
 # smaller than any sum of weights that carries information, larger than float32's smallest normal number
 TINY = 1e-30
 BACKENDS = ("auto", "torch", "fla")
-# what `auto` stands for, for a program that has measured which is faster on its machine; see `prefer_backend`
+# what `auto` stands for within `prefer_backend`
 preferred_backend = "auto"
+# numerator, sums of weights or None, state
+WeightedSums = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
 
 
 @contextmanager
 def prefer_backend(name: str) -> Iterator[None]:
-    """Within the block `backend="auto"` stands for `name`."""
+    """Within the block `backend="auto"` stands for `name`: for programs that measured which is faster on their machine."""
     global preferred_backend
-    before, preferred_backend = preferred_backend, name
+    before = preferred_backend
+    preferred_backend = name
     try:
         yield
     finally:
         preferred_backend = before
 
 
-def linear_attention(
+def linear_attention(  # noqa: PLR0913 - the arguments that fla's operations have
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -60,18 +63,18 @@ def linear_attention(
 
     Args:
         q: (B, T, H, m) features of the queries.
-        k: (B, T, G, m) features of the keys; a zero row leaves no trace, which is how padding is masked.
+        k: (B, T, G, m) features of the keys; a row of zeros leaves no trace, so that it masks padding.
         v: (B, T, G, d) values.
         log_decay: g <= 0, (G,) constant or (B, T, G) per token. Default: no decay.
         normalize: divide by the sum of the weights.
         initial_state: (B, G, m, d), or (B, G, m, d + 1) if `normalize`: the last column then sums the keys. With
             `cu_seqlens` one per sequence, (N, G, m, d or d + 1).
         output_final_state: also return the state after the last token, or after the last token of each sequence.
-        cu_seqlens: (N + 1,) integers, where the N sequences packed into the one row (B = 1) begin, and T at the end.
+        cu_seqlens: (N + 1,) integers, the first token of each of N sequences packed into one row (B = 1), and T at the end.
         mode: of torch's form: `naive`, `chunk` or `recurrent`.
-        backend: `torch`, `fla` (flash-linear-attention's Triton kernels) or `auto`: fla on a GPU where it is installed, torch
-            where fla would train step by step.
-        chunk_size: tokens per block of `chunk`. Default: CHUNK_SIZE of `chunk_attention.py`.
+        backend: `torch`, `fla` (flash-linear-attention's Triton kernels) or `auto`: fla on a GPU where it is installed, unless
+            it would train token by token.
+        chunk_size: tokens per block of `chunk`. Default: CHUNK_SIZE of linear_attention_chunk.py.
 
     Returns:
         o (B, T, H, d) in v's dtype, and the final state in float32 or None.
@@ -89,15 +92,27 @@ def linear_attention(
 
 
 def weighted_sums(
-    q, k, v, *, log_decay=None, sums=True, state=None, cu_seqlens=None, mode="chunk", backend="auto", chunk_size=None
-):
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    log_decay: torch.Tensor | None = None,
+    sums: bool = True,
+    state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    mode: str = "chunk",
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> WeightedSums:
     """
     Numerator and denominator of `linear_attention`, whose arguments these are.
 
     Returns:
         numerator (B, T, H, d); the sum of weights (B, T, H), float32, or None unless `sums`; the final state, float32.
     """
-    (B, T, H, m), G, d = q.shape, k.shape[2], v.shape[3]
+    B, T, H, m = q.shape
+    G = k.shape[2]
+    d = v.shape[3]
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
     if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3] or H % G:
@@ -114,7 +129,8 @@ def weighted_sums(
         state = v.new_zeros(rows, G, m, d + sums, dtype=torch.float32)
     elif state.shape != (rows, G, m, d + sums):
         raise ValueError(f"initial_state is {tuple(state.shape)}, expected {(rows, G, m, d + sums)}")
-    state, log_decay = state.float(), None if log_decay is None else log_decay.float()
+    state = state.float()
+    log_decay = None if log_decay is None else log_decay.float()
 
     backend = preferred_backend if backend == "auto" else backend
     if choose_backend(backend, mode, q, log_decay, cu_seqlens) == "fla":
@@ -122,28 +138,38 @@ def weighted_sums(
         bounds = None if cu_seqlens is None else cu_seqlens.to(q.device, torch.long)
         o, state = fla_linear_attention(q, k, values, log_decay, state, bounds)
         return (o[..., :-1], o[..., -1].float(), state) if sums else (o, None, state)
-    options = {"sums": sums, "mode": mode, "chunk_size": chunk_size}
     if groups is None:
-        return torch_sums(q, k, v, log_decay, state, **options)
+        return torch_sums(q, k, v, log_decay, state, sums=sums, mode=mode, chunk_size=chunk_size)
     if log_decay is not None:
         log_decay = log_decay.expand(1, T, G)
     # not divided yet, so float16 could not hold it
     dtype = torch.bfloat16 if all(x.dtype == torch.bfloat16 for x in (q, k, v)) else torch.float32
-    o, total = v.new_zeros(T, H, d, dtype=dtype), v.new_zeros(T, H, dtype=torch.float32)
+    o = v.new_zeros(T, H, d, dtype=dtype)
+    total = v.new_zeros(T, H, dtype=torch.float32)
     final = torch.zeros_like(state)
     for group in groups:
-        keep = group.valid[..., None]
-        parts = (group.unpack(q[0]), group.unpack(k[0]) * keep.unsqueeze(-1), group.unpack(v[0]))
-        decay = None if log_decay is None else group.unpack(log_decay[0]) * keep
-        found, found_total, last = torch_sums(*parts, decay, state[group.sequences], **options)
-        o = group.pack_into(o, found.to(o.dtype))
-        total = group.pack_into(total, found_total) if sums else total
+        real = group.valid[..., None]
+        group_decay = None if log_decay is None else group.unpack(log_decay[0]) * real
+        numerator, weights, last = torch_sums(
+            group.unpack(q[0]),
+            group.unpack(k[0]) * real.unsqueeze(-1),
+            group.unpack(v[0]),
+            group_decay,
+            state[group.sequences],
+            sums=sums,
+            mode=mode,
+            chunk_size=chunk_size,
+        )
+        o = group.pack_into(o, numerator.to(o.dtype))
+        total = total if weights is None else group.pack_into(total, weights)
         final = final.index_put((group.sequences,), last)
     return o[None], total[None] if sums else None, final
 
 
-def choose_backend(backend: str, mode: str, q: torch.Tensor, log_decay=None, cu_seqlens=None) -> str:
-    """`torch` or `fla` for queries q; says once which was chosen and why."""
+def choose_backend(
+    backend: str, mode: str, q: torch.Tensor, log_decay: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None
+) -> str:
+    """`torch` or `fla` for queries q. The log says once which was chosen, and why."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == "fla":
@@ -168,32 +194,56 @@ def choose_backend(backend: str, mode: str, q: torch.Tensor, log_decay=None, cu_
     return "fla" if usable else "torch"
 
 
-def torch_sums(q, k, v, log_decay, state, *, sums: bool, mode: str, chunk_size: int | None):
-    """`weighted_sums` by torch, one sequence per row, state given: arguments as there, already checked."""
+def torch_sums(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    state: torch.Tensor,
+    *,
+    sums: bool,
+    mode: str,
+    chunk_size: int | None,
+) -> WeightedSums:
+    """`weighted_sums` by torch, one sequence per row, after its checks."""
     (B, T, H, _), G = q.shape, k.shape[2]
-    if torch.is_autocast_enabled(q.device.type):  # which would mix the float32 of states with halves
+    if torch.is_autocast_enabled(q.device.type):  # it would mix the float32 of states with halves
         with torch.autocast(q.device.type, enabled=False):
             return torch_sums(q, k, v, log_decay, state, sums=sums, mode=mode, chunk_size=chunk_size)
     if mode != "chunk" or not all(x.dtype == torch.bfloat16 for x in (q, k, v)):
-        q, k, v = q.float(), k.float(), v.float()
+        q = q.float()
+        k = k.float()
+        v = v.float()
     if T == 1 and mode == "recurrent":
         return recurrent_step(q, k, v, log_decay, state, sums=sums)
     # all R query heads of a group read one state
     q = q.unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4)
-    k, v = k.permute(0, 2, 1, 3), v.permute(0, 2, 1, 3)
+    k = k.permute(0, 2, 1, 3)
+    v = v.permute(0, 2, 1, 3)
     if log_decay is not None:
         log_decay = log_decay.view(1, G, 1) if log_decay.dim() == 1 else log_decay.permute(0, 2, 1)
     options = {"chunk_size": chunk_size} if mode == "chunk" else {}
     o, total, state = MODES[mode](q, k, v, log_decay, state, sums=sums, **options)
     o = o.permute(0, 3, 1, 2, 4).reshape(B, T, H, -1)
-    return o, total.permute(0, 3, 1, 2).reshape(B, T, H) if sums else None, state
+    return o, None if total is None else total.permute(0, 3, 1, 2).reshape(B, T, H), state
 
 
-def naive_linear_attention(q, k, v, log_decay, state, *, sums: bool):
+def naive_linear_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor | None, state: torch.Tensor, *, sums: bool
+) -> WeightedSums:
     """
-    The formula. q (B, G, R, T, m), k (B, G, T, m), v (B, G, T, d), log_decay (B, G, T), (1, G, 1) or None, state
-    (B, G, m, d), or (B, G, m, d + 1) if `sums`. Returns the numerator (B, G, R, T, d), sums of weights (B, G, R, T) or None,
-    and the state.
+    The formula, quadratic in T.
+
+    Args:
+        q: (B, G, R, T, m).
+        k: (B, G, T, m).
+        v: (B, G, T, d).
+        log_decay: (B, G, T), (1, G, 1) or None.
+        state: (B, G, m, d), or (B, G, m, d + 1) if `sums`.
+        sums: also return the sums of weights.
+
+    Returns:
+        numerator (B, G, R, T, d), sums of weights (B, G, R, T) or None, state.
     """
     T = k.shape[2]
     if sums:  # the denominator is one more value column, so it decays and is carried over with the rest
@@ -209,8 +259,10 @@ def naive_linear_attention(q, k, v, log_decay, state, *, sums: bool):
     return (o[..., :-1], o[..., -1], state) if sums else (o, None, state)
 
 
-def recurrent_linear_attention(q, k, v, log_decay, state, *, sums: bool):
-    """Token by token. Shapes as `naive`."""
+def recurrent_linear_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor | None, state: torch.Tensor, *, sums: bool
+) -> WeightedSums:
+    """Token by token. Shapes as `naive_linear_attention`."""
     if sums:
         v = F.pad(v, (0, 1), value=1.0)
     if log_decay is not None:
@@ -225,8 +277,10 @@ def recurrent_linear_attention(q, k, v, log_decay, state, *, sums: bool):
     return (o[..., :-1], o[..., -1], state) if sums else (o, None, state)
 
 
-def recurrent_step(q, k, v, log_decay, state, *, sums: bool):
-    """`recurrent` for one token with as few operations as it takes. Arguments and results as `torch_sums`."""
+def recurrent_step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor | None, state: torch.Tensor, *, sums: bool
+) -> WeightedSums:
+    """`recurrent_linear_attention` of one token with as few operations as it takes. Shapes as `torch_sums`."""
     (B, _, H, m), G = q.shape, k.shape[2]
     if sums:
         v = F.pad(v, (0, 1), value=1.0)
@@ -237,7 +291,7 @@ def recurrent_step(q, k, v, log_decay, state, *, sums: bool):
     return (o[..., :-1], o[..., -1], state) if sums else (o, None, state)
 
 
-MODES = {
+MODES: dict[str, Callable[..., WeightedSums]] = {
     "naive": naive_linear_attention,
     "chunk": chunk_linear_attention,
     "recurrent": recurrent_linear_attention,

@@ -1,9 +1,12 @@
 """
 The linear-attention layer: exact softmax on a window and sinks, DiJiang's features on everything older, one denominator
 (arXiv 2403.19928; window and sinks: arXiv 2309.17453, 2410.10254).
+
+B batch, T tokens, H query heads, G key/value heads, d head size, M features, S sinks, W window.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils import logging
 
+from .cache_dijiang import DiJiangCache
+from .configuration_dijiang import DiJiangConfig
 from .decode_step import StepWeights
 from .decode_step_native import native_step
 from .decode_step_triton import triton_step
@@ -18,20 +23,20 @@ from .decoder_modules import ProjectedAttention
 from .exponential_maps import ExponentialMap
 from .feature_map_base import MAX_EXPONENT
 from .feature_maps import build_feature_map
-from .linear_attention import TINY, recurrent_step, weighted_sums
+from .linear_attention import TINY, WeightedSums, recurrent_step, weighted_sums
 from .linear_attention_chunk import PIECE, PIECE_ON_GPU
-from .linear_attention_native import native_is_usable, native_linear_attention, native_supports
+from .linear_attention_native import NativeMaps, native_is_usable, native_linear_attention, native_supports
 from .linear_state import LinearState
 from .packing import PackedGroup
 from .transformers_compat import one_cache
-from .window_attention import merge_step
-from .window_attention_flex import near_and_far
+from .window_attention import LinearBranch, Sinks, Window, window_attention_step
+from .window_attention_flex import window_attention
 
 logger = logging.get_logger(__name__)
 
 
 class LogScale(nn.Module):
-    """scale * w.x + b per head, the logarithm of a weight. Input (B, T, heads, d), output float32 (B, T, heads)."""
+    """The logarithm of a weight per head, scale * w.x + b. Input (B, T, heads, d), output float32 (B, T, heads)."""
 
     def __init__(self, num_heads: int, head_dim: int, start: float):
         super().__init__()
@@ -50,13 +55,19 @@ class LogScale(nn.Module):
 
 class Decay(nn.Module):
     """
-    Per-head log-decay -exp(log_rate), (G,) float32: g_h = 1 - 1 / span_h, from the first to the last of `spans` evenly on a
-    logarithmic scale (RetNet, arXiv 2307.08621, has [32, 512]), fixed or, if `learned`, its start.
+    Per-head log-decay -exp(log_rate), (G,) float32. At the start it is log(1 - 1 / span), where the spans of the heads run
+    evenly on a logarithmic scale from the first of `spans` to the last (RetNet, arXiv 2307.08621, has [32, 512]).
+
+    Args:
+        num_heads: G.
+        learned: whether the decay trains.
+        spans: of the first and of the last head, in tokens.
     """
 
-    def __init__(self, num_heads: int, learned: bool, spans: list[float]):
+    def __init__(self, num_heads: int, learned: bool, spans: list[float | int]):
         super().__init__()
-        self.learned, self.spans = learned, spans
+        self.learned = learned
+        self.spans = spans
         self.log_rate = nn.Parameter(torch.empty(num_heads, dtype=torch.float32), requires_grad=learned)
         self.reset_parameters()
 
@@ -73,7 +84,7 @@ class Decay(nn.Module):
 
 
 class OutputGate(nn.Linear):
-    """SiLU gate on the heads' output, as in RetNet; its start is that of the paper's released code."""
+    """SiLU gate on the heads' output, as in RetNet; it starts as in the paper's released code."""
 
     def reset_parameters(self) -> None:
         init.xavier_uniform_(self.weight, gain=2**-2.5)
@@ -90,12 +101,13 @@ def linear_layers(model: nn.Module) -> dict[int, "DiJiangLinearAttention"]:
 class DiJiangLinearAttention(ProjectedAttention):
     """Attention whose memory per sequence is constant. `window`, `sinks` and `mode` may be changed on a live layer."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: DiJiangConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.window, self.sinks = config.attention_window, config.attention_sinks
+        self.window = config.attention_window
+        self.sinks = config.attention_sinks
         self.normalize = config.normalize
         self.feature_scale = self.head_dim**-0.25 if config.scale_features else 1.0
-        self.mode: str | None = None  # of linear_attention; default: recurrent for one token, else chunk
+        self.mode: str | None = None  # of linear_attention; None: recurrent for one token, else chunk
         H, G, d = self.num_heads, self.num_key_value_heads, self.head_dim
         # phi(q) and phi(k) start as one map and may drift apart in training
         self.feature_map_q = build_feature_map(config, H, config.feature_seed + layer_idx)
@@ -103,7 +115,7 @@ class DiJiangLinearAttention(ProjectedAttention):
         # features that a softmax keeps below 1 leave the whole range of exponents to the keys' weights
         bounded = config.feature_activation == "softmax" and "feature_activation" in self.feature_map_k.settings
         self.key_exponent_limit = 3 * MAX_EXPONENT if bounded else MAX_EXPONENT
-        # c(q): what one unit of the linear branch weighs in the softmax's own units. A scalar per head cannot say it, since
+        # c(q): how much the linear branch's weights count in the softmax. A scalar per head would not do, since
         # log(sum exp(q.k)) - log(phi(q).sum phi(k)) varies with q
         self.branch_scale = LogScale(H, d, config.branch_scale_init) if self.window else None
         self.key_scale = LogScale(G, d, 0.0) if config.key_scale else None
@@ -123,88 +135,99 @@ class DiJiangLinearAttention(ProjectedAttention):
         Mix T tokens that follow `state`.
 
         Args:
-            q: (B, T, H, d); k, v: (B, T, G, d), after rotary positions.
+            q: (B, T, H, d), after rotary positions.
+            k: (B, T, G, d), after rotary positions.
+            v: (B, T, G, d).
             valid: (B, T) bool, False for padding, which no token sees. Default: all real. Padding before or after a sequence
-                leaves no trace; padding between its tokens takes up places in the window.
+                leaves no trace; padding between its tokens takes up rows of the window.
             state: of the tokens before; default none.
 
         Returns:
             o (B, T, H, d), float32 or, where the whole layer is linear, q's dtype; and the state after the last token.
         """
-        if torch.is_autocast_enabled(q.device.type):  # which would mix the float32 of states with halves
+        if torch.is_autocast_enabled(q.device.type):  # it would mix the float32 of states with halves
             with torch.autocast(q.device.type, enabled=False):
                 return self.attend(q, k, v, valid, state)
         if state is None:
             state = LinearState.empty(k, v, self.feature_map_k.size, self.window, self.sinks, self.normalize)
-        if state.window_k.shape[2] != self.sinks + self.window:
-            found, expected = state.window_k.shape[2], f"{self.sinks} sinks and a window of {self.window}"
-            raise ValueError(f"the state has {found} places for near keys, the layer {expected}; start from a new cache")
+        rows = state.window_k.shape[2]
+        if rows != self.sinks + self.window:
+            raise ValueError(
+                f"the state has {rows} rows for sinks and window, the layer {self.sinks} sinks and a window of {self.window}; "
+                "start from a new cache"
+            )
         T = k.shape[1]
         if T == 1 and valid is None and state.settled and self.mode is None:
             return self.attend_step(q, k, v, state)
-        size = PIECE if k.is_cpu else PIECE_ON_GPU
+        piece_size = PIECE if k.is_cpu else PIECE_ON_GPU
         if not self.window and self.runs_natively(q, k, v, valid):
-            size = T  # which cuts its own pieces
-        if T <= size or torch.compiler.is_compiling():  # which would unroll the loop
+            piece_size = T  # the native kernel cuts its own pieces
+        if piece_size >= T or torch.compiler.is_compiling():  # the compiler would unroll the loop
             return self.attend_piece(q, k, v, valid, state)
-        outputs, whole = [], None
-        for start in range(0, T, size):
-            piece = slice(start, start + size)
-            o, state = self.attend_piece(
-                q[:, piece], k[:, piece], v[:, piece], None if valid is None else valid[:, piece], state
-            )
+        outputs = []
+        whole = None
+        for start in range(0, T, piece_size):
+            piece = slice(start, start + piece_size)
+            piece_valid = None if valid is None else valid[:, piece]
+            o, state = self.attend_piece(q[:, piece], k[:, piece], v[:, piece], piece_valid, state)
             if torch.is_grad_enabled():
                 outputs.append(o)
                 continue
             whole = o.new_empty(q.shape) if whole is None else whole
-            whole[:, piece] = o  # while it is in the cache
+            whole[:, piece] = o  # while it is in the processor's cache
         return torch.cat(outputs, dim=1) if whole is None else whole, state
 
-    @torch.compiler.disable  # the shapes of each batch of rows would be compiled anew
+    @torch.compiler.disable  # it would compile again for the shapes of each batch of rows
     def attend_packed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: list[PackedGroup]) -> torch.Tensor:
-        """`attend` of several sequences that stand one after another in the rows of q, k and v, laid end to end."""
-        o = torch.zeros_like(q, dtype=torch.float32).flatten(0, 1)
+        """`attend` of several sequences that follow one another in the rows of q, k and v, laid end to end."""
+        packed = torch.zeros_like(q, dtype=torch.float32).flatten(0, 1)
         for group in groups:
-            found, _ = self.attend(*(group.unpack(x.flatten(0, 1)) for x in (q, k, v)), group.valid)
-            o = group.pack_into(o, found.float())
-        return o.view_as(q)
+            rows = [group.unpack(x.flatten(0, 1)) for x in (q, k, v)]
+            o, _ = self.attend(rows[0], rows[1], rows[2], group.valid)
+            packed = group.pack_into(packed, o.float())
+        return packed.view_as(q)
 
-    def attend_piece(self, q, k, v, valid, state: LinearState) -> tuple[torch.Tensor, LinearState]:
+    def attend_piece(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None, state: LinearState
+    ) -> tuple[torch.Tensor, LinearState]:
         """`attend` in one go."""
         T, S = k.shape[1], self.sinks
         if valid is None:
-            rank, tokens = state.tokens[:, None] + torch.arange(T, device=k.device), state.tokens + T
+            rank = state.tokens[:, None] + torch.arange(T, device=k.device)
+            tokens = state.tokens + T
         else:
             arrived = state.tokens[:, None] + valid.long().cumsum(1)
-            rank, tokens = torch.where(valid, arrived - 1, -1), arrived[:, -1]
+            rank = torch.where(valid, arrived - 1, -1)
+            tokens = arrived[:, -1]
         new = replace(state, tokens=tokens, seen=state.seen + T, unpadded=state.unpadded and valid is None)
         if not self.window:
             new.settled = True
             if self.runs_natively(q, k, v, valid):
-                o, _, new.state = self.native_branch(q, k, v, valid, state.state, normalize=self.normalize)
+                o, _, new.state = self.native_linear_branch(q, k, v, valid, state.state, normalize=self.normalize)
                 return o, new
-            far, total, new.state = self.far_branch(q, k, v, valid, state.state, rank, rank)
-            return far if total is None else far / total.clamp_min(TINY).unsqueeze(-1).to(far.dtype), new
+            numerator, total, new.state = self.linear_branch(q, k, v, valid, state.state, rank, rank)
+            return divide(numerator, total), new
         # rows t of `all_*` leave the window when query t arrives
         all_k, all_v = (
-            torch.cat((near[:, :, S:].transpose(1, 2), x), dim=1) for near, x in ((state.window_k, k), (state.window_v, v))
+            torch.cat((rows[:, :, S:].transpose(1, 2), x), dim=1) for rows, x in ((state.window_k, k), (state.window_v, v))
         )
         all_rank = torch.cat((state.ranks(), rank), dim=1)
         leaving, new.window_rank = all_rank[:, :T], all_rank[:, T:]
         visible = None if state.settled and valid is None else leaving >= S
-        far, total, new.state = self.far_branch(q, all_k[:, :T], all_v[:, :T], visible, state.state, rank, leaving)
-        sinks, new.sink_filled, sink_arrival = self.store_sinks(state, all_k[:, :T], all_v[:, :T], leaving)
+        numerator, total, new.state = self.linear_branch(q, all_k[:, :T], all_v[:, :T], visible, state.state, rank, leaving)
+        sinks, new.sink_filled = self.store_sinks(state, all_k[:, :T], all_v[:, :T], leaving)
         new.window_k, new.window_v = (
             torch.cat((sink.transpose(1, 2), x[:, T:].transpose(1, 2)), dim=2)
-            for sink, x in zip(sinks, (all_k, all_v), strict=True)
+            for sink, x in ((sinks.k, all_k), (sinks.v, all_v))
         )
-        c = self.branch_scale(q, self.feature_scale)
+        branch = self.scaled_branch(q, numerator, total)
         new.settled = state.settled and valid is None
-        shown = None if new.settled else all_rank >= 0
-        o = near_and_far(q, all_k, all_v, shown, *sinks, sink_arrival, far, total, c, scale=self.scaling)
-        return o, new.settle(S)
+        window = Window(all_k, all_v, None if new.settled else all_rank >= 0, sinks)
+        return window_attention(q, window, branch, scale=self.scaling), new.settle(S)
 
-    def attend_step(self, q, k, v, state: LinearState) -> tuple[torch.Tensor, LinearState]:
+    def attend_step(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: LinearState
+    ) -> tuple[torch.Tensor, LinearState]:
         """`attend` of one real token to a settled state, with as few operations as it takes."""
         fused = self.fused_step(q, k, v, state)
         if fused is not None:
@@ -214,8 +237,8 @@ class DiJiangLinearAttention(ProjectedAttention):
         if self.window:
             leaving_k, leaving_v = (x[:, :, S : S + 1].transpose(1, 2) for x in (state.window_k, state.window_v))
             new.window_k, new.window_v = (
-                torch.cat((near[:, :, :S], near[:, :, S + 1 :], x.transpose(1, 2)), dim=2)
-                for near, x in ((state.window_k, k), (state.window_v, v))
+                torch.cat((rows[:, :, :S], rows[:, :, S + 1 :], x.transpose(1, 2)), dim=2)
+                for rows, x in ((state.window_k, k), (state.window_v, v))
             )
         else:
             leaving_k, leaving_v = k, v
@@ -226,13 +249,17 @@ class DiJiangLinearAttention(ProjectedAttention):
         phi_q = self.feature_map_q(q.float(), q_rank, self.feature_scale)
         phi_k = self.key_features(leaving_k.float(), k_rank)
         log_decay = None if self.decay is None else self.decay()
-        far, total, new.state = recurrent_step(phi_q, phi_k, leaving_v.float(), log_decay, state.state, sums=self.normalize)
+        numerator, total, new.state = recurrent_step(
+            phi_q, phi_k, leaving_v.float(), log_decay, state.state, sums=self.normalize
+        )
         if not self.window:
-            return far if total is None else far / total.clamp_min(TINY).unsqueeze(-1), new
-        c = self.branch_scale(q, self.feature_scale)
-        return merge_step(q, new.window_k, new.window_v, far, total, c, scale=self.scaling), new
+            return divide(numerator, total), new
+        branch = self.scaled_branch(q, numerator, total)
+        return window_attention_step(q, new.window_k, new.window_v, branch, scale=self.scaling), new
 
-    def fused_step(self, q, k, v, state: LinearState) -> tuple[torch.Tensor, LinearState] | None:
+    def fused_step(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: LinearState
+    ) -> tuple[torch.Tensor, LinearState] | None:
         """`attend_step` by the Triton kernel or the C code; None where neither applies, and where gradients are wanted."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
@@ -263,43 +290,59 @@ class DiJiangLinearAttention(ProjectedAttention):
             key_limit=self.key_exponent_limit,
         )
 
-    def runs_natively(self, q, k, v, visible) -> bool:
-        """Whether the C kernel applies to `far_branch` of these; says once if it does, or why it cannot."""
+    def runs_natively(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None) -> bool:
+        """Whether the C kernel applies to `linear_branch` of these. The log says once if it does, or why it cannot."""
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if torch.is_grad_enabled() or traced or self.mode is not None or q.shape[1] == 1:
             return False
         phi = self.feature_map_q
-        # it decays by the token, hidden ones included
+        # it decays with every token, hidden ones included
         fits = isinstance(phi, ExponentialMap) and phi.is_one_matrix and (self.decay is None or visible is None)
         # offloaded weights are on no device until their own module is called
-        maps = (*phi.parameters(), *self.feature_map_k.parameters())
-        if not (fits and native_supports(q, k, v, phi.size) and all(p.is_cpu for p in maps)):
+        weights = (*phi.parameters(), *self.feature_map_k.parameters())
+        if not (fits and native_supports(q, k, v, phi.size) and all(p.is_cpu for p in weights)):
             return False
         usable, reason = native_is_usable()
         logger.info_once("linear layers run on the native CPU kernel" if usable else f"no native CPU kernel: {reason}")
         return usable
 
-    def native_branch(self, q, k, v, visible, state, normalize: bool = False):
-        """`far_branch` by the C kernel; with `normalize` its quotient, None, and the state."""
+    def native_linear_branch(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        visible: torch.Tensor | None,
+        state: torch.Tensor | None,
+        normalize: bool = False,
+    ) -> WeightedSums:
+        """`linear_branch` by the C kernel; with `normalize` its quotient, None, and the state."""
+        map_q, map_k = self.feature_map_q, self.feature_map_k
+        assert isinstance(map_q, ExponentialMap) and isinstance(map_k, ExponentialMap)
         if state is None:
-            state = k.new_zeros(
-                k.shape[0], k.shape[2], self.feature_map_k.size, v.shape[3] + self.normalize, dtype=torch.float32
-            )
-        weight = None if visible is None else visible.float().unsqueeze(-1).expand(*k.shape[:3])
+            state = k.new_zeros(k.shape[0], k.shape[2], map_k.size, v.shape[3] + self.normalize, dtype=torch.float32)
+        key_weight = None if visible is None else visible.float().unsqueeze(-1).expand(*k.shape[:3])
         if self.key_scale is not None:
-            weight = self.key_weight(k) if weight is None else self.key_weight(k) * weight
+            key_weight = self.key_weight(k) if key_weight is None else self.key_weight(k) * key_weight
         return native_linear_attention(
-            *(q, k, v, *self.feature_map_q.matrix(self.feature_scale), *self.feature_map_k.matrix(self.feature_scale)),
-            activation=self.feature_map_q.activation,
-            key_weight=weight,
+            q,
+            k,
+            v,
+            NativeMaps(map_q.matrix(self.feature_scale), map_k.matrix(self.feature_scale), map_q.activation),
+            key_weight=key_weight,
             log_decay=None if self.decay is None else self.decay(),
             state=state,
             sums=self.normalize,
             normalize=normalize,
         )
 
+    def scaled_branch(self, q: torch.Tensor, numerator: torch.Tensor, total: torch.Tensor | None) -> LinearBranch:
+        """The linear branch of queries q (B, T, H, d), with the log-scale c(q) by which it joins the window's softmax."""
+        assert self.branch_scale is not None and total is not None  # a layer with a window has both
+        return LinearBranch(numerator, total, self.branch_scale(q, self.feature_scale))
+
     def key_weight(self, k: torch.Tensor) -> torch.Tensor:
         """exp(u.k + b), (B, T, G), of keys k (B, T, G, d), scaled first."""
+        assert self.key_scale is not None
         limit = self.key_exponent_limit
         return self.key_scale(k, self.feature_scale).clamp(-limit, limit).exp()
 
@@ -308,15 +351,33 @@ class DiJiangLinearAttention(ProjectedAttention):
         phi_k = self.feature_map_k(k, positions, self.feature_scale)
         return phi_k if self.key_scale is None else phi_k * self.key_weight(k).unsqueeze(-1)
 
-    def far_branch(self, q, k, v, visible, state, q_positions=None, k_positions=None):
+    def linear_branch(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        visible: torch.Tensor | None,
+        state: torch.Tensor | None,
+        q_positions: torch.Tensor | None = None,
+        k_positions: torch.Tensor | None = None,
+    ) -> WeightedSums:
         """
-        Linear attention of queries to the keys that left the window, those in `visible` (B, T) alone (None: all).
+        Linear attention of queries to the keys that left the window.
+
+        Args:
+            q: (B, T, H, d).
+            k: (B, T, G, d).
+            v: (B, T, G, e).
+            visible: (B, T) bool, False for keys that no query sees. None: all are seen.
+            state: (B, G, M, e + 1), or (B, G, M, e) without normalization. None: zeros.
+            q_positions: (B, T), for maps that need them.
+            k_positions: (B, T), for maps that need them.
 
         Returns:
-            numerator (B, T, H, d), the sum of weights float32 (B, T, H) or None without normalisation, and the new state.
+            numerator (B, T, H, e), the sum of weights float32 (B, T, H) or None without normalization, and the new state.
         """
         if self.runs_natively(q, k, v, visible):
-            return self.native_branch(q, k, v, visible, state)
+            return self.native_linear_branch(q, k, v, visible, state)
         # bfloat16 values are mixed by bfloat16 products, sums and states stay float32
         dtype = torch.bfloat16 if v.dtype == torch.bfloat16 and q.shape[1] > 1 else torch.float32
         phi_q = self.feature_map_q(q, q_positions, self.feature_scale).to(dtype)
@@ -336,47 +397,54 @@ class DiJiangLinearAttention(ProjectedAttention):
             mode=self.mode or ("recurrent" if q.shape[1] == 1 else "chunk"),
         )
 
-    def store_sinks(self, state: LinearState, k, v, rank):
-        """
-        Move the first S real tokens into the sinks as they leave the window.
-
-        Returns:
-            the sinks' keys and values (B, S, G, d), which are filled (B, S), and when each became visible (B, S), None if all
-            of them were.
-        """
+    def store_sinks(
+        self, state: LinearState, k: torch.Tensor, v: torch.Tensor, rank: torch.Tensor
+    ) -> tuple[Sinks, torch.Tensor]:
+        """The sinks after the first S real tokens moved there as they left the window, and which are filled (B, S)."""
         T, S = k.shape[1], self.sinks
-        stored = [x[:, :, :S].transpose(1, 2) for x in (state.window_k, state.window_v)]
+        stored_k, stored_v = (x[:, :, :S].transpose(1, 2) for x in (state.window_k, state.window_v))
         if state.settled:
-            return stored, state.sink_filled, None
-        arrival = torch.where(state.sink_filled, -1, T)
-        found = rank[:, :, None] == torch.arange(S, device=rank.device)
-        present, row = found.any(1), found.long().argmax(1)
+            return Sinks(stored_k, stored_v, None), state.sink_filled
+        matches = rank[:, :, None] == torch.arange(S, device=rank.device)
+        present = matches.any(1)
+        row = matches.long().argmax(1)
         index = row[:, :, None, None].expand(-1, -1, *k.shape[2:])
-        sinks = [torch.where(present[..., None, None], x.gather(1, index), old) for x, old in zip((k, v), stored, strict=True)]
-        return sinks, state.sink_filled | present, torch.where(present, row, arrival)
+        arrival = torch.where(present, row, torch.where(state.sink_filled, -1, T))
+        sink_k, sink_v = (
+            torch.where(present[..., None, None], x.gather(1, index), stored) for x, stored in ((k, stored_k), (v, stored_v))
+        )
+        return Sinks(sink_k, sink_v, arrival), state.sink_filled | present
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | list[PackedGroup] | None = None,
-        past_key_values=None,
-        cache=None,
-        **kwargs,
+        past_key_values: DiJiangCache | None = None,
+        cache: DiJiangCache | None = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """
-        hidden_states (B, T, hidden), attention_mask (B, T) bool, packed groups or None. Returns (B, T, hidden) and None.
-        `kwargs` are the model's, which has checked them; a linear layer needs none of them.
+        Attention between the projections, (B, T, hidden), and None for its weights.
+
+        Args:
+            hidden_states: (B, T, hidden).
+            position_embeddings: cosines and sines.
+            attention_mask: (B, T) bool, packed groups or None.
+            past_key_values: the cache, under its old name.
+            cache: the cache, under its new name.
+            kwargs: those of the model, which has checked them; a linear layer needs none.
         """
         q, k, v = self.project(hidden_states, position_embeddings)
-        cache = one_cache(past_key_values, cache)
-        cache = None if cache is None else cache.layers[self.layer_idx]
+        caches = one_cache(past_key_values, cache)
         if isinstance(attention_mask, list):
             o = self.attend_packed(q, k, v, attention_mask)
+        elif caches is None:
+            o, _ = self.attend(q, k, v, attention_mask)
         else:
-            o, state = self.attend(q, k, v, attention_mask, None if cache is None else cache.state)
-            if cache is not None:
-                cache.update_state(state, q.shape[1])
+            layer_cache: Any = caches.layers[self.layer_idx]  # a LinearStateLayer
+            o, state = self.attend(q, k, v, attention_mask, layer_cache.state)
+            layer_cache.update_state(state, q.shape[1])
         o = o.flatten(2)
         if self.output_norm is not None:
             o = F.group_norm(
@@ -390,3 +458,8 @@ class DiJiangLinearAttention(ProjectedAttention):
         if self.output_gate is not None:
             o = o * self.output_gate(hidden_states)
         return self.o_proj(o), None
+
+
+def divide(numerator: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
+    """The numerator (B, T, H, d) over the sum of weights (B, T, H), or itself where there is no such sum."""
+    return numerator if total is None else numerator / total.clamp_min(TINY).unsqueeze(-1).to(numerator.dtype)

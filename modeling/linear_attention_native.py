@@ -2,8 +2,7 @@ r"""
 Linear attention, feature map included, as one pass in C for CPUs. Torch's matrix products leave every intermediate tensor in
 memory; here 64 tokens at a time stay in the processor's cache from the projection to the output. No gradients.
 
-The source, native_kernel_source.py, is compiled at first use with the user's C compiler (`CC`, else cc, gcc or clang), kept on
-disk and called through ctypes. DIJIANG_NATIVE=0 turns it off.
+The source is in linear_attention_native_source.py; native_build.py compiles it at first use.
 
 B batch, T tokens, H query heads, G key/value heads, R = H // G, M features, d head size, e value size.
 """
@@ -13,19 +12,21 @@ import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
+from typing import NamedTuple
 
 import torch
 
+from .exponential_maps import Exponents
 from .linear_attention_native_source import SOURCE
 from .native_build import load_library
 
 POINTERS = ("W_q", "b_q", "W_k", "b_k", "key_weight", "log_decay", "state", "o", "total", "new_state")
 SIZES = ("B", "T", "H", "G", "M", "d", "e", "bf16", "softmax", "sums", "normalize", "tasks", "most")
-BLOCK = 64  # as in the source
-WITHOUT_OPENMP = 2  # what dijiang_run says then
+BLOCK = 64  # tokens, as in the source
+WITHOUT_OPENMP = 2  # what dijiang_run returns where the compiler has no OpenMP
 # (b, g) pairs that go through the tokens together: their states and matrices must fit the processor's second cache
 BUNDLE = 4
-# most pieces of one pair: however many there are, the last one costs no less than `ratio` of the whole
+# most pieces of one pair: the last one costs no less than `ratio` of the whole, however many there are
 PIECES = 4
 
 
@@ -36,6 +37,7 @@ class Input(ctypes.Structure):
 
     @classmethod
     def of(cls, x: torch.Tensor) -> "Input":
+        """A tensor of at least three dimensions, which the caller keeps alive."""
         return cls(x.data_ptr(), tuple(step * x.element_size() for step in x.stride()[:3]))
 
 
@@ -49,28 +51,28 @@ class Call(ctypes.Structure):
         ("table", ctypes.c_void_p),
         ("next", ctypes.c_long),
     ]
+    kept: object  # whatever the pointers point to
 
 
-def load_kernel() -> tuple:
-    """The library and why there is none; one of them is None."""
+def load_kernel() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and the reason why there is none."""
     library, reason = load_library(SOURCE)
-    if library is None:
-        return None, reason
-    library.dijiang_work.argtypes = [ctypes.POINTER(Call)]
-    library.dijiang_run.argtypes = [ctypes.POINTER(Call), ctypes.c_int]
-    return library, None
+    if library is not None:
+        library.dijiang_work.argtypes = [ctypes.POINTER(Call)]
+        library.dijiang_run.argtypes = [ctypes.POINTER(Call), ctypes.c_int]
+    return library, reason
 
 
 def native_is_usable() -> tuple[bool, str]:
     """Whether `native_linear_attention` runs here, and why not. The first call compiles it, which takes about a second."""
-    work, reason = load_kernel()
-    return work is not None, reason or ""
+    library, reason = load_kernel()
+    return library is not None, reason
 
 
 def native_supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, M: int) -> bool:
     """Whether the shapes, dtypes and strides are ones that `native_linear_attention` takes."""
-    alike = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float32, torch.bfloat16)
-    if not alike or any(x.device.type != "cpu" or x.dim() != 4 or x.stride(3) != 1 for x in (q, k, v)):
+    one_dtype = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float32, torch.bfloat16)
+    if not one_dtype or any(x.device.type != "cpu" or x.dim() != 4 or x.stride(3) != 1 for x in (q, k, v)):
         return False
     fits = q.shape[:2] == k.shape[:2] and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]
     return (
@@ -84,6 +86,7 @@ def native_supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, M: int) -
 
 @functools.cache
 def helpers(count: int) -> ThreadPoolExecutor:
+    """`count` threads besides the caller's."""
     return ThreadPoolExecutor(count, thread_name_prefix="dijiang")
 
 
@@ -95,13 +98,13 @@ def plan_tasks(T: int, threads: int, pairs: int, ratio: float) -> list[tuple[int
     """
     Tasks of about the same cost for each thread: (first pair, end of the pairs, first token, end of the tokens).
 
-    Every thread gets as many whole (b, g) pairs, in bundles. The pairs that remain are cut: a piece first runs through the
-    keys before it, at `ratio` of the cost of attending, so that no piece waits for another and the numbers do not depend on
-    the cut. Such pieces of equal cost get shorter by a factor of 1 - ratio each.
+    Every thread gets the same number of whole (b, g) pairs, in bundles. The pairs that remain are cut: a piece first runs
+    through the keys before it, at `ratio` of the cost of attending, so that no piece waits for another and the numbers do not
+    depend on the cut. Such pieces of equal cost get shorter by a factor of 1 - ratio each.
     """
     share, rest = divmod(pairs, threads)
     count = min(threads // rest, PIECES) if rest else 1
-    if count == 1 or T < 4 * BLOCK * count:  # not worth a cut
+    if count == 1 or 4 * BLOCK * count > T:  # not worth a cut
         share, rest = -(-pairs // threads), 0
     bundles = -(-share // BUNDLE)
     bounds = [thread * share + i * share // bundles for thread in range(threads) for i in range(bundles)] if share else []
@@ -112,21 +115,45 @@ def plan_tasks(T: int, threads: int, pairs: int, ratio: float) -> list[tuple[int
     return tasks + [(pair, pair + 1, *piece) for pair in range(pairs - rest, pairs) for piece in pairwise(ends)]
 
 
+class NativeMaps(NamedTuple):
+    """
+    The feature maps of queries and keys, phi(x) = softmax(W x + b), or exp(clamp(W x + b, -20, 20)) / sqrt(M).
+
+    Attributes:
+        q: W (H, M, d) and b (H, M).
+        k: W (G, M, d) and b (G, M).
+        activation: `softmax` or `exp`.
+    """
+
+    q: Exponents
+    k: Exponents
+    activation: str
+
+
 @torch.no_grad()
 def native_linear_attention(
-    q, k, v, W_q, b_q, W_k, b_k, *, activation, key_weight=None, log_decay=None, state, sums: bool, normalize: bool = False
-):
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    maps: NativeMaps,
+    *,
+    key_weight: torch.Tensor | None = None,
+    log_decay: torch.Tensor | None = None,
+    state: torch.Tensor,
+    sums: bool,
+    normalize: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """
-    `weighted_sums` of linear_attention.py with the feature map before it: z = W x + b, then phi = softmax(z), or
-    exp(clamp(z, -20, 20)) / sqrt(M). Everything is computed in float32.
+    `weighted_sums` of linear_attention.py with the feature maps before it. Everything is computed in float32.
 
     Args:
-        q: (B, T, H, d); k: (B, T, G, d); v: (B, T, G, e): all float32 or all bfloat16, strided but for the last dimension.
-        W_q: (H, M, d); b_q: (H, M); W_k: (G, M, d); b_k: (G, M).
-        activation: `softmax` or `exp`.
+        q: (B, T, H, d), float32 or bfloat16, strided but for the last dimension.
+        k: (B, T, G, d), the same.
+        v: (B, T, G, e), the same.
+        maps: the feature maps.
         key_weight: (B, T, G), multiplies phi(k); 0 hides a key, though it ages the state. Default: 1.
         log_decay: (G,), g <= 0. Default: no decay.
-        state: (B, G, M, e), or (B, G, M, e + 1) if `sums`: the last column sums phi(k). Left as it is.
+        state: (B, G, M, e), or (B, G, M, e + 1) if `sums`: the last column sums phi(k). It is not changed.
         sums: also return the sums of weights.
         normalize: divide by the sums of weights instead of returning them.
 
@@ -138,41 +165,49 @@ def native_linear_attention(
         ValueError: if `native_supports` says no, or on other shapes that do not fit.
         RuntimeError: if `native_is_usable` says no.
     """
-    usable, reason = native_is_usable()
-    if not usable:
+    library, reason = load_kernel()
+    if library is None:
         raise RuntimeError(reason)
-    (B, T, H, d), G, e, M = q.shape, k.shape[2], v.shape[3], W_q.shape[1]
+    (B, T, H, d), G = q.shape, k.shape[2]
+    e = v.shape[3]
+    M = maps.q.W.shape[1]
     if not native_supports(q, k, v, M):
         raise ValueError(f"the native kernel cannot take q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, M={M}")
-    if activation not in ("softmax", "exp") or (normalize and not sums):
-        raise ValueError(f"activation={activation!r} is unknown, or normalize=True has no sums to divide by")
-    shapes = {"W_q": (H, M, d), "b_q": (H, M), "W_k": (G, M, d), "b_k": (G, M), "state": (B, G, M, e + sums)}
-    shapes |= {"key_weight": (B, T, G), "log_decay": (G,)}
-    given = {"W_q": W_q, "b_q": b_q, "W_k": W_k, "b_k": b_k, "state": state, "key_weight": key_weight, "log_decay": log_decay}
-    given = {name: x.float().contiguous() for name, x in given.items() if x is not None}
-    for name, x in given.items():
-        if x.shape != shapes[name]:
-            raise ValueError(f"{name} is {tuple(x.shape)}, expected {shapes[name]}")
+    if maps.activation not in ("softmax", "exp") or (normalize and not sums):
+        raise ValueError(f"activation={maps.activation!r} is unknown, or normalize=True has no sums to divide by")
+    expected = {
+        "W_q": (maps.q.W, (H, M, d)),
+        "b_q": (maps.q.b, (H, M)),
+        "W_k": (maps.k.W, (G, M, d)),
+        "b_k": (maps.k.b, (G, M)),
+        "state": (state, (B, G, M, e + sums)),
+        "key_weight": (key_weight, (B, T, G)),
+        "log_decay": (log_decay, (G,)),
+    }
+    tensors = {name: x.float().contiguous() for name, (x, _) in expected.items() if x is not None}
+    for name, x in tensors.items():
+        if x.shape != expected[name][1]:
+            raise ValueError(f"{name} is {tuple(x.shape)}, expected {expected[name][1]}")
 
     o = q.new_empty(B, T, H, e, dtype=v.dtype if normalize else torch.float32)
     total = q.new_empty(B, T, H, dtype=torch.float32) if sums and not normalize else None
-    new_state = torch.empty_like(given["state"])
-    tensors = {"o": o, "total": total, "new_state": new_state} | given
-    # per token and group; the mask leaves about half of a block's weights
-    of_keys = M * (d + e)
-    ratio = of_keys / (of_keys + H // G * (of_keys + BLOCK // 2 * (M + e)))
+    new_state = torch.empty_like(tensors["state"])
+    tensors |= {"o": o, "new_state": new_state} | ({} if total is None else {"total": total})
+    # costs per token and group; the mask leaves about half of a block's weights
+    key_cost = M * (d + e)
+    ratio = key_cost / (key_cost + H // G * (key_cost + BLOCK // 2 * (M + e)))
     threads = torch.get_num_threads()
     tasks = plan_tasks(T, threads, B * G, ratio)
-    most = max(last - first for first, last, *_ in tasks)
-    numbers = (B, T, H, G, M, d, e, q.dtype == torch.bfloat16, activation == "softmax", sums, normalize, len(tasks), most)
     table = (ctypes.c_long * (4 * len(tasks)))(*chain.from_iterable(tasks))
-    inputs = {"q": Input.of(q), "k": Input.of(k), "v": Input.of(v)}
-    call = Call(**inputs, **dict(zip(SIZES, numbers, strict=True)), table=ctypes.addressof(table))
-    for name, x in tensors.items():
-        if x is not None:
-            setattr(call, name, x.data_ptr())
-    call.kept = tensors, q, k, v, table  # by the threads too, whatever interrupts this one
-    library, pointer = load_kernel()[0], ctypes.pointer(call)
+    call = Call(
+        q=Input.of(q), k=Input.of(k), v=Input.of(v),
+        **{name: x.data_ptr() for name, x in tensors.items()},
+        B=B, T=T, H=H, G=G, M=M, d=d, e=e, bf16=q.dtype == torch.bfloat16, softmax=maps.activation == "softmax",
+        sums=sums, normalize=normalize,
+        tasks=len(tasks), most=max(last - first for first, last, *_ in tasks), table=ctypes.addressof(table),
+    )  # fmt: skip
+    call.kept = tensors, q, k, v, table  # the other threads still read them if this one is interrupted
+    pointer = ctypes.pointer(call)
     threads = min(threads, len(tasks))
     failed = library.dijiang_run(pointer, threads)
     if failed == WITHOUT_OPENMP:

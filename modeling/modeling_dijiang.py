@@ -43,8 +43,8 @@ from .linear_state import LinearState  # noqa: F401
 from .native_build import load_library  # noqa: F401
 from .optional_kernel import OptionalKernel  # noqa: F401
 from .simple_maps import Identity  # noqa: F401
-from .window_attention import near_and_far_attention  # noqa: F401
-from .window_attention_flex import near_and_far  # noqa: F401
+from .window_attention import block_window_attention  # noqa: F401
+from .window_attention_flex import window_attention  # noqa: F401
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling: float, dropout: float = 0.0, **kwargs):

@@ -1,77 +1,124 @@
 """
-The exact part of a linear layer: softmax attention to a sliding window and a few sink tokens, in blocks, linear in length;
-and its merge with the linear part under one denominator.
+The window branch of a linear layer, exact softmax attention to a sliding window and a few sink tokens, and its merge with the
+linear branch under one denominator. In blocks, so that it is linear in length.
 
 B batch, T new tokens, W window, S sinks, H query heads, G key/value heads, d head size.
 """
+
+from typing import NamedTuple
 
 import torch
 
 from .linear_attention import TINY
 
-# queries per block, each of which meets the block's own keys and a window more: as many as the window is wide, within these
-SMALLEST_BLOCK, BLOCK_SIZE = 16, 64
-# the score of a key that is not seen: below every real one, above float32's lowest number by so much that sums stay finite
+# a block of queries meets its own keys and a window more; it has as many queries as the window is wide, within these bounds
+SMALLEST_BLOCK = 16
+BLOCK_SIZE = 64
+# the score of a key that is not seen: below every real score, and so far above float32's lowest number that sums stay finite
 HIDDEN = -1e30
 
 
+class Sinks(NamedTuple):
+    """
+    The first tokens of each sequence, which every later query sees exactly.
+
+    Attributes:
+        k: (B, S, G, d).
+        v: (B, S, G, d).
+        arrival: (B, S), the first query that sees the sink: -1 if all do, T if none does. None: all queries see all sinks.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    arrival: torch.Tensor | None
+
+
+class Window(NamedTuple):
+    """
+    What queries see exactly. Query t sees rows t + 1 .. t + W, and the sinks that left the window by then.
+
+    Attributes:
+        k: (B, W + T, G, d), the W tokens before the first query and the T tokens of the queries.
+        v: (B, W + T, G, d).
+        valid: (B, W + T) bool, False for padding and for rows before the first token. None: all are real.
+        sinks: the sinks.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    valid: torch.Tensor | None
+    sinks: Sinks
+
+
+class LinearBranch(NamedTuple):
+    """
+    What queries see of all older tokens through their features.
+
+    Attributes:
+        numerator: (B, T, H, d), the weighted sum of the values.
+        total: (B, T, H), the sum of the weights.
+        log_scale: (B, T, H), c: a weight of 1 counts as much as exp(c) in the softmax of the window.
+    """
+
+    numerator: torch.Tensor
+    total: torch.Tensor
+    log_scale: torch.Tensor
+
+    def as_key(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of the weights and the score that the branch has as one more key, both finite where the branch is empty."""
+        total = self.total.clamp_min(TINY)
+        return total, torch.where(total > TINY, total.log() + self.log_scale, HIDDEN)
+
+
 def queries_per_block(window: int) -> int:
+    """Queries in one block of `block_window_attention`."""
     return min(max(window, SMALLEST_BLOCK), BLOCK_SIZE)
 
 
-def near_and_far_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    valid: torch.Tensor | None,
-    sink_k: torch.Tensor,
-    sink_v: torch.Tensor,
-    sink_arrival: torch.Tensor | None,
-    far: torch.Tensor,
-    far_sum: torch.Tensor,
-    far_log_scale: torch.Tensor,
-    *,
-    scale: float,
-    block_size: int | None = None,
+def block_window_attention(
+    q: torch.Tensor, window: Window, branch: LinearBranch, *, scale: float, block_size: int | None = None
 ) -> torch.Tensor:
     """
-    Attention of query t to key rows t + 1 .. t + W, to the sinks that left the window by then, and to everything older
-    through the linear branch, under one denominator:
+    Attention to the window, the sinks and, through the linear branch, to everything older, under one denominator:
 
-        (sum_near exp(scale q.k) v + exp(c) far) / (sum_near exp(scale q.k) + exp(c) far_sum)
+        (sum_window exp(scale q.k) v + exp(c) numerator) / (sum_window exp(scale q.k) + exp(c) total)
 
-    It is one softmax over rows of scores in which the linear branch is one more key, of score c + log far_sum.
+    It is one softmax over rows of scores in which the linear branch is one more key, of score c + log total.
 
     Args:
         q: (B, T, H, d).
-        k, v: (B, W + T, G, d), the W tokens before the first query and the T own ones.
-        valid: (B, W + T) bool, False for padding and for rows before the first token. None: all are real.
-        sink_k, sink_v: (B, S, G, d).
-        sink_arrival: (B, S), the first query that sees the sink; -1 for all, T for none. None: all are seen by all.
-        far: (B, T, H, d) linear branch, not normalised; far_sum: (B, T, H) its sum of weights.
-        far_log_scale: c (B, T, H), what one unit of the linear branch weighs in the softmax's units, as a logarithm.
+        window: of these queries.
+        branch: of these queries.
         scale: factor on q.k.
         block_size: queries per block. With T it is one dense block, quadratic in T. Default: `queries_per_block`.
 
     Returns:
         (B, T, H, d) float32.
     """
+    k, v, valid, sinks = window
     B, T, H, d = q.shape
-    G, W = k.shape[2], k.shape[1] - T
-    R, C = H // G, min(queries_per_block(W) if block_size is None else block_size, T)
+    G = k.shape[2]
+    R = H // G
+    W = k.shape[1] - T
+    C = min(queries_per_block(W) if block_size is None else block_size, T)
     N = -(-T // C)
-    far_sum = far_sum.clamp_min(TINY)
-    far_score = torch.where(far_sum > TINY, far_sum.log() + far_log_scale, HIDDEN)
+    S = sinks.k.shape[1]
+    total, branch_score = branch.as_key()
     if pad := N * C - T:  # by cat: torch 2.13 compiles the gradient of F.pad wrongly where lengths are dynamic
-        q, k, v, far_score = (torch.cat((x, x.new_zeros(B, pad, *x.shape[2:])), dim=1) for x in (q, k, v, far_score))
+        q, k, v, branch_score = (torch.cat((x, x.new_zeros(B, pad, *x.shape[2:])), dim=1) for x in (q, k, v, branch_score))
         valid = valid if valid is None else torch.cat((valid, valid.new_zeros(B, pad)), dim=1)
 
-    def by_block(x):
-        """(B, N * C, H, ...) -> (B, G, N, R * C, ...)"""
+    def by_block(x: torch.Tensor) -> torch.Tensor:
+        """(B, N * C, H, ...) -> (B, G, N, R * C, ...)."""
         return x.unflatten(2, (G, R)).unflatten(1, (N, C)).permute(0, 3, 1, 4, 2, *range(5, x.dim() + 2)).flatten(3, 4)
 
-    # every block of C queries meets the W + C keys that any of them can see
-    def windows(x):
+    def by_token(x: torch.Tensor) -> torch.Tensor:
+        """(B, G, N * R * C, ...) -> (B, T, H, ...)."""
+        x = x.unflatten(2, (N, R, C)).permute(0, 2, 4, 1, 3, *range(5, x.dim() + 2))
+        return x.flatten(3, 4).flatten(1, 2)[:, :T]
+
+    def windows(x: torch.Tensor) -> torch.Tensor:
+        """The W + C rows that the C queries of each block can see: (B, N * C + W, G, d) -> (B * G * N, W + C, d)."""
         return x.transpose(1, 2).unfold(2, W + C, C).transpose(-1, -2).float().reshape(B * G * N, W + C, d)
 
     q = by_block(q.float() * scale)
@@ -81,51 +128,42 @@ def near_and_far_attention(
     scores = scores.add_(hidden)
     if valid is not None:
         scores = scores.masked_fill(~valid.unfold(1, W + C, C)[:, None, :, None, None, :], HIDDEN)
-    columns = [scores.flatten(3, 4), by_block(far_score).unsqueeze(-1)]
-    if S := sink_k.shape[1]:
-        sink_scores = (q.flatten(2, 3) @ sink_k.float().permute(0, 2, 3, 1)).view(B, G, N, R, C, S)
-        if sink_arrival is not None:
+    columns = [scores.flatten(3, 4), by_block(branch_score).unsqueeze(-1)]
+    if S:
+        sink_scores = (q.flatten(2, 3) @ sinks.k.float().permute(0, 2, 3, 1)).view(B, G, N, R, C, S)
+        if sinks.arrival is not None:
             queries = torch.arange(N * C, device=q.device).view(N, 1, C, 1)
-            sink_scores = sink_scores.masked_fill(sink_arrival[:, None, None, None, None, :] > queries, HIDDEN)
+            sink_scores = sink_scores.masked_fill(sinks.arrival[:, None, None, None, None, :] > queries, HIDDEN)
         columns.append(sink_scores.flatten(3, 4))
     weights = torch.cat(columns, dim=-1).softmax(dim=-1)
     o = torch.bmm(weights[..., : W + C].reshape(B * G * N, R * C, W + C), windows(v)).view(B, G, N * R * C, d)
     if S:
-        o = o + weights[..., W + C + 1 :].reshape(B, G, N * R * C, S) @ sink_v.float().transpose(1, 2)
-
-    def by_token(x):
-        """(B, G, N * R * C, ...) -> (B, T, H, ...)"""
-        x = x.unflatten(2, (N, R, C)).permute(0, 2, 4, 1, 3, *range(5, x.dim() + 2))
-        return x.flatten(3, 4).flatten(1, 2)[:, :T]
-
-    far_weight = by_token(weights[..., W + C].flatten(2)) / far_sum
-    return torch.addcmul(by_token(o), far, far_weight.unsqueeze(-1))
+        o = o + weights[..., W + C + 1 :].reshape(B, G, N * R * C, S) @ sinks.v.float().transpose(1, 2)
+    branch_weight = by_token(weights[..., W + C].flatten(2)) / total
+    return torch.addcmul(by_token(o), branch.numerator, branch_weight.unsqueeze(-1))
 
 
-def merge_step(
-    q: torch.Tensor,
-    window_k: torch.Tensor,
-    window_v: torch.Tensor,
-    far: torch.Tensor,
-    far_sum: torch.Tensor,
-    far_log_scale: torch.Tensor,
-    *,
-    scale: float,
+def window_attention_step(
+    q: torch.Tensor, window_k: torch.Tensor, window_v: torch.Tensor, branch: LinearBranch, *, scale: float
 ) -> torch.Tensor:
     """
-    `near_and_far_attention` of one query to a list of keys, all of them visible: the step of decoding.
+    `block_window_attention` of one query that sees all of N keys: the step of decoding.
 
     Args:
-        q: (B, 1, H, d); window_k, window_v: (B, G, N, d), sinks and window; the rest as `near_and_far_attention`.
+        q: (B, 1, H, d).
+        window_k: (B, G, N, d), sinks and window.
+        window_v: (B, G, N, d).
+        branch: of this query.
+        scale: factor on q.k.
 
     Returns:
         (B, 1, H, d) float32.
     """
     (B, _, H, d), G = q.shape, window_k.shape[1]
     R = H // G
-    far_sum = far_sum.clamp_min(TINY)
+    total = branch.total.clamp_min(TINY)
     scores = torch.bmm((q.float() * scale).view(B * G, R, d), window_k.flatten(0, 1).float().transpose(1, 2))
-    far_score = (far_sum.log() + far_log_scale).view(B * G, R, 1)
-    weights = torch.cat((scores, far_score), dim=-1).softmax(dim=-1)
-    near = torch.bmm(weights[..., :-1], window_v.flatten(0, 1).float()).view(B, 1, H, d)
-    return torch.addcmul(near, far, weights[..., -1].reshape(B, 1, H, 1) / far_sum.unsqueeze(-1))
+    branch_score = (total.log() + branch.log_scale).view(B * G, R, 1)
+    weights = torch.cat((scores, branch_score), dim=-1).softmax(dim=-1)
+    o = torch.bmm(weights[..., :-1], window_v.flatten(0, 1).float()).view(B, 1, H, d)
+    return torch.addcmul(o, branch.numerator, weights[..., -1].reshape(B, 1, H, 1) / total.unsqueeze(-1))

@@ -1,4 +1,4 @@
-"""Run by test_fla_backend.py in a process of its own: its cases through Triton's interpreter; prints the errors as JSON."""
+"""Cases of test_linear_attention_fla.py through Triton's interpreter, in a process of its own; prints the errors as JSON."""
 
 import builtins
 import json
@@ -35,26 +35,26 @@ def as_float32(handle):
     return TensorHandle(_convert_float(handle.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
 
 
-def mend_bfloat16():
+def fix_bfloat16():
     dot, binary_op = InterpreterBuilder.create_dot, InterpreterBuilder.binary_op
 
     def create_dot(self, a, b, *args):
         return dot(self, as_float32(a), as_float32(b), *args)
 
-    def mended_binary_op(self, lhs, rhs, op):
+    def fixed_binary_op(self, lhs, rhs, op):
         result = binary_op(self, as_float32(lhs), as_float32(rhs), op)
         was_bfloat16 = lhs.dtype.scalar == tl.bfloat16 and result.data.dtype == np.float32
         return self.cast_impl(result, tl.bfloat16) if was_bfloat16 else result
 
-    InterpreterBuilder.create_dot, InterpreterBuilder.binary_op = create_dot, mended_binary_op
+    InterpreterBuilder.create_dot, InterpreterBuilder.binary_op = create_dot, fixed_binary_op
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    mend_bfloat16()
-    import test_fla_backend as cases
+    fix_bfloat16()
+    import test_linear_attention_fla as cases
 
-    results = {"usable": cases.fla_backend.fla_is_usable("cpu")}
+    results = {"usable": cases.linear_attention_fla.fla_is_usable("cpu")}
     for name, module in list(sys.modules.items()):
         if name.startswith("fla.ops."):
             module.range = kernel_range

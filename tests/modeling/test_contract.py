@@ -426,8 +426,8 @@ def test_calibration_reads_sums_of_weights_from_layers_of_any_size():
     layer = build(("wdcf", "none", (5, 2)), **NATIVE).model.layers[0].self_attn
     q, k = torch.randn(2, 40, 6, 16), torch.randn(2, 40, 2, 16)
     with torch.no_grad():
-        _, total, _ = layer.far_branch(q, k, k[..., :0], None, None)
-        _, expected, _ = layer.far_branch(q, k, k, None, None)
+        _, total, _ = layer.linear_branch(q, k, k[..., :0], None, None)
+        _, expected, _ = layer.linear_branch(q, k, k, None, None)
     assert_close(total, expected, "sums")
 
 
@@ -437,5 +437,7 @@ def test_windows_changed_on_a_live_layer_need_a_new_cache():
         cache = model(ids, use_cache=True).past_key_values
         for layer in model.model.layers:
             layer.self_attn.window = 9
-        with pytest.raises(ValueError, match="7 places for near keys, the layer 2 sinks and a window of 9; start from a new"):
+        with pytest.raises(
+            ValueError, match="7 rows for sinks and window, the layer 2 sinks and a window of 9; start from a new"
+        ):
             model(ids[:, :1], past_key_values=cache)

@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 
 from dijiang.modeling import DiJiangForCausalLM, DiJiangForSequenceClassification
-from dijiang.modeling.window_attention import near_and_far_attention
+from dijiang.modeling.window_attention import LinearBranch, Sinks, Window, block_window_attention
 
 CASES = {
     "wdcf": {},
@@ -407,10 +407,10 @@ def test_compiled_window_takes_a_second_length():
     def mixed(q, flat):
         keys = flat.view(*flat.shape[:-1], 2, 8)
         B, N = keys.shape[:2]
-        sinks = keys.new_zeros(B, 0, 2, 8)
-        valid = torch.ones(B, N, dtype=torch.bool)
-        far = {"far": q, "far_sum": q[..., 0].exp(), "far_log_scale": q[..., 1]}
-        return near_and_far_attention(q, keys, keys, valid, sinks, sinks, None, **far, scale=0.3, block_size=8)
+        no_sinks = keys.new_zeros(B, 0, 2, 8)
+        window = Window(keys, keys, torch.ones(B, N, dtype=torch.bool), Sinks(no_sinks, no_sinks, None))
+        branch = LinearBranch(q, q[..., 0].exp(), q[..., 1])
+        return block_window_attention(q, window, branch, scale=0.3, block_size=8)
 
     compiled = torch.compile(mixed, backend="aot_eager", fullgraph=True)
     for T in (21, 33, 42):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dijiang.modeling import linear_attention_fla as fla_backend
+from dijiang.modeling import linear_attention_fla
 from dijiang.modeling.linear_attention import naive_linear_attention
 from dijiang.modeling.linear_attention_fla import fla_linear_attention, gated_backward_is_refused, takes_single_steps
 
@@ -159,8 +159,8 @@ def test_which_kernel_is_chosen(expected, T, decay, options, monkeypatch):
         calls.append(" ".join([name, *decays]))
         return torch.zeros_like(v), torch.zeros_like(initial_state)
 
-    monkeypatch.setattr(fla_backend, "load_ops", lambda: (partial(fake_op, "chunk"), partial(fake_op, "recurrent"), ""))
-    monkeypatch.setattr(fla_backend, "gated_backward_is_refused", lambda device: options.get("refused", False))
+    monkeypatch.setattr(linear_attention_fla, "load_ops", lambda: (partial(fake_op, "chunk"), partial(fake_op, "recurrent"), ""))
+    monkeypatch.setattr(linear_attention_fla, "gated_backward_is_refused", lambda device: options.get("refused", False))
     lengths = options.get("lengths")
     tensors = make_inputs((1, T, 4, 2, 11, 17), decay, lengths, seed=0, dtype=torch.float16)
     with torch.set_grad_enabled(options.get("backward", True)):
@@ -173,7 +173,7 @@ def test_which_kernel_is_chosen(expected, T, decay, options, monkeypatch):
 
 @pytest.mark.parametrize("refused", [True, False])
 def test_a_decay_that_trains_is_left_to_torch_where_fla_would_go_token_by_token(refused, monkeypatch):
-    monkeypatch.setattr(fla_backend, "gated_backward_is_refused", lambda device: refused)
+    monkeypatch.setattr(linear_attention_fla, "gated_backward_is_refused", lambda device: refused)
     q = torch.zeros(1, 128, 2, 4, requires_grad=True)
     fixed, trained, bounds = -torch.ones(2), (-torch.ones(2)).requires_grad_(), torch.tensor([0, 64, 128])
     assert takes_single_steps(q, trained, None) is takes_single_steps(q, fixed.expand(1, 128, 2), None) is refused
@@ -211,7 +211,7 @@ class Blocked:
             raise ModuleNotFoundError(f"No module named {name!r}")
 
 sys.meta_path.insert(0, Blocked)
-spec = importlib.util.spec_from_file_location("fla_backend", sys.argv[1])
+spec = importlib.util.spec_from_file_location("linear_attention_fla", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 assert module.fla_is_usable("cpu") == (False, "flash-linear-attention needs a CUDA device, not cpu")
@@ -225,7 +225,7 @@ def test_without_it_the_file_loads_and_says_what_is_missing(missing):
     if missing == "triton" and find_spec("fla") is None:
         missing = "fla"
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, fla_backend.__file__, missing],
+        [sys.executable, "-c", WITHOUT, linear_attention_fla.__file__, missing],
         capture_output=True,
         text=True,
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
