@@ -1,4 +1,4 @@
-"""Recovers a converted model's quality from its teacher."""
+"""Recovery of a converted model's quality from its teacher."""
 
 from .recipe.load import load_recipe
 from .recipe.schema import AlignConfig, ConvertConfig, DataConfig, DistillConfig, Recipe, RunConfig, SourceConfig
@@ -18,7 +18,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name in ("recover", "run_stage"):  # theirs is transformers' Trainer, which needs more packages than the rest
+    if name in ("recover", "run_stage"):  # they import transformers' Trainer, which needs more packages than the rest
         from .stages.run import recover, run_stage
 
         globals().update(recover=recover, run_stage=run_stage)

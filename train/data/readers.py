@@ -43,7 +43,7 @@ class BadRecords:
         self.first.setdefault(kind, where)
 
     def accepts(self, text, where: str) -> bool:
-        """Whether `text` is a string that is not blank; count a null or blank one, and `report` anything else."""
+        """True if `text` is a string that is not blank; count a null or blank one, and `report` anything else."""
         if text is None or (isinstance(text, str) and not text.strip()):
             self.count(BLANK, where)
         elif not isinstance(text, str):
@@ -64,7 +64,7 @@ def reason(error: Exception) -> str:
 
 
 def encodable(text: str) -> bool:
-    """Whether UTF-8 can encode the text; tokenizers crash on text that it cannot."""
+    """True if UTF-8 can encode the text; tokenizers crash on text that it cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -21,7 +21,7 @@ HUB_SECONDS = 10.0  # time limit of the question for the revision
 
 
 def is_token_folder(path: str) -> bool:
-    """Whether a source's path is a folder of tokens, as token_cache.py writes them."""
+    """True if a source's path is a folder of tokens, as token_cache.py writes them."""
     here = Path(path).expanduser()
     return all((here / name).is_file() for name in TOKEN_FILES)
 

@@ -45,7 +45,7 @@ class Estimate:
     stages: dict[str, StageCost]
 
     def fits(self, stage: str, level: str) -> bool:
-        """Whether the stage stays below `FILL` of the device's memory."""
+        """True if the stage stays below `FILL` of the device's memory."""
         return sum(self.stages[stage].memory[level].values()) <= FILL * DEVICES[self.gpu].memory * GIB
 
     @property

@@ -154,12 +154,14 @@ def logit_bytes(recipe: Recipe, vocab_size: int, low: int) -> float:
 
 def layer_bytes(config: PretrainedConfig, low: int) -> float:
     """Bytes per token that one linear layer keeps for its backward pass, computing in numbers of `low` bytes."""
-    H, G, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    H = config.num_attention_heads
+    G = config.num_key_value_heads
+    d = config.head_dim
     M = FEATURE_MAPS[config.feature_map](config, 1, 0).size
     norms = 3 * low + (0 if config.norm_type == "layer_norm" else 22 if low == 2 else 11)
     outside = norms * config.hidden_size + (4 if config.mlp_type == "gated" else 2) * low * config.intermediate_size
     branch = (8 + 2.5 * low) * H * d + (3 + low) * H * M + (10 + 2 * low) * G * M + 8 / low * G * M * d / CHUNK_SIZE
-    scaled = 0 if config.decay == "none" else low * H * CHUNK_SIZE  # factors of a decay are kept before and after
+    scaled = 0 if config.decay == "none" else low * H * CHUNK_SIZE  # autograd saves what a decay multiplies, and the product
     scaled += low * H * M + G * (6 * M + CHUNK_SIZE) if config.decay == "learned" else 0
     exact = config.attention_window + config.attention_sinks + queries_per_block(config.attention_window)
     return outside + branch + scaled + (4.6 * H * (exact + 1) + 8 * H * d if config.attention_window else 0)

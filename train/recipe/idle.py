@@ -58,12 +58,12 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
 
 
 def starts_at_zero(stage: StageConfig) -> bool:
-    """Whether every sequence fills its position range, so that none can start later."""
+    """True if every sequence fills its position range, so that none can start later."""
     return stage.position_range == stage.block_size and stage.start_block_size is None
 
 
 def has_window(recipe: Recipe) -> bool:
-    """Whether the linear layers of the student have an exact window."""
+    """True if the linear layers of the student have an exact window."""
     return student_settings(recipe).get("attention_window") != 0
 
 
@@ -73,6 +73,6 @@ def student_settings(recipe: Recipe) -> dict:
 
 
 def is_local(path: str) -> bool:
-    """Whether a path or glob matches anything on disk."""
+    """True if a path or glob matches anything on disk."""
     here = Path(path).expanduser()
     return here.exists() or (glob.has_magic(path) and any(True for _ in glob.iglob(str(here), recursive=True)))

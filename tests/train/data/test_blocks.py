@@ -29,7 +29,7 @@ class Letters:
 
 @pytest.fixture
 def write(tmp_path):
-    """write("a", seed, documents, longest=..., weight=...) -> (source, texts) of random letters, no two sources alike."""
+    """write("a", seed, documents, longest=..., weight=...) -> (source, texts) of random letters, different in each source."""
 
     def make(name, seed=0, documents=40, longest=30, **source):
         rng = random.Random(f"{name} {seed}")

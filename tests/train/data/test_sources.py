@@ -42,8 +42,8 @@ def read(path, bad_records="error", **source):
     return list(documents), documents
 
 
-def refused(path, message, **source):
-    """Reading gives one line of ValueError that matches."""
+def read_fails(path, message, **source):
+    """Check that reading raises a ValueError whose message is one line and matches."""
     with pytest.raises(ValueError, match=message) as caught:
         read(path, **source)
     assert "\n" not in str(caught.value)
@@ -90,7 +90,7 @@ def test_null_and_blank_texts_are_left_out_and_counted(write, tmp_path):
     assert texts == ["one", "two"] and documents.skipped == {"blank text": 3}
     assert documents.describe_skipped() == f"left out of {path}: 3 blank text (first: {path} line 2)"
     list(documents)
-    assert documents.skipped == {"blank text": 3}, "each pass counts anew"
+    assert documents.skipped == {"blank text": 3}, "each pass counts from zero"
     write_parquet(tmp_path / "b.parquet", text=[None, "one", "", "two", None])
     texts, documents = read(tmp_path / "b.parquet")
     assert texts == ["one", "two"] and documents.skipped == {"blank text": 3}
@@ -140,7 +140,7 @@ BAD = {
 def test_a_bad_record_is_refused_by_name_or_counted(write, tmp_path, case):
     name, content, kind, message, good = BAD[case]
     path = write(f"bad/{name}", content)
-    refused(path, message + ".*, or set bad_records to skip$")
+    read_fails(path, message + ".*, or set bad_records to skip$")
     write("bad/z.txt", b"last")
     texts, documents = read(f"{tmp_path}/bad/*", bad_records="skip")
     assert texts == [*["one", "two"][:good], "last"]
@@ -152,32 +152,32 @@ def test_cut_files(write, tmp_path):
     whole = read(path)[0]
     with open(path, "r+b") as file:
         file.truncate(os.path.getsize(path) // 2)
-    refused(path, r"a\.jsonl\.gz: unreadable file \(.*end-of-stream")
+    read_fails(path, r"a\.jsonl\.gz: unreadable file \(.*end-of-stream")
     texts, documents = read(path, "skip")
     assert 0 < len(texts) < 200 and texts == whole[: len(texts)] and sum(documents.skipped.values()) == 1
     write("b.txt.gz", b"")
     (tmp_path / "b.txt.gz").write_bytes(b"not gzip")
-    refused(tmp_path / "b.txt.gz", r"b\.txt\.gz: unreadable file \(Not a gzipped file")
+    read_fails(tmp_path / "b.txt.gz", r"b\.txt\.gz: unreadable file \(Not a gzipped file")
     write_parquet(tmp_path / "c.parquet", text=TEXTS * 50)
     content = (tmp_path / "c.parquet").read_bytes()
     (tmp_path / "c.parquet").write_bytes(content[: len(content) // 2])
-    refused(tmp_path / "c.parquet", r"c\.parquet: unreadable file")
+    read_fails(tmp_path / "c.parquet", r"c\.parquet: unreadable file")
     (tmp_path / "c.parquet").write_bytes(content[:50] + b"\xff" * 200 + content[250:])  # the footer is whole, the pages not
-    refused(tmp_path / "c.parquet", r"c\.parquet.*: unreadable file")
+    read_fails(tmp_path / "c.parquet", r"c\.parquet.*: unreadable file")
 
 
 def test_parquet_columns(tmp_path):
     write_parquet(tmp_path / "a.parquet", id=[1, 2], body=["x", "y"])
-    refused(tmp_path / "a.parquet", r"a\.parquet: missing column \('text'\); set column to one of its own: id, body")
-    refused(tmp_path / "a.parquet", r"a\.parquet row 1: text of another type \(int\)", column="id")
+    read_fails(tmp_path / "a.parquet", r"a\.parquet: missing column \('text'\); set column to one of its own: id, body")
+    read_fails(tmp_path / "a.parquet", r"a\.parquet row 1: text of another type \(int\)", column="id")
     assert read(tmp_path / "a.parquet", "skip")[1].skipped == {"missing column": 1}
     write_parquet(tmp_path / "b.parquet", text=pyarrow.array([], pyarrow.string()))
-    refused(tmp_path / "b.parquet", r"b\.parquet: empty file")
+    read_fails(tmp_path / "b.parquet", r"b\.parquet: empty file")
     wrong = pyarrow.StringArray.from_buffers(
         2, pyarrow.array([0, 1, 3], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"a\xe9b")
     )
     write_parquet(tmp_path / "c.parquet", text=wrong)
-    refused(tmp_path / "c.parquet", r"c\.parquet row 2: not UTF-8")
+    read_fails(tmp_path / "c.parquet", r"c\.parquet row 2: not UTF-8")
 
 
 @pytest.mark.parametrize("bad_records", ["error", "skip"])
@@ -250,8 +250,8 @@ def test_a_hub_data_set_is_streamed(hub):
     assert texts == ["one", "two"] and documents.skipped == {"blank text": 2}
     assert calls == [("org/set", "en", {"split": "validation", "streaming": True, "revision": "abc"})]
     assert documents.describe_skipped().endswith("(first: org/set split validation row 2)")
-    refused("org/set", "org/set split train row 1: missing column 'text'; set column to one of its own: id, body$")
-    refused("org/set", r"org/set split train row 1: text of another type \(int\)", column="id")
+    read_fails("org/set", "org/set split train row 1: missing column 'text'; set column to one of its own: id, body$")
+    read_fails("org/set", r"org/set split train row 1: text of another type \(int\)", column="id")
     read("org/set", "skip", column="id")
     prints = [
         Documents(SourceConfig(path="org/set", **keys), "error").fingerprint()
@@ -277,10 +277,10 @@ def test_a_hub_that_breaks_off_is_never_a_bad_record(hub, bad_records):
 def test_a_hub_that_cannot_be_reached(monkeypatch):
     for module in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
         monkeypatch.setattr(module, True)
-    refused(
+    read_fails(
         "none/such", "^none/such is neither a file, folder or glob here, nor did the hub give its split train: Couldn't reach"
     )
-    refused("nosuch", r"^nosuch \(subset en\) is neither a file", subset="en")
+    read_fails("nosuch", r"^nosuch \(subset en\) is neither a file", subset="en")
     assert local_files("org/set") is None
 
 
