@@ -83,12 +83,19 @@ def fits_in_a_checkpoint(top: str, tried: bool, node: ast.AST) -> bool:
     return top in OUTSIDE_OF_MODELING or (top in OPTIONAL_IN_MODELING and tried)
 
 
+def runs_later(block: ast.AST) -> bool:
+    """Whether the imports in `block` do not run when its module is loaded: a function, or `if TYPE_CHECKING`."""
+    if isinstance(block, ast.If):
+        return isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
+    return isinstance(block, ast.FunctionDef | ast.AsyncFunctionDef)
+
+
 def file_graph(files: dict[str, Path]) -> dict[str, set[str]]:
     """The modules of ours that each module imports when it is loaded; what a function imports when it runs is left out."""
     graph: dict[str, set[str]] = {}
     for name, path in files.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        late = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)}
+        late = {id(n) for block in ast.walk(tree) if runs_later(block) for n in ast.walk(block)}
         targets = set()
         for target, _, node in imports(tree, package_of(name, path)):
             if id(node) not in late:

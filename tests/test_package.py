@@ -144,7 +144,10 @@ def test_circles_are_seen(graph, circle):
 
 
 def test_imports_inside_functions_make_no_circle(tmp_path):
-    for name, source in {"a": "from dijiang.b import x", "b": "def f():\n    from dijiang import a"}.items():
+    for name, source in {
+        "a": "from dijiang.b import x",
+        "b": "def f():\n    from dijiang import a\nif TYPE_CHECKING:\n    import dijiang.a",
+    }.items():
         (tmp_path / f"{name}.py").write_text(source)
     files = {f"dijiang.{name}": tmp_path / f"{name}.py" for name in "ab"}
     assert import_arrows.file_graph(files) == {"dijiang.a": {"dijiang.b"}, "dijiang.b": set()}
