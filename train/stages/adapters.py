@@ -55,8 +55,9 @@ def merged_state(student: DiJiangForCausalLM, state: Mapping[str, torch.Tensor] 
         if name.endswith(DOWN):
             module = name.removesuffix(DOWN)
             scale = student.get_submodule(module).scaling[ADAPTER]
-            base, down, up = (values[module + part].detach().float() for part in (".base_layer.weight", DOWN, UP))
-            merged[f"{module}.weight"] = base + scale * (up @ down)
+            base = values[f"{module}.base_layer.weight"].detach().float()
+            change = values[module + UP].detach().float() @ values[module + DOWN].detach().float()
+            merged[f"{module}.weight"] = base + scale * change
         elif parameter.requires_grad and not name.endswith(UP):
             merged[name] = values[name].detach()
     return merged

@@ -1,4 +1,4 @@
-"""What the models of both stages share: a student that trains, and its frozen teacher."""
+"""Base class of the models of both stages: a student that trains, and its frozen teacher."""
 
 from contextlib import nullcontext
 from typing import TYPE_CHECKING

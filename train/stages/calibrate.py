@@ -50,7 +50,8 @@ def calibrate_layer(
     softmax_sum = softmax_log_sum(attention, q, k) if attention.window else None
     parameters = [part.T for part in (attention.feature_map_q, attention.feature_map_k) if "T" in part._parameters]
     starts = [parameter.clone() for parameter in parameters]
-    best_error, best_state, best_fit = float("inf"), None, None
+    best_error = float("inf")
+    best_state = best_fit = None
     for scale in T_SCALES if parameters else (1.0,):
         for parameter, value in zip(parameters, starts, strict=True):
             parameter.copy_(value * scale)
@@ -61,7 +62,8 @@ def calibrate_layer(
             fit = fit_branch_scale(attention, scaled_q[:, start:], gap[:, start:], offset)
         error = (attention.attend(q, k, v)[0] - target).square().mean().item()
         if error < best_error:
-            best_error, best_fit = error, fit
+            best_error = error
+            best_fit = fit
             best_state = {name: value.clone() for name, value in attention.state_dict().items() if "_proj" not in name}
     if best_state is None:
         layer = f"layer {attention.layer_idx}"

@@ -48,7 +48,7 @@ class CompiledParts:
 
 
 def wants_compilation(recipe: Recipe, stage: str, device: torch.device) -> bool:
-    """Whether to compile this stage; see RunConfig.compile. Separate documents would need code for every length."""
+    """Decide whether to compile this stage; see RunConfig.compile. Separate documents would need code for every length."""
     run = recipe.run
     if stage != "distill" or run.deepspeed is not None or run.gradient_checkpointing or recipe.data.respect_documents:
         return False

@@ -45,7 +45,7 @@ class DistillModel(RecoveryModel):
             input_ids: (B, T).
             position_ids: (B, T), 0 where a document begins. Default: one document per row.
             sample_indices: (B,), unused; batches hold them.
-            teacher_ids: (B, T, k), the teacher's most likely tokens, in place of a teacher.
+            teacher_ids: (B, T, k), the teacher's most likely tokens, if no teacher is in memory.
             teacher_logprobs: (B, T, k), their log-probabilities at the config's temperature.
 
         Returns:

@@ -254,7 +254,9 @@ def top_k_divergence(s, ids, log_p, p_weight, kl_share: float, wanted: bool):
     # rounded probabilities may add up to a little more than 1
     t_other = torch.zeros_like(mass) if ids.shape[1] == s.shape[1] else (1 - mass).clamp_min(0)
     total = mass + t_other
-    t, t_other, log_p = t / total, t_other / total, log_p - total.log()
+    t = t / total
+    t_other = t_other / total
+    log_p = log_p - total.log()
 
     top = s.gather(1, ids)
     s.scatter_(1, ids, -torch.inf)

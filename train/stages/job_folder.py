@@ -25,7 +25,7 @@ UNUSED = {"align": ("distill",), "distill": ()}  # by stage: sections that have 
 
 class StageFolder:
     """
-    The place where one stage of a recipe reads and writes.
+    The folders that one stage of a recipe reads and writes.
 
     Args:
         recipe: of the whole job.

@@ -76,5 +76,5 @@ def source_weights(student: DiJiangForCausalLM, config: DistillConfig) -> list[s
 
 
 def belongs_to(name: str, parts: tuple[str, ...]) -> bool:
-    """Whether a parameter's name is that of one of these parts of an attention layer."""
+    """Return whether a parameter belongs to one of these parts of an attention layer, by its name."""
     return any(f".self_attn.{part}." in name for part in parts)

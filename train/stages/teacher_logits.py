@@ -102,7 +102,7 @@ def layout_of(blocks: Sequence, *, top_k: int, vocab_size: int, temperature: flo
 
 def is_complete(folder: Path, layout: Layout) -> bool:
     """
-    Whether `folder` holds all records of `layout`.
+    Return whether `folder` holds all records of `layout`.
 
     Raises:
         ValueError: if it holds others.
@@ -111,7 +111,7 @@ def is_complete(folder: Path, layout: Layout) -> bool:
 
 
 def read_layout(folder: Path, layout: Layout) -> bool:
-    """Whether `folder` has been begun; ValueError if its layout is not `layout`."""
+    """Return whether `folder` has been begun; ValueError if its layout is not `layout`."""
     path = folder / META
     if not path.exists():
         return False
@@ -195,7 +195,9 @@ def most_likely(teacher, batch: dict, k: int, temperature: float, chunk_tokens: 
     input_ids, position_ids = (batch[key].to(device) if key in batch else None for key in ("input_ids", "position_ids"))
     hidden = teacher.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state.flatten(0, 1)
     labels = next_token_labels(input_ids, position_ids).flatten()
-    ids, logprobs, losses = [], [], []
+    ids = []
+    logprobs = []
+    losses = []
     for h, label in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True):
         logits = (h @ teacher.lm_head.weight.T).float()
         losses.append(torch.nn.functional.cross_entropy(logits, label, ignore_index=-100, reduction="sum"))

@@ -1,4 +1,4 @@
-"""What goes into and out of the teacher's attention on some text."""
+"""A pass of the teacher that records what its attention layers read and write."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

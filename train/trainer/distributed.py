@@ -53,7 +53,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes, prints and converts."""
+    """Return whether this is the process that writes, prints and converts."""
     return rank() == 0
 
 
@@ -195,7 +195,7 @@ def accumulation(stage: StageConfig, run: RunConfig) -> int:
 
 
 def several() -> bool:
-    """Whether there are other processes to exchange values with."""
+    """Return whether there are other processes to exchange values with."""
     return dist.is_initialized() and dist.get_world_size() > 1
 
 

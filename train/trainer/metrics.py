@@ -11,7 +11,7 @@ NOT_RECORDED: Any = object()  # unlike None, which is a value
 @dataclass(kw_only=True)
 class StageRecord:
     """
-    What checkpoints and provenance.json say of a stage besides its losses. A field that nothing has set is left out of them.
+    Facts about a stage, besides its losses, for checkpoints and provenance.json. They leave out fields that nothing has set.
 
     Attributes:
         dtype: of computations and frozen weights.
@@ -106,7 +106,7 @@ class StageMetrics:
         }
 
     def summary(self) -> dict[str, Any]:
-        """What provenance.json says of a stage that is complete."""
+        """The entries of provenance.json on a stage that is complete."""
         return {
             "seconds": round(self.seconds, 1),
             "loss_first": self.first_loss / self.tenth,
@@ -115,7 +115,7 @@ class StageMetrics:
         }
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs, as JSON values."""
+        """The values that a resumed run needs, for JSON."""
         names = ("window", "window_steps", "first_loss", "last_loss")
         sums = {name: getattr(self, name) for name in names}
         return {"facts": self.record.to_json(), **sums, "seconds_before": self.seconds}

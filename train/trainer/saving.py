@@ -41,7 +41,7 @@ class CheckpointWriter:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def weights_are_finite(self) -> bool:
-        """Whether all weights that train are finite, on all processes."""
+        """Return whether all weights that train are finite, on all processes."""
         # ZeRO-3 leaves each process a part of a parameter, `ds_tensor`
         finite = all(bool(torch.isfinite(getattr(p, "ds_tensor", p)).all()) for p in self.trained().values())
         return all(gather(finite))
@@ -89,7 +89,7 @@ def read_metrics(checkpoint: Path, steps: int) -> StageMetrics:
 
 
 def writer(deepspeed: dict | None) -> dict:
-    """What the manifest says of the processes that wrote a checkpoint."""
+    """The entries of the manifest on the processes that write a checkpoint."""
     zero = (deepspeed or {}).get("zero_optimization", {})
     offload = any(zero.get(key, {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param"))
     name = "PyTorch" if deepspeed is None else f"DeepSpeed ZeRO-{zero.get('stage', 0)}{' with offload' if offload else ''}"

@@ -30,7 +30,7 @@ from .saving import SCHEDULE, CheckpointWriter, read_metrics
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
     """
-    What a training loop needs besides the model.
+    The settings and data of a training loop.
 
     Attributes:
         stage: settings of the stage.
@@ -138,7 +138,7 @@ class RecoveryTrainer(Trainer):
     # --- loss and metrics ---
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
-        """Loss of a micro-batch. At a step's last one, all processes agree whether it is finite and whether to stop."""
+        """Loss of a micro-batch. At the last one of a step, all processes agree if the loss is finite and whether to stop."""
         outputs = model(**{name: value for name, value in inputs.items() if name in self.takes})
         values = {name: value.detach() for name, value in outputs.items()}
         self.micro_batches.append((inputs["sample_indices"], values))
