@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from dijiang.evaluate.report.results import use_new_names
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
@@ -11,7 +13,7 @@ DOCS = ROOT / "docs"
 
 def read_result(name: str) -> dict:
     """The content of benchmarks/results/NAME.json."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return use_new_names(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
 
 
 def between_marks(page: str, tables: dict[str, str]) -> str:

@@ -260,7 +260,7 @@ def distance_table(results: dict) -> str:
     layers = results[EXAMPLE]["maps"]["layers"]
     third = len(layers) // 3
     parts = (layers, layers[:third], layers[third:])
-    titles = {"student": "DiJiang", "window_only": "window + sinks, training-free", "performer": "Performer, untrained"}
+    titles = {"student": "DiJiang", "window_sinks": "window + sinks, training-free", "performer": "Performer, untrained"}
     rows = []
     for model, title in titles.items():
         heads = [[distance for layer in part for distance in layer["distance"][model]] for part in parts]

@@ -31,7 +31,7 @@ COUNTERS: dict[str, type[ProgressColumn]] = {
 @contextmanager
 def progress_bar(
     title: str, total: float, *, shown: bool = True, unit: Literal["bytes", "items", "work"] = "work"
-) -> Iterator[Callable[[float], None]]:
+) -> Iterator[Callable[..., None]]:
     """
     Show one bar for the length of a `with` block, if stderr is a terminal.
 
@@ -42,13 +42,14 @@ def progress_bar(
         unit: `bytes` and `items` are counted beside the bar; `work` shows the time instead.
 
     Yields:
-        A function that adds an amount of finished work. What was never reported counts as finished when the block ends well.
+        A function that adds an amount of finished work and, given a second argument, changes the title. Work that was never
+        reported counts as finished when the block ends well.
     """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), COUNTERS[unit](), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not shown or not console.is_terminal) as bar:
         task = bar.add_task(title, total=total)
-        yield lambda amount: bar.advance(task, amount)
+        yield lambda amount, title=None: bar.update(task, advance=amount, description=title)
         bar.update(task, completed=total)
 
 

@@ -1,1 +1,1 @@
-"""Quality of a student beside its teacher, baselines and ablations."""
+"""Quality of a student next to its teacher, baselines and ablations."""

@@ -1,20 +1,21 @@
-"""Controls: the same model with one part of its attention taken away."""
+"""Ablations: the same model with one part of its attention taken away for the length of a block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from dijiang.common.hooks import hooks
 from dijiang.modeling import DiJiangForCausalLM
 from dijiang.modeling.linear_attention_layer import linear_layers
 
-SILENT = -1e4  # log-scale at which the linear branch has no weight in float32
+NO_WEIGHT = -1e4  # log-scale at which the linear branch has no weight in float32
 
 
 @contextmanager
 def window_only(model: DiJiangForCausalLM) -> Iterator[DiJiangForCausalLM]:
     """
-    Within the block no linear layer uses its linear branch: what is left is softmax on window and sinks.
+    Take the linear branch away from every linear layer, which leaves softmax on window and sinks.
 
     Raises:
         ValueError: if a linear layer has no window.
@@ -27,7 +28,7 @@ def window_only(model: DiJiangForCausalLM) -> Iterator[DiJiangForCausalLM]:
         try:
             for scale in scales:
                 scale.weight.zero_()
-                scale.bias.fill_(SILENT)
+                scale.bias.fill_(NO_WEIGHT)
             yield model
         finally:
             for scale, (weight, bias) in zip(scales, saved, strict=True):
@@ -37,7 +38,7 @@ def window_only(model: DiJiangForCausalLM) -> Iterator[DiJiangForCausalLM]:
 
 @contextmanager
 def linear_only(model: DiJiangForCausalLM) -> Iterator[DiJiangForCausalLM]:
-    """Within the block every linear layer attends through its feature map to all tokens, without window and sinks."""
+    """Take window and sinks away from every linear layer, which then attends to all tokens through its feature map."""
     layers = list(linear_layers(model).values())
     saved = [(layer.window, layer.sinks) for layer in layers]
     try:
@@ -51,13 +52,10 @@ def linear_only(model: DiJiangForCausalLM) -> Iterator[DiJiangForCausalLM]:
 
 @contextmanager
 def no_attention(model: DiJiangForCausalLM) -> Iterator[DiJiangForCausalLM]:
-    """Within the block no linear layer adds anything to the residual stream, as if its output projection were zero."""
-    hooks = [
-        layer.register_forward_hook(lambda module, args, output: (torch.zeros_like(output[0]), *output[1:]))
-        for layer in linear_layers(model).values()
-    ]
-    try:
+    """Let no linear layer add anything to the residual stream, as if its output projection were zero."""
+    with hooks(layer.register_forward_hook(zero_output) for layer in linear_layers(model).values()):
         yield model
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+
+def zero_output(module: torch.nn.Module, args: tuple, output: tuple) -> tuple:
+    return torch.zeros_like(output[0]), *output[1:]

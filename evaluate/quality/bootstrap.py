@@ -1,4 +1,4 @@
-"""From scores of single units (windows of text, documents, samples) to a value with its confidence interval."""
+"""Values with their confidence intervals, from scores of single units (windows of text, documents, samples)."""
 
 import math
 
@@ -6,16 +6,17 @@ import numpy as np
 
 RESAMPLES = 2000
 LEVEL = 0.95
-FEWEST_UNITS = 5  # below that a resample says nothing
+FEWEST_UNITS = 5  # resamples of fewer units say nothing
 
 
 def resampled_means(scores: dict[str, dict], *, seed: int = 0) -> dict[str, np.ndarray]:
     """
-    Mean per unit of weight for each subject: (1 + RESAMPLES,), first of all units, then of units drawn with replacement.
-    A draw takes the same units for all subjects (paired), for they were measured on the same ones.
+    Mean per unit of weight for each variant: (1 + RESAMPLES,), first of all units, then of units drawn with replacement. A
+    draw takes the same units for all variants (paired), since all were measured on the same units.
 
     Args:
-        scores: by subject, `totals` and `weights` of equally many units.
+        scores: by variant, `totals` and `weights` of the same number of units.
+        seed: seed of the draws.
     """
     totals = np.array([x["totals"] for x in scores.values()], dtype=np.float64)
     weights = np.array([x["weights"] for x in scores.values()], dtype=np.float64)
@@ -28,33 +29,35 @@ def resampled_means(scores: dict[str, dict], *, seed: int = 0) -> dict[str, np.n
 
 def interval(values: np.ndarray) -> dict[str, float | None] | None:
     """
-    `value`, `low` and `high` of a statistic of all units and of resamples, as `resampled_means` orders them: the ends are the
-    bootstrap's percentiles, None where there are too few units. None in all where the value is not finite.
+    `value`, `low` and `high` of a statistic of all units and of resamples, in the order of `resampled_means`.
+
+    The ends are percentiles of the bootstrap, None if there are too few units. The result is None if the value is not finite.
     """
     value = float(values[0])
     if not math.isfinite(value):
         return None
-    rest = values[1:]
-    if not len(rest) or not np.isfinite(rest).all():
+    resamples = values[1:]
+    if not len(resamples) or not np.isfinite(resamples).all():
         return {"value": value, "low": None, "high": None}
     tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(rest, [tail, 100 - tail])
+    low, high = np.percentile(resamples, [tail, 100 - tail])
     return {"value": value, "low": float(low), "high": float(high)}
 
 
 def recovered_share(means: dict[str, np.ndarray], floor: float | np.ndarray, better: str) -> np.ndarray | None:
     """
-    (student - floor) / (teacher - floor), where the floor is what is had for nothing: the chance level, or another subject's
-    score. None unless the teacher is better than the floor with confidence: any share would be noise.
+    (student - floor) / (teacher - floor). None unless the teacher is better than the floor with confidence, since any share
+    would be noise.
 
     Args:
-        means: of `teacher` and `student`, as `resampled_means` gives them.
+        means: means of `teacher` and `student`, as `resampled_means` returns them.
+        floor: the value that costs nothing: the chance level, or another variant's means.
         better: "higher" or "lower".
     """
     gap = means["teacher"] - floor
     lead = gap if better == "higher" else -gap
-    known = interval(lead)
-    if known is None or known["low"] is None or known["low"] <= 0:
+    certain = interval(lead)
+    if certain is None or certain["low"] is None or certain["low"] <= 0:
         return None
-    kept = lead > 0  # the rare resamples in which the teacher does not lead have no share
-    return ((means["student"] - floor)[kept]) / gap[kept]
+    leads = lead > 0  # the rare resamples in which the teacher does not lead have no share
+    return ((means["student"] - floor)[leads]) / gap[leads]

@@ -1,7 +1,7 @@
 """
 Tasks of EleutherAI's lm-evaluation-harness (lm-eval), run by its `hf` backend on a model in memory.
 
-Tasks are loaded, their prompts made and counted before any model is: whatever is wrong with them shows first.
+Tasks are loaded and their prompts made before any model is loaded, so that their errors come first.
 """
 
 import copy
@@ -23,26 +23,57 @@ from transformers import set_seed
 from dijiang.common.errors import one_line
 from dijiang.common.library_calls import call_named
 
-from .lm_eval_task import HarnessTask, prepare, strings
+from .lm_eval_task import LmEvalTask, prepare, strings
+from .task_base import Task, TaskInputs
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
+ROOM = Path(__file__).parents[1]  # this folder is called `evaluate`, as a library that lm-eval imports
 PAPER = ("piqa", "winogrande", "wsc", "arc_easy", "arc_challenge", "logiqa")
-# arXiv 2403.19928: the tasks of its tables for Pythia, and those that its table for LLaMA2-7B adds
+# tasks of arXiv 2403.19928: of its tables for Pythia, and of its table for LLaMA2-7B
 TASK_SETS = {
     "paper": PAPER,
     "paper-7b": (*PAPER, "social_iqa", "boolq", "hellaswag", "mmlu", "nq_open", "copa", "race"),
 }
 
 
+def lm_eval_tasks(inputs: TaskInputs) -> list[Task]:
+    """The tasks of lm-eval that the settings name, loaded with their data."""
+    config = inputs.config
+    if not config.tasks:
+        return []
+    names, manager = resolve_tasks(config.tasks)
+    options = {"context": inputs.context, "limit": config.limit, "num_fewshot": config.num_fewshot}
+    loaded = load_tasks(names, manager, inputs.tokenizer, **options)
+    return [as_task(task, inputs.tokenizer, config.batch_size) for task in loaded]
+
+
+def as_task(task: LmEvalTask, tokenizer, batch_size: int) -> Task:
+    def run(model, reference, advance) -> dict:
+        scores = lm_eval_scores(model, tokenizer, task, batch_size=batch_size, advance=advance)
+        return {key: scores[key] for key in ("totals", "weights")} | {"detail": {"aggregated": scores["aggregated"]}}
+
+    return Task(
+        kind="lm_eval",
+        name=task.name,
+        metric=task.metric,
+        better=task.better,
+        floor=task.chance if task.better == "higher" else "no_attention",
+        settings=task.settings | {"batch_size": batch_size, "truncated": task.truncated},
+        cost=task.tokens,
+        run=run,
+    )
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep lm-eval's remarks and everyone's tqdm bars off the screen within the block; errors are still told."""
+    """Keep lm-eval's remarks and all tqdm bars off the screen within the block; errors are still shown."""
     from tqdm import tqdm
 
-    logger, init = logging.getLogger("lm_eval"), tqdm.__init__
+    logger = logging.getLogger("lm_eval")
     level = logger.level
+    init = tqdm.__init__
 
     def without_bar(self, *args, **kwargs):
         init(self, *args, **kwargs | {"disable": True})
@@ -62,9 +93,9 @@ def refuse_missing_lm_eval() -> None:
     if missing:
         raise ValueError(f"these tasks run by {' and '.join(missing)}, missing here; run: pip install 'dijiang[eval]'")
     library = find_spec("evaluate")  # lm-eval takes metrics from it
-    if library is not None and library.origin == str(Path(__file__).with_name("__init__.py")):
+    if library is not None and library.origin == str(ROOM / "__init__.py"):
         raise ValueError(
-            f"lm-eval needs the library `evaluate`, and Python finds the folder {Path(__file__).parent} in its place; "
+            f"lm-eval needs the library `evaluate`, and Python finds the folder {ROOM} in its place; "
             "start from another folder, or with the command `dijiang`"
         )
 
@@ -74,8 +105,8 @@ def resolve_tasks(names: Sequence[str]) -> tuple[list[str], "TaskManager"]:
     Find tasks without loading their data.
 
     Args:
-        names: lm-eval's tasks, groups and tags, keys of `TASK_SETS`, and paths of task files (YAML), beside which other files
-            may lie that they refer to.
+        names: lm-eval's tasks, groups and tags, keys of `TASK_SETS`, and paths of task files (YAML), which may refer to other
+            files in their folder.
 
     Returns:
         Names as lm-eval knows them, each once, and the manager that loads them.
@@ -93,12 +124,12 @@ def resolve_tasks(names: Sequence[str]) -> tuple[list[str], "TaskManager"]:
             raise ValueError(f"there is no file {name}; give the path of a task file, or the name of one of lm-eval's tasks")
     folders = sorted({str(path.parent) for path in paths.values()})
     with quiet():
-        # indexing lm-eval's own tasks takes seconds; files of one's own need them only where they group them
+        # indexing lm-eval's own tasks takes seconds, and a user's files need them only if they group them
         manager = TaskManager(include_path=folders, include_defaults=not set(names) <= set(paths))
         if not group_members(manager, paths.values()) <= set(manager.all_tasks):
             manager = TaskManager(include_path=folders)
     of_file = {entry.yaml_path: name for name, entry in manager.task_index.items()}
-    found = []
+    known_names = []
     for name in names:
         if name in paths and paths[name] not in of_file:
             raise ValueError(
@@ -109,12 +140,12 @@ def resolve_tasks(names: Sequence[str]) -> tuple[list[str], "TaskManager"]:
             close = difflib.get_close_matches(name, [*TASK_SETS, *manager.all_tasks], n=4)
             similar = f" (similar: {', '.join(close)})" if close else ""
             raise ValueError(f"lm-eval has no task {name!r}{similar}; `lm-eval ls tasks` lists them, or give a YAML file")
-        found.append(of_file[paths[name]] if name in paths else name)
-    return list(dict.fromkeys(found)), manager
+        known_names.append(of_file[paths[name]] if name in paths else name)
+    return list(dict.fromkeys(known_names)), manager
 
 
 def group_members(manager: "TaskManager", paths: Iterable[Path]) -> set[str]:
-    """Names of what the groups in these files are made of."""
+    """Names of the members of the groups that these files define."""
     files = set(paths)
     groups = [entry.cfg for entry in manager.task_index.values() if entry.yaml_path in files and "group" in entry.cfg]
     return {str(part.get("task") if isinstance(part, dict) else part) for group in groups for part in group["task"]}
@@ -129,23 +160,26 @@ def load_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
     seed: int = 1234,
-) -> list[HarnessTask]:
+) -> list[LmEvalTask]:
     """
-    Load what `resolve_tasks` found, with all data, and make the prompts. A tag, or a group without a mean of its own, becomes
-    the tasks in it.
+    Load the tasks that `resolve_tasks` returned, with all data, and make the prompts. A tag, or a group without a mean of its
+    own, becomes the tasks in it.
 
     Args:
+        names: as `resolve_tasks` returns them.
+        manager: loads them.
+        tokenizer: the tokenizer of the models.
         context: tokens that every model to be measured was made for.
         limit: documents of each task, the first ones; default all.
-        num_fewshot: examples in each prompt; default as many as the task says. As lm-eval has it, a task that says 0 keeps 0.
-        seed: of the choice of examples; the default is lm-eval's.
+        num_fewshot: examples in each prompt; default the task's own number. As in lm-eval, a task that asks for 0 keeps 0.
+        seed: seed of the choice of examples; the default is lm-eval's.
 
     Raises:
         ValueError: if data cannot be had, or a task cannot be run or has no metric that is a mean over documents.
     """
     from jinja2 import TemplateError
 
-    found: dict[str, HarnessTask] = {}
+    prepared: dict[str, LmEvalTask] = {}
     for name in names:
         set_seed(seed)  # some tasks draw their documents
         with quiet():
@@ -162,14 +196,14 @@ def load_tasks(
                     task = prepare(part, tokenizer, context=context, limit=limit, num_fewshot=num_fewshot, seed=seed)
                 except ValueError:
                     raise
-                except Exception as error:  # of templates and functions that a task file brings
+                except Exception as error:  # a task file may bring templates and functions that fail in any way
                     raise ValueError(unusable(name, error)) from None
-                found.setdefault(task.name, task)
-    return list(found.values())
+                prepared.setdefault(task.name, task)
+    return list(prepared.values())
 
 
 def with_mean(item) -> list:
-    """A task or group, or what is in a group that has no mean."""
+    """A task or group as it is; of a group without a mean, its members."""
     from lm_eval.api.group import Group
 
     if isinstance(item, Group) and not item.has_aggregation:
@@ -178,12 +212,12 @@ def with_mean(item) -> list:
 
 
 def unusable(name: str, error: Exception) -> str:
-    """What to say of a task whose templates or functions fail."""
-    return f"the prompts of the task {name} cannot be made ({type(error).__name__}: {one_line(error)}); mend its file"
+    """Message about a task whose templates or functions fail."""
+    return f"the prompts of the task {name} cannot be made ({type(error).__name__}: {one_line(error)}); fix its file"
 
 
 def unreachable(name: str, error: Exception) -> str:
-    """What to say of a task that could not be loaded; which one of a group it was, the error's traceback knows."""
+    """Message about a task that could not be loaded; the error's traceback tells which task of a group it was."""
     from lm_eval.api.task import Task
 
     what = f"the task {name}"
@@ -200,8 +234,8 @@ def unreachable(name: str, error: Exception) -> str:
 
 
 @dataclass
-class Told:
-    """Stands in for lm-eval's cache of answers, which hears of each as it comes; tells `advance` the tokens it took."""
+class ProgressHook:
+    """Implements lm-eval's cache-hook interface to drive the progress bar."""
 
     lengths: dict[tuple[str, str], int]
     advance: Callable[[int], None]
@@ -210,19 +244,22 @@ class Told:
         self.advance(self.lengths[strings(request)])
 
 
-def harness_scores(
-    model, tokenizer, task: HarnessTask, *, batch_size: int = 1, advance: Callable[[int], None] = lambda done: None
+def lm_eval_scores(
+    model, tokenizer, task: LmEvalTask, *, batch_size: int = 1, advance: Callable[[int], None] = lambda done: None
 ) -> dict:
     """
     Run a task on a causal language model where it is, in its dtype; log-probabilities are float32.
 
     Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        task: as `load_tasks` returns it.
         batch_size: requests at a time; without effect on scores beyond rounding.
-        advance: is told how many of `task.tokens` were read.
+        advance: called with the number of `task.tokens` read since the last call.
 
     Returns:
-        `totals` and `weights`: the metric of each document and how much it counts, 1 but for groups that weigh every task
-        alike; `metric`, `chance`, `truncated`: those of `task`; `aggregated`: lm-eval's own results by task and group.
+        `totals` and `weights`: the metric of each document and how much it counts, 1 unless its group gives every task the
+        same weight; `metric`, `chance`, `truncated`: those of `task`; `aggregated`: lm-eval's own results by task and group.
     """
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -234,22 +271,22 @@ def harness_scores(
         lm = call_named(
             HFLM,
             pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),  # it is given a token for padding
+            tokenizer=copy.deepcopy(tokenizer),  # lm-eval gives it a token for padding
             backend="causal",
             batch_size=batch_size,
             max_length=task.context,
             softmax_dtype=torch.float32,
         )
-        lm.set_cache_hook(Told(task.lengths, advance))
-        found = evaluate(lm, task.loaded, limit=task.limit, bootstrap_iters=0)
+        lm.set_cache_hook(ProgressHook(task.lengths, advance))
+        results = evaluate(lm, task.loaded, limit=task.limit, bootstrap_iters=0)
     totals, weights = [], []
     for leaf, weight in task.leaf_weights.items():
-        samples = found["samples"][leaf]
+        samples = results["samples"][leaf]
         answers = samples[0]["filter"]  # tasks may read answers in several ways; the first counts
         values = [float(sample[task.metric]) for sample in samples if sample["filter"] == answers]
         totals += [weight * value for value in values]
         weights += [weight] * len(values)
-    own = found["results"][task.name][f"{task.metric},{answers}"]
+    own = results["results"][task.name][f"{task.metric},{answers}"]
     assert math.isclose(sum(totals) / sum(weights), own, abs_tol=1e-9), (task.name, own)
     return {
         "totals": totals,
@@ -257,5 +294,5 @@ def harness_scores(
         "metric": task.metric,
         "chance": task.chance,
         "truncated": task.truncated,
-        "aggregated": json.loads(json.dumps(found["results"], default=float)),
+        "aggregated": json.loads(json.dumps(results["results"], default=float)),
     }

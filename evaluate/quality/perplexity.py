@@ -2,9 +2,42 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
-from dijiang.common.perplexity import token_losses, windows
+from dijiang.common.perplexity import refuse_stride, token_losses, windows
+
+from .task_base import Task, TaskInputs, hash_tokens
+
+
+def perplexity_tasks(inputs: TaskInputs) -> list[Task]:
+    """Perplexity of each text in windows of each length."""
+    config = inputs.config
+    return [
+        perplexity_task(name, tokens, length=length, stride=config.stride)
+        for name, tokens in inputs.texts.items()
+        for length in config.lengths
+    ]
+
+
+def perplexity_task(name: str, tokens: torch.Tensor, *, length: int, stride: int | None) -> Task:
+    """Perplexity of a text (T,) in windows of `length` that begin every `stride` tokens (None: every `length` tokens)."""
+    stride = stride or length
+    refuse_stride(length, stride)
+    length = min(length, len(tokens))
+    stride = min(stride, length)
+    how = f"{length:,} tokens" if stride == length else f"{length:,} tokens, stride {stride:,}"
+    return Task(
+        kind="perplexity",
+        name=f"{name}, {how}",
+        metric="perplexity",
+        better="lower",
+        floor="no_attention",
+        settings={"text": name, "tokens": len(tokens), "hash": hash_tokens(tokens), "length": length, "stride": stride},
+        cost=sum(len(window) for window, _ in windows(tokens, length, stride)),
+        run=lambda model, reference, advance: perplexity_scores(model, tokens, length=length, stride=stride, advance=advance),
+        value_of=np.exp,
+    )
 
 
 def position_edges(length: int) -> list[int]:
@@ -22,6 +55,10 @@ def perplexity_scores(
     Losses of a text (T,), window by window (see `windows`).
 
     Args:
+        model: a causal language model.
+        tokens: the text.
+        length: tokens of a window.
+        stride: tokens between the starts of windows.
         advance: called with the number of tokens read since the last call.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Loads a checkpoint as a stranger would: in a new process, by transformers alone."""
+"""Loads a checkpoint in a new process by transformers alone, as users without this package do."""
 
 import os
 import subprocess
@@ -24,8 +24,8 @@ with torch.no_grad():
 
 def logits_without_package(checkpoint: str | Path, input_ids: torch.Tensor) -> torch.Tensor:
     """
-    float32 logits (B, T, V) for input_ids (B, T), from a fresh process that cannot import `dijiang`, with a module cache of
-    its own, so that the code inside the checkpoint is what runs.
+    float32 logits (B, T, V) for input_ids (B, T), from a fresh process that cannot import `dijiang` and has a module cache of
+    its own, so that the code inside the checkpoint runs.
 
     Raises:
         RuntimeError: if the process fails, with the end of what it printed.
@@ -35,7 +35,7 @@ def logits_without_package(checkpoint: str | Path, input_ids: torch.Tensor) -> t
         torch.save(input_ids.cpu(), inputs)
         environment = os.environ | {"HF_MODULES_CACHE": str(Path(scratch, "modules")), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-c", SCRIPT, str(Path(checkpoint).resolve()), str(inputs), str(outputs)]
-        done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{checkpoint} does not load without dijiang: {done.stderr.strip()[-2000:]}")
+        process = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
+        if process.returncode:
+            raise RuntimeError(f"{checkpoint} does not load without dijiang: {process.stderr.strip()[-2000:]}")
         return torch.load(outputs)

@@ -1,35 +1,29 @@
-"""What an evaluation says: each task's row from the scores, what was compared, and how the student was trained."""
+"""The parts of an evaluation's result: rows of tasks, what was compared, how the student was trained."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dijiang.checkpoint.lineage import weight_hashes
 from dijiang.checkpoint.provenance import public_name, read_provenance, versions
 from dijiang.checkpoint.source import Source
+from dijiang.common.device import dtype_name
+from dijiang.common.machine import machine
 
-from ..latency.timing import machine
 from .bootstrap import interval, recovered_share, resampled_means
-from .tasks import Task
-from .variants import Comparison, Subject
-
-SHOWN: dict[str, Callable] = {"perplexity": np.exp}  # what of a mean is a metric's value; others show the mean itself
+from .task_base import Task
+from .variants import Comparison, Variant
 
 
-def summary(task: Task, scores: dict[str, dict], subjects: Sequence[Subject], seed: int) -> dict:
-    """A task's row: each subject's value with its interval, and what the student recovered."""
+def task_row(task: Task, scores: dict[str, dict], variants: Sequence[Variant], seed: int) -> dict:
+    """A task's row: each variant's value with its interval, and the share that the student recovered."""
     means = resampled_means(scores, seed=seed)
-    shown = SHOWN.get(task.metric, lambda x: x)
+    values = {key: task.value_of(mean) for key, mean in means.items()}
     floor = task.floor
-    share = recovered_share(means, means[floor] if isinstance(floor, str) else floor, task.better)
-    gained = recovered_share(means, means["window_sinks"], task.better)
-    values = {
-        subject.key: {"left_out": subject.left_out} if subject.left_out else interval(shown(means[subject.key]))
-        for subject in subjects
-    }
+    recovered = recovered_share(means, means[floor] if isinstance(floor, str) else floor, task.better)
+    over_training_free = recovered_share(means, means["window_sinks"], task.better)
     return {
         "kind": task.kind,
         "name": task.name,
@@ -39,19 +33,22 @@ def summary(task: Task, scores: dict[str, dict], subjects: Sequence[Subject], se
         "chance": None if isinstance(floor, str) else floor,
         "settings": task.settings,
         "units": len(scores["student"]["totals"]),
-        "values": values,
-        "ratio": interval(shown(means["student"]) / shown(means["teacher"])) if task.metric == "perplexity" else None,
-        "recovered": None if share is None else interval(share),
-        "over_training_free": None if gained is None else interval(gained),
-        "detail": {key: found["detail"] for key, found in scores.items()},
+        "values": {
+            variant.key: {"left_out": variant.left_out} if variant.left_out else interval(values[variant.key])
+            for variant in variants
+        },
+        "ratio": interval(values["student"] / values["teacher"]) if task.metric == "perplexity" else None,
+        "recovered": None if recovered is None else interval(recovered),
+        "over_training_free": None if over_training_free is None else interval(over_training_free),
+        "detail": {key: score["detail"] for key, score in scores.items()},
     }
 
 
-def describe(comparison: Comparison, scores: dict[str, dict]) -> dict:
-    """What was compared, on what; the `scores` of any task say how sparse each model is."""
+def comparison_facts(comparison: Comparison, scores: dict[str, dict]) -> dict:
+    """Models, machine and versions of an evaluation; the `scores` of any task hold the sparsity of each model."""
     recorded = weight_hashes(comparison.provenance)
 
-    def of_model(key: str) -> dict:
+    def model_facts(key: str) -> dict:
         identity = comparison.identity[key]
         config = {name: value for name, value in identity["config"].items() if name != "auto_map"}
         return {"weights": identity["weights"], "config": config, "zeros": scores[key]["zeros"]}
@@ -60,7 +57,7 @@ def describe(comparison: Comparison, scores: dict[str, dict]) -> dict:
         "student": {
             "name": public_name(comparison.student.name),
             **history(comparison.provenance),
-            **of_model("student"),
+            **model_facts("student"),
         },
         "teacher": {
             "name": public_name(comparison.teacher.name),
@@ -68,11 +65,11 @@ def describe(comparison: Comparison, scores: dict[str, dict]) -> dict:
             "zeros": scores["teacher"]["zeros"],
         },
         "beside": {
-            key: {"name": public_name(source.name), **recorded_history(source), **of_model(key)}
-            for key, source in comparison.beside.items()
+            key: {"name": public_name(source.name), **recorded_history(source), **model_facts(key)}
+            for key, source in comparison.baselines.items()
         },
-        "subjects": {subject.key: subject.title for subject in comparison.subjects()},
-        "dtype": str(comparison.dtype).removeprefix("torch."),
+        "subjects": {variant.key: variant.title for variant in comparison.variants()},
+        "dtype": dtype_name(comparison.dtype),
         "device": comparison.device,
         "machine": machine(),
         "threads": torch.get_num_threads(),
@@ -81,7 +78,7 @@ def describe(comparison: Comparison, scores: dict[str, dict]) -> dict:
 
 
 def history(provenance: dict) -> dict:
-    """What a checkpoint came from and went through."""
+    """Source and training stages of a checkpoint."""
     stages = provenance["stages"]
     return {
         "source": provenance.get("source"),
@@ -91,7 +88,7 @@ def history(provenance: dict) -> dict:
 
 
 def recorded_history(source: Source) -> dict:
-    """The same of a model that need not have a record."""
+    """`history` of a model that may lack a record; empty then."""
     try:
         return {} if source.gguf else history(read_provenance(source.folder))
     except ValueError:
@@ -99,7 +96,7 @@ def recorded_history(source: Source) -> dict:
 
 
 def training_curves(checkpoint: Path, provenance: dict) -> list[dict]:
-    """Losses and held-out perplexities of the stages that led to a checkpoint, where their `metrics.jsonl` lie beside it."""
+    """Losses and held-out perplexities of the stages that led to a checkpoint, if their `metrics.jsonl` are still there."""
     curves = []
     run = checkpoint.resolve().parent.parent
     for stage in (record["stage"] for record in provenance["stages"]):

@@ -1,7 +1,7 @@
 """
-The models that stand beside one another in an evaluation: the teacher, the student, the controls that say what of the
-student's score its linear branches earn, for often they are idle (arXiv 2510.05901; training-free control: arXiv 2608.28444),
-and further models that a user names.
+The models that an evaluation compares: the teacher; the student; the training-free baseline and the ablations of the student,
+which say how much of its score the linear branches earn, for often they are idle (arXiv 2510.05901; training-free baseline:
+arXiv 2608.28444); and further baselines that a user names.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,54 +12,59 @@ from pathlib import Path
 import torch
 
 from dijiang.checkpoint.provenance import hash_files, public_name, read_provenance
-from dijiang.checkpoint.source import Source
+from dijiang.checkpoint.source import Source, load_tokenizer
 from dijiang.convert import load_source
 from dijiang.convert.families import open_convertible
-from dijiang.convert.loader import load_tokenizer
 
 from .ablations import linear_only, no_attention, window_only
 
-# the training-free control has at least these, also beside a student whose own window is smaller
-BASELINE_WINDOW, BASELINE_SINKS = 64, 4
+# the training-free baseline has at least these, also next to a student whose own window is smaller
+BASELINE_WINDOW = 64
+BASELINE_SINKS = 4
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 NO_WINDOW = "the student has no window"
-BESIDE = "beside:"  # begins the keys of further models
+BASELINE_PREFIX = "beside:"  # of the keys of a user's baselines in results
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Subject:
+class Variant:
     """
-    One of the models compared.
+    One column of an evaluation: a model, as it is or with a part taken away.
 
     Attributes:
-        key, title: its name in results and in words.
-        model: which of the models in memory it is, "teacher", "window_sinks", "student" or a further one's key.
-        control: what is taken away from that model while it is measured.
-        left_out: why there is no such model; None if there is.
+        key: its name in results.
+        title: its name for readers.
+        model: the model in memory: "teacher", "window_sinks", "student" or the key of a user's baseline.
+        ablation: context manager that takes a part of the model away while it is measured.
+        left_out: why there is no such variant; None if there is.
     """
 
     key: str
     title: str
     model: str
-    control: Callable[..., AbstractContextManager] = nullcontext
+    ablation: Callable[..., AbstractContextManager] = nullcontext
     left_out: str | None = None
 
 
 @dataclass(kw_only=True)
 class Comparison:
     """
-    A DiJiang checkpoint, its teacher and further models, opened but not loaded.
+    A DiJiang checkpoint, its teacher and a user's baselines, opened but not loaded.
 
     Attributes:
-        student, teacher, beside: what was opened, further models by their keys.
+        student: the DiJiang checkpoint.
+        teacher: the softmax model.
+        baselines: the user's baselines, by key.
+        dtype: dtype that models are loaded in.
+        device: type of the device that they are measured on.
         provenance: the student's record.
-        tokenizer: of all.
-        identity: hashes of what each model is, by its name.
+        tokenizer: the tokenizer of all models.
+        identity: hashes that tell what each model is, by the model's name.
     """
 
     student: Source
     teacher: Source
-    beside: dict[str, Source] = field(default_factory=dict)
+    baselines: dict[str, Source] = field(default_factory=dict)
     dtype: torch.dtype
     device: str
     provenance: dict = field(init=False)
@@ -69,34 +74,29 @@ class Comparison:
     def __post_init__(self) -> None:
         config = self.student.config
         if not self.student.is_dijiang or not config.has_linear_layers:
-            found = f"{config.model_type} model" if not self.student.is_dijiang else "DiJiang model without linear layers"
+            what = f"{config.model_type} model" if not self.student.is_dijiang else "DiJiang model without linear layers"
             raise ValueError(
-                f"{self.student.name} is a {found}; give a checkpoint with linear layers, made with `dijiang convert`"
+                f"{self.student.name} is a {what}; give a checkpoint with linear layers, made with `dijiang convert`"
             )
         if self.teacher.is_dijiang:
             raise ValueError(f"the teacher {self.teacher.name} is a DiJiang model; give the softmax model that it came from")
         self.provenance = read_provenance(self.student.folder)
         self.tokenizer = load_tokenizer(self.student)
         refuse_other_tokenizer(self.tokenizer, load_tokenizer(self.teacher), self.student.name, self.teacher.name)
-        for source in self.beside.values():
+        for source in self.baselines.values():
             names = (self.student.name, source.name)
             refuse_other_tokenizer(self.tokenizer, load_tokenizer(source), *names, advice="leave the second one out")
-        teacher = identity_of(self.teacher)
-        self.identity = {
-            "teacher": teacher,
-            "window_sinks": teacher | self.baseline(),
-            "student": identity_of(self.student),
-            **{key: identity_of(source) for key, source in self.beside.items()},
-        }
+        self.identity = {key: identity_of(source) for key, source in self.sources.items()}
+        self.identity["window_sinks"] = self.identity["teacher"] | self.window_sinks_settings()
 
     @property
     def sources(self) -> dict[str, Source]:
-        """The models that are measured as they are, by the keys of their subjects."""
-        return {"teacher": self.teacher, "student": self.student, **self.beside}
+        """The models that are measured as they are, by the keys of their variants."""
+        return {"teacher": self.teacher, "student": self.student, **self.baselines}
 
     @property
     def context(self) -> int:
-        """Tokens that all models were made for."""
+        """Tokens that every model was made for."""
         return min(source.config.max_position_embeddings for source in self.sources.values())
 
     @property
@@ -105,8 +105,8 @@ class Comparison:
         student, teacher = self.student.config, self.teacher.config
         return all(getattr(student, key) == getattr(teacher, key) for key in ("num_hidden_layers", "num_attention_heads"))
 
-    def baseline(self) -> dict:
-        """Settings of the training-free control: the student's layers, window and sinks, on the teacher's weights."""
+    def window_sinks_settings(self) -> dict:
+        """Settings of the training-free baseline: the student's layers, window and sinks, for the teacher's weights."""
         config = self.student.config
         return {
             "layer_types": list(config.layer_types) if self.same_heads else "linear_attention",
@@ -114,62 +114,70 @@ class Comparison:
             "attention_sinks": max(config.attention_sinks, BASELINE_SINKS),
         }
 
-    def subjects(self) -> list[Subject]:
-        """Teacher first, for others are measured by what it says; further models last."""
-        config, base = self.student.config, self.baseline()
-        missing = None if config.attention_window else NO_WINDOW
-        near = f"window {base['attention_window']} + {base['attention_sinks']} sinks"
+    def variants(self) -> list[Variant]:
+        """All columns: the teacher first, since others are compared with its answers, the user's baselines last."""
+        config = self.student.config
+        baseline = self.window_sinks_settings()
+        near = f"window {baseline['attention_window']} + {baseline['attention_sinks']} sinks"
         own = f"window {config.attention_window} + {config.attention_sinks} sinks"
+        missing = None if config.attention_window else NO_WINDOW
+        ablations = (
+            ("window_only", f"DiJiang, {own} alone", window_only, missing),
+            ("linear_only", "DiJiang, linear branch alone", linear_only, missing),
+            ("no_attention", "DiJiang, linear layers without attention", no_attention, None),
+        )
         return [
-            Subject(key="teacher", title="teacher (softmax attention)", model="teacher"),
-            Subject(key="window_sinks", title=f"teacher with {near}, training-free", model="window_sinks"),
-            Subject(key="student", title="DiJiang", model="student"),
-            Subject(key="window_only", title=f"DiJiang, {own} alone", model="student", control=window_only, left_out=missing),
-            Subject(
-                key="linear_only", title="DiJiang, linear branch alone", model="student", control=linear_only, left_out=missing
+            Variant(key="teacher", title="teacher (softmax attention)", model="teacher"),
+            Variant(key="window_sinks", title=f"teacher with {near}, training-free", model="window_sinks"),
+            Variant(key="student", title="DiJiang", model="student"),
+            *(
+                Variant(key=key, title=title, model="student", ablation=ablation, left_out=left_out)
+                for key, title, ablation, left_out in ablations
             ),
-            Subject(
-                key="no_attention", title="DiJiang, linear layers without attention", model="student", control=no_attention
-            ),
-            *(Subject(key=key, title=further_title(source), model=key) for key, source in self.beside.items()),
+            *(Variant(key=key, title=baseline_title(source), model=key) for key, source in self.baselines.items()),
         ]
 
     @contextmanager
     def loaded(self, model: str) -> Iterator[torch.nn.Module]:
-        """One of the models by its name, on the device, until the block ends."""
-        source = self.teacher if model == "window_sinks" else self.sources[model]
-        settings = self.baseline() if model == "window_sinks" else {}
-        made, _ = load_source(source.gguf or source.folder, dtype=self.dtype, **settings)
-        yield made.to(self.device)
+        """Load one of the models by its name, on the device, for the length of a block."""
+        training_free = model == "window_sinks"
+        source = self.teacher if training_free else self.sources[model]
+        settings = self.window_sinks_settings() if training_free else {}
+        loaded_model, _ = load_source(source.gguf or source.folder, dtype=self.dtype, **settings)
+        yield loaded_model.to(self.device)
 
 
 def compare(
-    student: str | Path, teacher: str | Path, *, beside: Sequence[str | Path] = (), dtype: torch.dtype, device: str
+    student: str | Path, teacher: str | Path, *, baselines: Sequence[str | Path] = (), dtype: torch.dtype, device: str
 ) -> Comparison:
     """
-    Open all.
+    Open all models.
 
     Args:
-        beside: further models, each of another public name.
+        student: DiJiang checkpoint, folder or hub id.
+        teacher: softmax model: hub id, folder or GGUF file.
+        baselines: further models, each of another public name.
+        dtype: dtype to load models in.
+        device: type of the device to measure on.
 
     Raises:
         ValueError: if one cannot be opened, the student is no model with linear layers or the teacher is one, or their
             tokenizers differ.
     """
-    opened = {"student": open_convertible(student), "teacher": open_convertible(teacher)}
-    further = {f"{BESIDE}{public_name(name)}": open_convertible(name) for name in beside}
-    assert len(further) == len(beside), "further models of one name"
-    return Comparison(**opened, beside=further, dtype=dtype, device=device)
+    sources = {"student": open_convertible(student), "teacher": open_convertible(teacher)}
+    further = {f"{BASELINE_PREFIX}{public_name(name)}": open_convertible(name) for name in baselines}
+    assert len(further) == len(baselines), "two baselines of one name"
+    return Comparison(**sources, baselines=further, dtype=dtype, device=device)
 
 
-def further_title(source: Source) -> str:
-    """A further model in words."""
+def baseline_title(source: Source) -> str:
+    """Title of a user's baseline."""
     linear = source.is_dijiang and source.config.has_linear_layers
-    return f"beside: {public_name(source.name)} ({'DiJiang' if linear else 'softmax attention'})"
+    return f"{BASELINE_PREFIX} {public_name(source.name)} ({'DiJiang' if linear else 'softmax attention'})"
 
 
 def zero_share(model: torch.nn.Module) -> float:
-    """How sparse a model is: the share of exact zeros in the linear weights of its decoder layers."""
+    """Sparsity of a model: the share of exact zeros in the linear weights of its decoder layers."""
     weights = [module.weight for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
@@ -181,24 +189,24 @@ def refuse_other_tokenizer(
     own, other = ours.get_vocab(), theirs.get_vocab()
     probe = "The 2 quick (brown) foxes -\n\tdon't; naïve 你好 12345."
     if own != other:
-        differ = min(set(own.items()) ^ set(other.items()))[0]
-        found = f"differ ({len(own)} and {len(other)} entries; for example at {differ!r})"
+        example = min(set(own.items()) ^ set(other.items()))[0]
+        difference = f"differ ({len(own)} and {len(other)} entries; for example at {example!r})"
     elif ours(probe)["input_ids"] != theirs(probe)["input_ids"]:
-        found = "have one vocabulary but split text in two ways"
+        difference = "have one vocabulary but split text in two ways"
     else:
         return
     raise ValueError(
-        f"the tokenizers of {public_name(student)} and {public_name(teacher)} {found}, so their scores cannot be compared; "
-        f"{advice}"
+        f"the tokenizers of {public_name(student)} and {public_name(teacher)} {difference}, "
+        f"so their scores cannot be compared; {advice}"
     )
 
 
 def identity_of(source: Source) -> dict:
-    """What a model is: its weights and its config."""
+    """Hashes of a model's weight files, and its config."""
     return {"weights": file_hashes(source), "config": source.config.to_diff_dict()}
 
 
 def file_hashes(source: Source) -> dict[str, str]:
-    """SHA-256 of the files that hold a model's weights, by name."""
+    """SHA-256 of the files that hold a model's weights, by file name."""
     files = [source.gguf] if source.gguf else sorted(path for p in WEIGHT_PATTERNS for path in source.folder.glob(p))
     return hash_files(files)

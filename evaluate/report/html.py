@@ -1,4 +1,4 @@
-"""The report: one HTML page that asks for nothing outside itself, and its figures as PNG files, drawn from JSON."""
+"""The report: one HTML page that loads nothing from elsewhere, and its figures as PNG files, drawn from JSON."""
 
 import base64
 import json
@@ -10,11 +10,12 @@ from dijiang.common.outputs import new_folder
 from .latency_figures import draw_latency
 from .map_figures import draw_maps
 from .quality_figures import draw_quality
+from .results import read_results
 from .style import refuse_missing_packages
 from .tables import heading, mib, number, percent, share_headings, sparsity, with_interval
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.jinja"
-KINDS: dict[str, Callable[[dict, Path], list[Path]]] = {"evaluation": draw_quality, "latency": draw_latency}
+FIGURES: dict[str, Callable[[dict, Path], list[Path]]] = {"evaluation": draw_quality, "latency": draw_latency}
 CAPTIONS = {
     "perplexity": "Perplexity with 95 % bootstrap intervals over windows of text.",
     "perplexity_by_position": "Perplexity by position: what more context is worth to each model.",
@@ -22,55 +23,29 @@ CAPTIONS = {
     "recovered": "Share of the teacher's lead over the floor that the student has, with 95 % bootstrap intervals. The floor "
     "is chance or, for perplexity and agreement, the student without attention.",
     "training": "Training loss and held-out perplexity against the tokens trained on.",
-    "attention_maps": "Attention averaged over heads. The student's is that of its own queries and keys; Performer's features "
-    "are given the teacher's. Distance: total variation of a row from the teacher's, 0 to 1.",
+    "attention_maps": "Attention averaged over heads, the student's on its own queries and keys, the Performer's on the "
+    "teacher's. Distance: total variation of a row from the teacher's, 0 to 1.",
     "attention_heads": "The same, head by head, of one layer.",
     "effective_context": "Most recent tokens that hold 90 % of the weight, with and without the sinks, and the weight beyond "
     "window and sinks, by layer.",
-    "map_distance": "Distance to the teacher's attention by layer; Performer and window + sinks on the teacher's own queries "
-    "and keys.",
+    "map_distance": "Distance from the teacher's attention by layer; Performer and training-free window + sinks on the "
+    "teacher's own queries and keys.",
     "latency": "Time of a decoding step of the whole batch, and to the first token, against context. Dotted: the least that "
     "the machine allows.",
     "memory": "Bytes of cache or state and peak memory against context.",
 }
 
 
-def read_results(paths: Iterable[Path]) -> dict[str, dict]:
-    """
-    The results in JSON files, or in folders that hold `evaluation.json` and `latency.json`, by kind.
-
-    Raises:
-        ValueError: if a path has none, holds something else, two are of one kind, or of different checkpoints.
-    """
-    results: dict[str, dict] = {}
-    for path in paths:
-        files = [path / f"{kind}.json" for kind in KINDS if (path / f"{kind}.json").is_file()] if path.is_dir() else [path]
-        if not files:
-            names = " nor ".join(f"{kind}.json" for kind in KINDS)
-            raise ValueError(f"{path} holds neither {names}; give the folder that `dijiang evaluate` made, or the files")
-        for file in files:
-            try:
-                result = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{file} cannot be read as JSON ({error}); give what `dijiang evaluate` wrote") from None
-            kind = result.get("kind") if isinstance(result, dict) else None
-            if kind not in KINDS:
-                raise ValueError(f"{file} is no result of `dijiang evaluate` or `dijiang benchmark latency`")
-            if kind in results:
-                raise ValueError(f"{file} is the second result of kind {kind}; a report shows one of each")
-            results[kind] = result
-    files = results.get("latency", {}).get("models", {}).get("files")
-    if "evaluation" in results and files and files != results["evaluation"]["student"]["weights"]:
-        raise ValueError("the evaluation and the latency are of different checkpoints; give those of one")
-    return results
-
-
 def make_report(paths: Iterable[Path], output: str | Path) -> Path:
     """
-    Draw the report of results that lie in files into a new folder; returns the page.
+    Draw the report of results in files into a new folder; returns the page.
+
+    Args:
+        paths: as for `read_results`.
+        output: the new folder.
 
     Raises:
-        ValueError: as `read_results`, or if the folder is not free.
+        ValueError: as `read_results`, or if the folder is not empty.
     """
     refuse_missing_packages()
     results = read_results(paths)
@@ -88,21 +63,22 @@ def write_results(results: dict[str, dict], folder: Path) -> Path:
 
 
 def write_report(results: dict[str, dict], folder: Path) -> Path:
-    """Draw figures into `folder`/figures and write `report.html`, which holds them; returns the page."""
+    """Draw figures into `folder`/figures and write `report.html`, which embeds them; returns the page."""
     from jinja2 import Environment, StrictUndefined
 
     pictures = folder / "figures"
     pictures.mkdir()
-    figures = [path for kind, result in results.items() for path in KINDS[kind](result, pictures)]
-    if maps := results.get("evaluation", {}).get("maps"):
-        figures += draw_maps(maps, pictures)
+    evaluation = results.get("evaluation")
+    figures = [path for kind, result in results.items() for path in FIGURES[kind](result, pictures)]
+    if evaluation and evaluation.get("maps"):
+        figures += draw_maps(evaluation["maps"], pictures)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"number": number, "with_interval": with_interval, "mib": mib}
     environment.filters |= {"heading": heading, "share_headings": share_headings, "sparsity": sparsity}
     page = folder / "report.html"
     shown = [{"name": path.stem, "caption": CAPTIONS[path.stem], "data": encoded(path)} for path in figures]
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        evaluation=results.get("evaluation"), latency=results.get("latency"), figures=shown, percent=percent
+        evaluation=evaluation, latency=results.get("latency"), figures=shown, percent=percent
     )
     page.write_text(text, encoding="utf-8")
     return page

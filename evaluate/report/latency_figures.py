@@ -1,13 +1,13 @@
-"""Figures of the latency benchmark, from its JSON (as Figure 4 of arXiv 2403.19928)."""
+"""Figures of the latency benchmark, from its JSON (after figure 4 of arXiv 2403.19928)."""
 
 from pathlib import Path
 
-from .style import STUDENT_COLOUR, TEACHER_COLOUR, THIRD_COLOUR, drawn, lengths_axis, plain
+from .style import BASELINE_COLOR, STUDENT_COLOR, TEACHER_COLOR, drawn, lengths_axis, plain
 
 LOOKS = {
-    "softmax": (TEACHER_COLOUR, "softmax, growing cache"),
-    "softmax static": (THIRD_COLOUR, "softmax, static cache"),
-    "dijiang": (STUDENT_COLOUR, "DiJiang"),
+    "softmax": (TEACHER_COLOR, "softmax, growing cache"),
+    "softmax static": (BASELINE_COLOR, "softmax, static cache"),
+    "dijiang": (STUDENT_COLOR, "DiJiang"),
 }
 TIMES = {"prefill": "time to the first token, s", "decode": "decoding step, ms"}
 MEMORY = dict.fromkeys(TIMES, "MiB")
@@ -43,35 +43,35 @@ def draw_latency(result: dict, folder: Path) -> list[Path]:
                     axes.margins(x=0.1)
                     plain(axes, x="context, tokens", y=titles[phase], legend=False)
                     axes.set_title(f"{phase}, batch {batch}", fontsize=10)
-                    lines = axes.get_legend_handles_labels()  # all those that decoding has, if it was measured
+                    lines = axes.get_legend_handles_labels()  # those of the last panel: decoding, if it was measured, has most
             figure.legend(*lines, loc="outside lower center", ncols=len(LOOKS), fontsize=8, frameon=False)
             figure.suptitle(f"{result['name']}, {result['dtype']}, {result['device']}", fontsize=10)
     return paths
 
 
 def draw_times(axes, rows: list[dict]) -> None:
-    """Times of one phase and batch against context."""
+    """Draw the times of one phase and batch against context."""
     phase, contexts = rows[0]["phase"], [row["context"] for row in rows]
     unit = 1e3 if phase == "decode" else 1.0
-    for name, (colour, label) in LOOKS.items():
+    for name, (color, label) in LOOKS.items():
         low, median, high = ([unit * row["timings"][name][key] for row in rows] for key in ("q1_s", "median_s", "q3_s"))
-        axes.plot(contexts, median, "o-", color=colour, label=label, markersize=4)
-        axes.fill_between(contexts, low, high, color=colour, alpha=0.25, linewidth=0)
+        axes.plot(contexts, median, "o-", color=color, label=label, markersize=4)
+        axes.fill_between(contexts, low, high, color=color, alpha=0.25, linewidth=0)
         if phase == "decode":
             floors = [unit * row["floor_s"][name] for row in rows]
-            axes.plot(contexts, floors, ":", color=colour, label=f"{label}, at best", linewidth=1.5)
+            axes.plot(contexts, floors, ":", color=color, label=f"{label}, at best", linewidth=1.5)
     axes.set_ylim(bottom=0)
 
 
 def draw_memory(axes, rows: list[dict]) -> None:
-    """Memory of one phase and batch against context."""
+    """Draw the memory of one phase and batch against context."""
     from matplotlib.ticker import LogLocator, ScalarFormatter
 
     contexts = [row["context"] for row in rows]
-    for name, (colour, label) in LOOKS.items():
+    for name, (color, label) in LOOKS.items():
         cache, peak = ([row[key][name] / 2**20 for row in rows] for key in ("cache_bytes", "peak_bytes"))
-        axes.plot(contexts, cache, "o-", color=colour, label=label, markersize=4)
-        axes.plot(contexts, peak, "s--", color=colour, label=f"{label}, peak", markersize=3, linewidth=1)
+        axes.plot(contexts, cache, "o-", color=color, label=label, markersize=4)
+        axes.plot(contexts, peak, "s--", color=color, label=f"{label}, peak", markersize=3, linewidth=1)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ScalarFormatter())

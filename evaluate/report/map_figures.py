@@ -1,25 +1,25 @@
-"""Draws what `measure_maps` found: attention maps side by side, and their distance and reach by layer."""
+"""Figures of attention maps: the maps side by side, and their distance and reach by layer."""
 
 from pathlib import Path
 
 import numpy as np
 
 from ..quality.attention_maps import unpack_map
-from .style import CONTROL_COLOUR, STUDENT_COLOUR, TEACHER_COLOUR, THIRD_COLOUR, drawn, plain
+from .style import ABLATION_COLOR, BASELINE_COLOR, STUDENT_COLOR, TEACHER_COLOR, drawn, plain
 
-COLOUR_MAP = "magma_r"
-SATURATED = 0.98  # quantile of the teacher's weights at which the colours end
+COLOR_MAP = "magma_r"
+SATURATED = 0.98  # quantile of the teacher's weights at which the colors end
 MOST_HEADS = 8
-LINES = {  # side: colour, label
-    "teacher": (TEACHER_COLOUR, "teacher"),
-    "student": (STUDENT_COLOUR, "DiJiang"),
-    "window_only": (CONTROL_COLOUR, "window + sinks only, no training"),
-    "performer": (THIRD_COLOUR, "Performer"),
+LINES = {  # side: color, label
+    "teacher": (TEACHER_COLOR, "teacher"),
+    "student": (STUDENT_COLOR, "DiJiang"),
+    "window_sinks": (ABLATION_COLOR, "training-free window + sinks"),
+    "performer": (BASELINE_COLOR, "Performer"),
 }
 
 
 def draw_maps(result: dict, folder: Path) -> list[Path]:
-    """Write four PNG files into `folder` from what `measure_maps` returned, and return their paths."""
+    """Write four PNG files into `folder` from the result of `measure_maps`, and return their paths."""
     names = ("attention_maps", "attention_heads", "effective_context", "map_distance")
     paths = [folder / f"{name}.png" for name in names]
     for path, draw in zip(paths, (draw_layers, draw_heads, draw_context, draw_distance), strict=True):
@@ -28,12 +28,12 @@ def draw_maps(result: dict, folder: Path) -> list[Path]:
 
 
 def titles(result: dict) -> dict[str, str]:
-    """Of the sides whose maps were kept."""
+    """Titles of the sides that pictures show."""
     return {"teacher": "teacher", "student": "DiJiang", "performer": f"Performer, {result['features']} features"}
 
 
 def draw_layers(result: dict, path: Path) -> None:
-    """Every kept layer's maps, the mean over heads (after figure 3 of arXiv 2403.19928)."""
+    """Draw the maps of every pictured layer, the mean over heads (after figure 3 of arXiv 2403.19928)."""
     records = result["maps"]
     with drawn(path, len(records), 3, size=(8.4, 2.7 * len(records) + 0.9)) as (figure, panels):
         panels = np.atleast_2d(panels)
@@ -52,7 +52,7 @@ def draw_layers(result: dict, path: Path) -> None:
             figure.colorbar(image, ax=row, shrink=0.75, pad=0.02, **options)
         for axes, title in zip(panels[0], titles(result).values(), strict=True):
             axes.set_title(title)
-        dashed = "Dashed: what the linear branch mixes. " if any(axes.get_lines() for axes in panels.flat) else ""
+        dashed = "Dashed: the linear branch's part. " if any(axes.get_lines() for axes in panels.flat) else ""
         figure.suptitle(
             f"Attention of {len(maps['teacher'])} tokens (rows) to one another (columns), the mean over heads\n"
             f"{dashed}Distance: total variation over {result['tokens']} tokens"
@@ -60,15 +60,16 @@ def draw_layers(result: dict, path: Path) -> None:
 
 
 def outline_linear_branch(axes, n: int, window: int, sinks: int) -> None:
-    """The keys of an n x n map that have left the window and are no sinks."""
+    """Outline the keys of an n x n map that have left the window and are no sinks."""
     if n > window + sinks:
-        left, below = sinks - 0.5, n - 0.5
-        x, y = (left, left, n - window - 0.5, left), (window + sinks - 0.5, below, below, window + sinks - 0.5)
-        axes.plot(x, y, "--", color=STUDENT_COLOUR, linewidth=1.0)
+        left = sinks - 0.5
+        bottom = n - 0.5
+        top = window + sinks - 0.5
+        axes.plot((left, left, n - window - 0.5, left), (top, bottom, bottom, top), "--", color=STUDENT_COLOR, linewidth=1.0)
 
 
 def draw_heads(result: dict, path: Path) -> None:
-    """The heads of one kept layer, teacher above student above Performer; of many heads, so many spread over them."""
+    """Draw heads of one pictured layer, at most `MOST_HEADS`, teacher above student above Performer."""
     layer = list(result["maps"])[len(result["maps"]) // 2]
     maps = {side: unpack_map(record) for side, record in result["maps"][layer].items()}
     H = len(maps["teacher"])
@@ -86,15 +87,13 @@ def draw_heads(result: dict, path: Path) -> None:
 
 
 def show(axes, weights: np.ndarray, teacher: np.ndarray):
-    """One map (n, n), its colours by the square root of the weight, on the scale of the teacher's; keys to the right."""
+    """Draw one map (n, n), keys to the right, its colors by the square root of the weight, on the scale of the teacher's."""
     from matplotlib.colors import PowerNorm
 
     n = len(weights)
     future = np.triu(np.ones((n, n), dtype=bool), 1)
     top = max(np.quantile(teacher[~future], SATURATED), 1e-3)
-    image = axes.imshow(
-        np.ma.masked_array(weights, future), norm=PowerNorm(0.5, 0, top), cmap=COLOUR_MAP, interpolation="none"
-    )
+    image = axes.imshow(np.ma.masked_array(weights, future), norm=PowerNorm(0.5, 0, top), cmap=COLOR_MAP, interpolation="none")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[["top", "right"]].set_visible(False)
@@ -102,7 +101,7 @@ def show(axes, weights: np.ndarray, teacher: np.ndarray):
 
 
 def draw_context(result: dict, path: Path) -> None:
-    """Reach of teacher and student by layer."""
+    """Draw the reach of teacher and student by layer."""
     window, sinks = result["window"], result["sinks"]
     panels = {"effective_context": ("recent tokens with 90 % of the weight", "tokens")}
     if sinks:
@@ -124,9 +123,9 @@ def draw_context(result: dict, path: Path) -> None:
 
 
 def draw_distance(result: dict, path: Path) -> None:
-    """Distance from the teacher's maps by layer."""
+    """Draw the distance from the teacher's maps by layer."""
     with drawn(path, size=(7, 3.6)) as (_, axes):
-        for side in ("performer", "window_only", "student"):
+        for side in ("performer", "window_sinks", "student"):
             if side in result["layers"][0]["distance"]:
                 draw_by_layer(axes, result, "distance", side)
         axes.set_ylim(0, 1)
@@ -134,11 +133,11 @@ def draw_distance(result: dict, path: Path) -> None:
 
 
 def draw_by_layer(axes, result: dict, measure: str, side: str) -> None:
-    """A line of the median over heads, and the band between their quartiles."""
+    """Draw the median over heads as a line, and the band between their quartiles."""
     values = np.array([layer[measure][side] for layer in result["layers"]])
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), axis=1)
     x = range(len(values))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    colour, label = LINES[side]
-    axes.plot(x, middle, "o-", color=colour, label=label, markersize=3, linewidth=1.6)
-    axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    color, label = LINES[side]
+    axes.plot(x, middle, "o-", color=color, label=label, markersize=3, linewidth=1.6)
+    axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)

@@ -1,6 +1,6 @@
 """
-The model card of a checkpoint: what it is, where it comes from, what it scores beside its teacher and its controls, and what
-it is not good for. All of it is read from the checkpoint's own files and from results measured before.
+The model card of a checkpoint: what it is, where it comes from, its scores next to those of teacher, baseline and ablations,
+its limits. All of it comes from the checkpoint's own files and from earlier results.
 """
 
 import json
@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HTTPError  # of whatever HTTP library the hub's client has
+from huggingface_hub.errors import HTTPError
 from jinja2 import Environment, StrictUndefined
 
 from dijiang.checkpoint.provenance import read_provenance
 from dijiang.checkpoint.source import open_source
+from dijiang.common.device import dtype_name
 from dijiang.common.errors import one_line
 from dijiang.common.outputs import write_whole
 from dijiang.convert.mapping import build_on_meta, new_modules
@@ -46,29 +47,29 @@ def model_card(checkpoint: str | Path, evaluation: dict | None = None, latency: 
     The card of the DiJiang checkpoint in a folder; nothing is written.
 
     Args:
-        evaluation, latency: of this checkpoint, what `dijiang evaluate` and `dijiang benchmark latency` write. Further models
-            that were evaluated beside it are left out.
+        checkpoint: the folder.
+        evaluation: this checkpoint's result of `dijiang evaluate`. A user's baselines in it are left out.
+        latency: this checkpoint's result of `dijiang benchmark latency`.
 
     Raises:
         ValueError: if it is no DiJiang checkpoint, or a result is of another kind or of other weights.
     """
     folder = Path(checkpoint).expanduser().resolve()
     provenance = read_provenance(folder)
-    opened = open_source(folder)
-    config = opened.config
+    student = open_source(folder)
+    config = student.config
     if config.model_type != "dijiang":
         raise ValueError(f"{checkpoint} holds a {config.model_type} model; give the folder of a DiJiang checkpoint")
     for kind, result in (("evaluation", evaluation), ("latency", latency)):
         if result is not None and result.get("kind") != kind:
             raise ValueError(f"the {kind} given is of kind {result.get('kind')!r}; give the JSON file of the {kind}")
-    tokens = sum(stage.get("tokens", 0) for stage in provenance["stages"])
-    if evaluation and evaluation["student"]["weights"] != file_hashes(opened):
+    if evaluation and evaluation["student"]["weights"] != file_hashes(student):
         raise ValueError(f"the evaluation is of other weights than those in {checkpoint}; evaluate this checkpoint")
-    if latency and latency["models"].get("files") != file_hashes(opened):
+    if latency and latency["models"].get("files") != file_hashes(student):
         raise ValueError(f"the latency is of another model than that in {checkpoint}; measure this checkpoint")
 
     source = plain(provenance["source"])
-    on_hub = bool(provenance.get("commit"))  # the hub alone gives one
+    on_hub = bool(provenance.get("commit"))  # only sources on the hub have one
     name = source.rpartition("/")[2].removesuffix(".gguf") + "-dijiang"
     own_scores = eval_results(evaluation) if evaluation else []
     data = ModelCardData(
@@ -84,7 +85,7 @@ def model_card(checkpoint: str | Path, evaluation: dict | None = None, latency: 
         marker=MARKER,
         name=name,
         folder=folder.name,
-        tokens=tokens,
+        tokens=sum(stage.get("tokens", 0) for stage in provenance["stages"]),
         config=config,
         source=source,
         source_shown=f"[{escaped(source)}](https://huggingface.co/{source})" if on_hub else code(source),
@@ -111,13 +112,15 @@ def write_model_card(
     Write the card of a checkpoint into its folder, as README.md.
 
     Args:
-        evaluation, latency: as for `model_card`.
-        replace: also a README.md without our mark.
+        checkpoint: as for `model_card`.
+        evaluation: as for `model_card`.
+        latency: as for `model_card`.
+        replace: replace even a README.md that dijiang did not write.
         validate_online: have the hub check the card before it is written.
 
     Raises:
-        ValueError: whatever `model_card` refuses; a README.md of someone else's; a card that the hub refuses or, since it does
-            not answer, does not check.
+        ValueError: whatever `model_card` refuses; a README.md that dijiang did not write; a card that the hub refuses, or that
+            it does not check because it cannot be reached.
     """
     path = Path(checkpoint).expanduser() / FILE_NAME
     if path.is_file() and not replace and MARKER not in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -138,42 +141,42 @@ def write_model_card(
 
 
 def render(**facts) -> str:
-    """The template with `facts`; each of them must be there."""
-    room = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
-    room.filters |= {"escaped": escaped, "code": code, "cell": cell, "whole": whole, "number": number, "repr": repr}
-    room.filters |= {"mib": mib, "ranges": ranges, "json": json.dumps, "quote": shlex.quote}
-    text = room.from_string(TEMPLATE.read_text(encoding="utf-8")).render(facts)
-    return re.sub(r"\n{3,}", "\n\n", text)  # of parts left out
+    """The template filled in with `facts`, which must be complete."""
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters |= {"escaped": escaped, "code": code, "cell": cell, "whole": whole, "number": number, "repr": repr}
+    environment.filters |= {"mib": mib, "ranges": ranges, "json": json.dumps, "quote": shlex.quote}
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(facts)
+    return re.sub(r"\n{3,}", "\n\n", text)  # parts that were left out leave empty lines
 
 
-# --- words that others chose ---
+# --- text from outside ---
 
 
 def plain(text: str) -> str:
-    """`text` on one line, without control characters, and of local paths the last part alone, since cards get shared."""
+    """`text` on one line, without control characters, its local paths cut to their last part, since cards get shared."""
     text = "".join(c if c.isprintable() else " " for c in str(text))
     return LOCAL_PATH.sub(r"\1", " ".join(text.split()))
 
 
 def escaped(text: str | None) -> str:
-    """`text` so that Markdown shows it as it is, also in a table."""
+    """`text` in a form that Markdown shows literally, in tables too."""
     return NOTHING if text is None else re.sub(r"([\\`*_{}\[\]<>~$&#|])", r"\\\1", plain(text))
 
 
 def code(text: str) -> str:
-    """`text` as a code span, whatever backticks it has."""
+    """`text` as a code span, also with backticks in it."""
     text = plain(text)
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
 def cell(text: str | None) -> str:
-    """`code` in a table, where a pipe would end the cell."""
+    """`code` for a table, in which a pipe would end the cell."""
     return NOTHING if text is None else code(text).replace("|", r"\|")
 
 
 def shareable(command: str, names: set[str]) -> str:
-    """`command` with the last part of each path alone; `names`, which are hub ids if they have parts, stay."""
+    """`command` with each path cut to its last part; `names` stay, since those with several parts are hub ids."""
     words = (plain(word) if word in names else re.sub(r"[^=,\[\]'\"]*[\\/]", "", word) for word in shlex.split(command))
     return shlex.join(words)
 
@@ -182,7 +185,7 @@ def shareable(command: str, names: set[str]) -> str:
 
 
 def model_facts(config) -> dict:
-    """What the config says; bytes are those of one sequence, tensors in the stored dtype."""
+    """Facts of the config; bytes are those of one sequence, tensors in the stored dtype."""
     model = build_on_meta(config)
     new = sum(parameter.numel() for module in new_modules(model).values() for parameter in module.parameters())
     state_bytes = 0
@@ -193,22 +196,22 @@ def model_facts(config) -> dict:
     names = ["attention_window", "attention_sinks", "feature_map", *FEATURE_MAPS[config.feature_map].settings]
     return {
         "parameters": (sum(parameter.numel() for parameter in model.parameters()), new),
-        "layers": {kind: [i for i, found in enumerate(config.layer_types) if found == kind] for kind in LAYER_TYPES},
+        "layers": {kind: [i for i, layer in enumerate(config.layer_types) if layer == kind] for kind in LAYER_TYPES},
         "settings": [*names, *SHARED_SETTINGS, *(["decay_spans"] if config.decay != "none" else [])],
-        "dtype": str(config.dtype).removeprefix("torch."),
+        "dtype": dtype_name(config.dtype),
         "state_bytes": state_bytes,
         "token_bytes": 2 * config.num_key_value_heads * config.head_dim * config.dtype.itemsize,  # of a softmax layer
     }
 
 
 def ranges(numbers: list[int]) -> str:
-    """Rising numbers in short: [0, 1, 2, 5] gives "0-2, 5"."""
+    """Ascending numbers in short: "0-2, 5" for [0, 1, 2, 5]."""
     runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def origin_facts(provenance: dict) -> dict:
-    """What the record says."""
+    """Facts of the checkpoint's record."""
     stages = provenance["stages"]
     texts = [(stage, text) for stage in stages for text in stage.get("data", {}).get("sources", [])]
     by_versions = {}
@@ -217,7 +220,8 @@ def origin_facts(provenance: dict) -> dict:
         by_versions.setdefault(versions, []).append(stage["stage"])
     return {
         "provenance": provenance,
-        "overrides": {key: value for key, value in provenance["overrides"].items() if key != "layer_types"},  # told elsewhere
+        # the card names the layers elsewhere
+        "overrides": {key: value for key, value in provenance["overrides"].items() if key != "layer_types"},
         "texts": texts,
         "text_names": ", ".join(dict.fromkeys(code(text["source"]) for _, text in texts)),
         "versions": "; ".join(f"{versions} ({', '.join(names)})" for versions, names in by_versions.items()),
@@ -230,35 +234,36 @@ def whole(value: float | None) -> str:
     return NOTHING if value is None else f"{value:,.0f}"
 
 
-def score(task: dict, subject: str) -> float | None:
-    return (task["values"].get(subject) or {}).get("value")  # there is none of a score that is not finite
+def score(task: dict, variant: str) -> float | None:
+    """A variant's value; None if it was left out or is not finite."""
+    return (task["values"].get(variant) or {}).get("value")
 
 
 def eval_results(evaluation: dict) -> list[EvalResult]:
-    """The student's finite scores, as the hub's metadata hold them."""
-    found = []
+    """The student's finite scores, in the form of the hub's metadata."""
+    results = []
     for task in evaluation["tasks"]:
         value = score(task, "student")
         if value is not None and math.isfinite(value):
             name, metric = plain(task["name"]), plain(task["metric"])
-            found.append(EvalResult("text-generation", name, name, HUB_METRICS.get(metric, metric), value))
-    return found
+            results.append(EvalResult("text-generation", name, name, HUB_METRICS.get(metric, metric), value))
+    return results
 
 
 def evaluation_facts(evaluation: dict | None, source: str) -> dict:
-    """What an evaluation says."""
+    """Facts of an evaluation."""
     if evaluation is None:
         return dict.fromkeys(("evaluation", "results", "left_out", "command", "recall", "parts"))
     tasks = evaluation["tasks"]
-    further = evaluation.get("beside", {})  # the card is the student's
-    subjects = {key: title for key, title in evaluation["subjects"].items() if key not in further}
+    baselines = evaluation.get("beside", {})  # those of a user do not belong on the student's card
+    variants = {key: title for key, title in evaluation["subjects"].items() if key not in baselines}
     rows = [
         [
             escaped(task["name"]),
             f"{escaped(task['metric'])} {ARROWS[task['better']]}",
             f"{task['units']:,}",
             number(task["chance"]),
-            *(with_interval(task["values"].get(key)) for key in subjects),
+            *(with_interval(task["values"].get(key)) for key in variants),
             *(with_interval(task.get(key), percent) for key in SHARES),
         ]
         for task in tasks
@@ -272,34 +277,36 @@ def evaluation_facts(evaluation: dict | None, source: str) -> dict:
     return {
         "evaluation": evaluation,
         "results": markdown_table(
-            ("task", "metric", "units", "chance", *map(escaped, subjects.values()), *SHARES.values()), rows
+            ("task", "metric", "units", "chance", *map(escaped, variants.values()), *SHARES.values()), rows
         ),
         "left_out": [
             f"{escaped(task['name'])}, {escaped(title)}: left out, {escaped(task['values'][key]['left_out'])}"
             for task in tasks
-            for key, title in subjects.items()
+            for key, title in variants.items()
             if "left_out" in (task["values"].get(key) or {})
         ],
         "command": evaluation["command"]
-        and shareable(evaluation["command"], {source, *(model["name"] for model in further.values())}),
+        and shareable(evaluation["command"], {source, *(model["name"] for model in baselines.values())}),
         "recall": max(recalls, key=lambda task: score(task, "teacher") - score(task, "student"), default=None),
         "parts": perplexities[0] if perplexities else None,
     }
 
 
 def latency_facts(latency: dict | None) -> dict:
-    """What a benchmark of latency says."""
+    """Facts of a latency benchmark."""
     if latency is None:
         return dict.fromkeys(("latency", "speeds", "not_timed"))
     rows, left_out = [], []
     contenders = list(dict.fromkeys(name for row in latency["rows"] for name in row.get("tokens_per_s", ())))
     for row in latency["rows"]:
-        place = [escaped(row["phase"]), f"{row['batch']:,}", f"{row['context']:,}"]
+        phase = escaped(row["phase"])
+        batch = f"{row['batch']:,}"
+        context = f"{row['context']:,}"
         if "left_out" in row:
-            left_out.append(f"{place[0]}, batch {place[1]}, context {place[2]}: left out, {escaped(row['left_out'])}")
+            left_out.append(f"{phase}, batch {batch}, context {context}: left out, {escaped(row['left_out'])}")
             continue
         speeds, sizes = row["tokens_per_s"], row["cache_bytes"]
-        rows.append([*place, *(number(speeds.get(name)) for name in contenders)])
+        rows.append([phase, batch, context, *(number(speeds.get(name)) for name in contenders)])
         rows[-1] += [mib(sizes[name]) if name in sizes else NOTHING for name in contenders]
     header = ("phase", "batch", "context", *(f"{escaped(name)}, {x}" for x in ("tokens/s", "cache") for name in contenders))
     return {"latency": latency, "speeds": markdown_table(header, rows), "not_timed": left_out}

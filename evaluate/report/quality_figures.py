@@ -4,63 +4,65 @@ import math
 from collections.abc import Collection
 from pathlib import Path
 
-from .style import CONTROL_COLOUR, STUDENT_COLOUR, TEACHER_COLOUR, THIRD_COLOUR, drawn, lengths_axis, plain
+from .style import ABLATION_COLOR, BASELINE_COLOR, STUDENT_COLOR, TEACHER_COLOR, drawn, lengths_axis, plain
 
-# colour and line style of each subject; of further models each its own, colours first
+# color and line style of the variants of every evaluation
 STYLE = {
-    "teacher": (TEACHER_COLOUR, "-"),
-    "window_sinks": (THIRD_COLOUR, "--"),
-    "student": (STUDENT_COLOUR, "-"),
-    "window_only": (STUDENT_COLOUR, ":"),
-    "linear_only": (CONTROL_COLOUR, "-."),
-    "no_attention": (CONTROL_COLOUR, ":"),
+    "teacher": (TEACHER_COLOR, "-"),
+    "window_sinks": (BASELINE_COLOR, "--"),
+    "student": (STUDENT_COLOR, "-"),
+    "window_only": (STUDENT_COLOR, ":"),
+    "linear_only": (ABLATION_COLOR, "-."),
+    "no_attention": (ABLATION_COLOR, ":"),
 }
-FURTHER_COLOURS = ("#5a9a3c", "#8a4fa3", "#c0394b", "#1f9d94", "#b8930f")
-FURTHER_LINES = ("-", "--", "-.", ":")
-LEGEND_ROW, LEGEND_HANDLE, CHARACTER = 0.18, 0.5, 0.06  # inches, of a legend in small letters
-NEAR_TEACHER = ("teacher", "window_sinks", "student", "window_only")  # the other controls would flatten the axis
+# of a user's baselines, colors first
+EXTRA_COLORS = ("#5a9a3c", "#8a4fa3", "#c0394b", "#1f9d94", "#b8930f")
+EXTRA_LINES = ("-", "--", "-.", ":")
+# inches, of a legend in small letters
+LEGEND_ROW = 0.18
+LEGEND_HANDLE = 0.5
+CHARACTER = 0.06
+NEAR_TEACHER = ("teacher", "window_sinks", "student", "window_only")  # the other ablations would flatten the axis
 
 
-def styles(subjects: dict[str, str]) -> dict[str, tuple[str, str]]:
-    """Colour and line style of each subject."""
-    found = {key: STYLE[key] for key in subjects if key in STYLE}
-    for i, key in enumerate(key for key in subjects if key not in STYLE):
-        line = FURTHER_LINES[i // len(FURTHER_COLOURS) % len(FURTHER_LINES)]
-        found[key] = (FURTHER_COLOURS[i % len(FURTHER_COLOURS)], line)
-    return found
+def styles(variants: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Color and line style of each variant."""
+    extra = [key for key in variants if key not in STYLE]
+    lines = [(color, line) for line in EXTRA_LINES for color in EXTRA_COLORS]
+    return {key: STYLE[key] if key in STYLE else lines[extra.index(key) % len(lines)] for key in variants}
 
 
 def label(text: str) -> str:
-    """`text` as it is, where matplotlib would set what stands between dollar signs as a formula."""
+    """`text` with its dollar signs escaped, between which matplotlib would set a formula."""
     return text.replace("$", r"\$")
 
 
 def draw_quality(result: dict, folder: Path) -> list[Path]:
-    """Write the figures that the result of `evaluate_model` gives into `folder`; returns their paths."""
+    """Write the figures of an evaluation into `folder`; returns their paths."""
     tasks = {kind: [task for task in result["tasks"] if task["kind"] == kind] for kind in ("perplexity", "recall")}
-    subjects = {key: label(title) for key, title in result["subjects"].items()}
-    found = []
+    variants = {key: label(title) for key, title in result["subjects"].items()}
+    paths = []
     if tasks["perplexity"]:
-        found.append(draw_perplexity(tasks["perplexity"], subjects, folder / "perplexity.png"))
-        found.append(draw_by_position(tasks["perplexity"], subjects, folder / "perplexity_by_position.png"))
+        paths.append(draw_perplexity(tasks["perplexity"], variants, folder / "perplexity.png"))
+        paths.append(draw_by_position(tasks["perplexity"], variants, folder / "perplexity_by_position.png"))
     if tasks["recall"]:
-        found.append(draw_recall(tasks["recall"], subjects, folder / "recall.png"))
+        paths.append(draw_recall(tasks["recall"], variants, folder / "recall.png"))
     if any(task["recovered"] for task in result["tasks"]):
-        found.append(draw_recovered(result["tasks"], folder / "recovered.png"))
+        paths.append(draw_recovered(result["tasks"], folder / "recovered.png"))
     if any(curve["points"] for curve in result["training"]):
-        found.append(draw_training(result["training"], folder / "training.png"))
-    return found
+        paths.append(draw_training(result["training"], folder / "training.png"))
+    return paths
 
 
 def spread(value: dict) -> tuple[list[float], list[float]] | None:
-    """Distances from a value to the ends of its interval, as error bars want them."""
+    """Distances from a value to the ends of its interval, in the form that error bars take."""
     if value["low"] is None:
         return None
     return [max(value["value"] - value["low"], 0.0)], [max(value["high"] - value["value"], 0.0)]
 
 
 def legend_columns(labels: Collection[str], width: float) -> int:
-    """Columns of a legend that goes into so many inches."""
+    """Columns of a legend that fits into `width` inches."""
     return 2 if 2 * (LEGEND_HANDLE + CHARACTER * max(map(len, labels))) <= width else 1
 
 
@@ -69,26 +71,26 @@ def legend_height(labels: Collection[str], width: float) -> float:
 
 
 def legend_below(figure, axes) -> None:
-    """Name the lines of `axes`, which stand for those of all panels, below them."""
+    """Put the legend of `axes`, whose lines stand for those of all panels, below the panels."""
     handles, labels = axes.get_legend_handles_labels()
     columns = legend_columns(labels, figure.get_figwidth())
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 
-def draw_perplexity(tasks: list[dict], subjects: dict[str, str], path: Path) -> Path:
-    """A bar for each subject, a panel for each text and length."""
-    height = 2.5 + 0.25 * (len(subjects) - len(STYLE))
+def draw_perplexity(tasks: list[dict], variants: dict[str, str], path: Path) -> Path:
+    """Draw a bar for each variant, a panel for each text and length."""
+    height = 2.5 + 0.25 * (len(variants) - len(STYLE))
     with drawn(path, len(tasks), 1, size=(7.5, 0.4 + height * len(tasks))) as (_, panels):
         for axes, task in zip([panels] if len(tasks) == 1 else panels, tasks, strict=True):
             shown = {key: value for key, value in task["values"].items() if "value" in (value or {})}
             for row, (key, value) in enumerate(shown.items()):
-                colour = styles(subjects)[key][0]
-                axes.barh(row, value["value"], xerr=spread(value), color=colour, error_kw={"ecolor": "#3b4252", "lw": 1})
+                color = styles(variants)[key][0]
+                axes.barh(row, value["value"], xerr=spread(value), color=color, error_kw={"ecolor": "#3b4252", "lw": 1})
                 end = value["high"] or value["value"]
                 axes.annotate(
                     f"{value['value']:,.2f}", (end, row), (4, 0), textcoords="offset points", va="center", fontsize=8
                 )
-            axes.set_yticks(range(len(shown)), [subjects[key] for key in shown], fontsize=8)
+            axes.set_yticks(range(len(shown)), [variants[key] for key in shown], fontsize=8)
             axes.set_xscale("log")
             axes.margins(x=0.15)
             axes.invert_yaxis()
@@ -97,19 +99,19 @@ def draw_perplexity(tasks: list[dict], subjects: dict[str, str], path: Path) -> 
     return path
 
 
-def draw_by_position(tasks: list[dict], subjects: dict[str, str], path: Path) -> Path:
-    """Perplexity against the number of tokens before, a panel for each text and length."""
-    shown = {key: style for key, style in styles(subjects).items() if key in NEAR_TEACHER or key not in STYLE}
+def draw_by_position(tasks: list[dict], variants: dict[str, str], path: Path) -> Path:
+    """Draw perplexity against the position in the window, a panel for each text and length."""
+    shown = {key: style for key, style in styles(variants).items() if key in NEAR_TEACHER or key not in STYLE}
     width = max(6.0, 3.8 * len(tasks))
-    height = 3.2 + legend_height([subjects[key] for key in shown], width)
+    height = 3.2 + legend_height([variants[key] for key in shown], width)
     with drawn(path, 1, len(tasks), size=(width, height)) as (figure, panels):
         for axes, task in zip([panels] if len(tasks) == 1 else panels, tasks, strict=True):
-            for key, (colour, line) in shown.items():
+            for key, (color, line) in shown.items():
                 if key in task["detail"]:
                     x = task["detail"][key]["by_position"]
-                    kept = [i for i, weight in enumerate(x["weights"]) if weight]
-                    values = [math.exp(x["totals"][i] / x["weights"][i]) for i in kept]
-                    axes.plot([x["edges"][i] for i in kept], values, f"o{line}", color=colour, label=subjects[key], ms=3)
+                    filled = [i for i, weight in enumerate(x["weights"]) if weight]
+                    values = [math.exp(x["totals"][i] / x["weights"][i]) for i in filled]
+                    axes.plot([x["edges"][i] for i in filled], values, f"o{line}", color=color, label=variants[key], ms=3)
             lengths_axis(axes, x["edges"])
             axes.set_title(task["name"], fontsize=9, loc="left")
             plain(axes, x="position in the window, up to", y="perplexity", legend=False)
@@ -117,24 +119,24 @@ def draw_by_position(tasks: list[dict], subjects: dict[str, str], path: Path) ->
     return path
 
 
-def draw_recall(tasks: list[dict], subjects: dict[str, str], path: Path) -> Path:
-    """Accuracy against length with its intervals, and the chance level, a panel for each kind."""
+def draw_recall(tasks: list[dict], variants: dict[str, str], path: Path) -> Path:
+    """Draw accuracy against length with its intervals, and the chance level, a panel for each kind."""
     kinds = list(dict.fromkeys(task["settings"]["kind"] for task in tasks))
     width = max(6.0, 4.4 * len(kinds))
-    height = 3.1 + legend_height([*subjects.values(), "chance"], width)
+    height = 3.1 + legend_height([*variants.values(), "chance"], width)
     with drawn(path, 1, len(kinds), size=(width, height)) as (figure, panels):
         for axes, kind in zip([panels] if len(kinds) == 1 else panels, kinds, strict=True):
-            mine = [task for task in tasks if task["settings"]["kind"] == kind]
-            lengths = [task["settings"]["length"] for task in mine]
-            for key, (colour, line) in styles(subjects).items():
-                points = [task["values"][key] for task in mine]
+            of_kind = [task for task in tasks if task["settings"]["kind"] == kind]
+            lengths = [task["settings"]["length"] for task in of_kind]
+            for key, (color, line) in styles(variants).items():
+                points = [task["values"][key] for task in of_kind]
                 if not all("value" in (point or {}) for point in points):
                     continue
-                axes.plot(lengths, [point["value"] for point in points], f"o{line}", color=colour, label=subjects[key], ms=4)
+                axes.plot(lengths, [point["value"] for point in points], f"o{line}", color=color, label=variants[key], ms=4)
                 if key in ("teacher", "student") and all(point["low"] is not None for point in points):
                     ends = ([point[end] for point in points] for end in ("low", "high"))
-                    axes.fill_between(lengths, *ends, color=colour, alpha=0.12, lw=0)
-            axes.plot(lengths, [task["chance"] for task in mine], color="#d8dee9", lw=3, zorder=0, label="chance")
+                    axes.fill_between(lengths, *ends, color=color, alpha=0.12, lw=0)
+            axes.plot(lengths, [task["chance"] for task in of_kind], color="#d8dee9", lw=3, zorder=0, label="chance")
             lengths_axis(axes, lengths)
             axes.set_ylim(-0.03, 1.03)
             axes.set_title(kind, fontsize=10, loc="left")
@@ -144,36 +146,36 @@ def draw_recall(tasks: list[dict], subjects: dict[str, str], path: Path) -> Path
 
 
 def draw_recovered(tasks: list[dict], path: Path) -> Path:
-    """Recovered share with its interval, a row for each task that has one."""
-    mine = [task for task in tasks if task["recovered"]]
-    with drawn(path, size=(7.5, 0.9 + 0.3 * len(mine))) as (_, axes):
-        for row, task in enumerate(mine):
+    """Draw the recovered share with its interval, a row for each task that has one."""
+    shown = [task for task in tasks if task["recovered"]]
+    with drawn(path, size=(7.5, 0.9 + 0.3 * len(shown))) as (_, axes):
+        for row, task in enumerate(shown):
             share = task["recovered"]
-            axes.errorbar(share["value"], row, xerr=spread(share), fmt="o", color=STUDENT_COLOUR, ms=5, lw=1.2)
-        axes.axvline(1, color=TEACHER_COLOUR, lw=1)
-        axes.axvline(0, color=CONTROL_COLOUR, lw=1)
-        axes.set_yticks(range(len(mine)), [f"{task['kind']}: {task['name']}" for task in mine], fontsize=8)
+            axes.errorbar(share["value"], row, xerr=spread(share), fmt="o", color=STUDENT_COLOR, ms=5, lw=1.2)
+        axes.axvline(1, color=TEACHER_COLOR, lw=1)
+        axes.axvline(0, color=ABLATION_COLOR, lw=1)
+        axes.set_yticks(range(len(shown)), [f"{task['kind']}: {task['name']}" for task in shown], fontsize=8)
         axes.invert_yaxis()
         plain(axes, x="recovered share (0: the floor, 1: the teacher)", y="", legend=False)
     return path
 
 
 def draw_training(curves: list[dict], path: Path) -> Path:
-    """Training loss and held-out perplexity against the tokens trained on, stage after stage."""
+    """Draw training loss and held-out perplexity against the tokens trained on, stage after stage."""
     with drawn(path, 1, 2, size=(8.5, 3.2)) as (_, (loss, quality)):
         before, teacher = 0, []
-        for curve, colour in zip(curves, (THIRD_COLOUR, STUDENT_COLOUR, TEACHER_COLOUR), strict=False):
+        for curve, color in zip(curves, (BASELINE_COLOR, STUDENT_COLOR, TEACHER_COLOR), strict=False):
             points = curve["points"]
             losses = [(before + p["tokens"], p["loss"]) for p in points if "loss" in p]
             held = [(before + p["tokens"], p["eval_perplexity"]) for p in points if "eval_perplexity" in p]
             teacher += [p["eval_teacher_perplexity"] for p in points if "eval_teacher_perplexity" in p]
             if losses:
-                loss.plot(*zip(*losses, strict=True), color=colour, label=curve["stage"], lw=1.2)
+                loss.plot(*zip(*losses, strict=True), color=color, label=curve["stage"], lw=1.2)
             if held:
-                quality.plot(*zip(*held, strict=True), "o-", color=colour, label=curve["stage"], ms=3)
+                quality.plot(*zip(*held, strict=True), "o-", color=color, label=curve["stage"], ms=3)
             before += max((p["tokens"] for p in points if "tokens" in p), default=0)
         if teacher:
-            quality.axhline(teacher[-1], color=TEACHER_COLOUR, lw=1, ls="--", label="teacher")
+            quality.axhline(teacher[-1], color=TEACHER_COLOR, lw=1, ls="--", label="teacher")
         loss.set_yscale("log")
         plain(loss, x="tokens", y="training loss", legend=bool(loss.lines))
         plain(quality, x="tokens", y="held-out perplexity", legend=bool(quality.lines))

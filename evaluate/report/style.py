@@ -1,15 +1,18 @@
-"""What all figures share: no display, one set of colours, plain axes."""
+"""What all figures share: one set of colors, plain axes, files in place of a display."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-TEACHER_COLOUR, STUDENT_COLOUR, CONTROL_COLOUR, THIRD_COLOUR = "#4c566a", "#2a7fba", "#b8c4cf", "#c8743c"
+TEACHER_COLOR = "#4c566a"
+STUDENT_COLOR = "#2a7fba"
+ABLATION_COLOR = "#b8c4cf"
+BASELINE_COLOR = "#c8743c"
 
 
 def refuse_missing_packages(*packages: str) -> None:
-    """Raise ValueError unless figures can be drawn (matplotlib) and pages filled in (jinja2), or what else is named."""
+    """Raise ValueError if one of `packages` is not installed; by default those that draw figures and fill in pages."""
     missing = [package for package in packages or ("matplotlib", "jinja2") if find_spec(package) is None]
     if missing:
         raise ValueError(f"reports are made with {' and '.join(missing)}, missing here; run: pip install {' '.join(missing)}")
@@ -17,7 +20,7 @@ def refuse_missing_packages(*packages: str) -> None:
 
 @contextmanager
 def drawn(path: Path, rows: int = 1, columns: int = 1, *, size: tuple[float, float]) -> Iterator:
-    """Yield (figure, axes) as `pyplot.subplots` gives them; at the end they are saved as the PNG file `path`."""
+    """Yield (figure, axes) as `pyplot.subplots` returns them, and save them as the PNG file `path` when the block ends."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,7 +35,7 @@ def drawn(path: Path, rows: int = 1, columns: int = 1, *, size: tuple[float, flo
 
 
 def plain(axes, *, x: str, y: str, legend: bool = True) -> None:
-    """Name the axes and take the frame away that says nothing."""
+    """Label the axes and remove the top and right frame."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.spines[["top", "right"]].set_visible(False)
@@ -41,6 +44,6 @@ def plain(axes, *, x: str, y: str, legend: bool = True) -> None:
 
 
 def lengths_axis(axes, lengths: list[int]) -> None:
-    """A logarithmic axis of token counts, each of them written out."""
+    """Make x a logarithmic axis with each of these token counts written out."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])

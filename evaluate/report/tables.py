@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 NOTHING = "–"
-FEW_ZEROS = 0.005  # that dense weights may have, too
+FEW_ZEROS = 0.005  # a share that dense weights may have too
 SHORT = {
     "teacher": "teacher",
     "window_sinks": "training-free",
@@ -37,7 +37,7 @@ def percent(share: float) -> str:
 
 
 def with_interval(score: dict | None, shown: Callable[[float], str] = number) -> str:
-    """A score and its interval, as far as they are known; a dash for one that was left out or is not finite."""
+    """A score and, if known, its interval; a dash for a score that was left out or is not finite."""
     if score is None or score.get("value") is None:
         return NOTHING
     ends = [score.get("low"), score.get("high")]
@@ -45,25 +45,25 @@ def with_interval(score: dict | None, shown: Callable[[float], str] = number) ->
 
 
 def heading(key: str) -> str:
-    """Of a subject's column: a further model's is its name."""
+    """Heading of a variant's column; that of a user's baseline is its name."""
     return SHORT.get(key) or key.partition(":")[2]
 
 
 def share_headings(evaluation: dict) -> list[str]:
-    """Of the columns with the student's shares, which say whose they are where other models stand beside it."""
+    """Headings of the recovered-share columns; they name the student if there are a user's baselines too."""
     shares = ["recovered", "over training-free"]
     return [f"{SHORT['student']} {share}" for share in shares] if evaluation.get("beside") else shares
 
 
 def sparsity(evaluation: dict, key: str) -> str | None:
-    """Share of the weights of a subject's layers that are zero, where it is told and they are not few."""
+    """Share of zeros in the weights of a variant's layers; None if it is unknown or small."""
     model = evaluation.get(key) or evaluation.get("beside", {}).get(key) or {}
     zeros = model.get("zeros") or 0
     return percent(zeros) if zeros >= FEW_ZEROS else None
 
 
 def score_table(evaluation: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: each task with the value of every subject, and what the student recovered, over either floor."""
+    """Header and rows: each task with the value of every variant, and the student's share recovered over either floor."""
     header = ["", *map(heading, evaluation["subjects"]), *share_headings(evaluation)]
     rows = []
     for task in evaluation["tasks"]:
@@ -96,20 +96,21 @@ def decode_table(latency: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right."""
+    """A Markdown table, all columns but the first aligned to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def wide_console() -> Console:
-    """As wide as the terminal; wide enough for the tables where there is none."""
+    """A console as wide as the terminal, or 160 columns where there is none."""
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def print_table(console: Console, header: list[str], rows: list[list[str]]) -> None:
     table = Table(*map(escape, header))
     for column in table.columns[1:]:
-        column.justify, column.overflow = "right", "fold"  # names and digits are not to be cut off
+        column.justify = "right"
+        column.overflow = "fold"  # so that no names or digits are cut off
     table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(*map(escape, row))

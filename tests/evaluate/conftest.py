@@ -1,4 +1,4 @@
-"""Evaluations of the pair, and what figures show."""
+"""Evaluations of the pair, models to compare it with, and a watch on what figures show."""
 
 import json
 from contextlib import contextmanager
@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dijiang.convert import convert_model
 from dijiang.evaluate import EvaluationConfig, evaluate_model
 
 
@@ -20,14 +21,21 @@ def config(text_file):
 
 @pytest.fixture
 def evaluated(pair, config, tmp_path):
-    """evaluated(name, **other settings) -> the result of an evaluation of the pair, kept in tmp_path/cache."""
+    """evaluated(name, **other settings) -> the result of an evaluation of the pair, with its cache in tmp_path/cache."""
 
     def run(name="out", checkpoint=pair.checkpoint, teacher=pair.teacher, beside=(), cache="cache", **settings):
-        given = replace(config, **settings)
         options = {"beside": beside, "cache": tmp_path / cache, "progress": False}
-        return evaluate_model(checkpoint, teacher, tmp_path / name, given, **options)
+        return evaluate_model(checkpoint, teacher, tmp_path / name, replace(config, **settings), **options)
 
     return run
+
+
+@pytest.fixture
+def others(make_source, tmp_path):
+    """Folders of a softmax model of another seed, and of its conversion."""
+    other, _ = make_source(name="other", seed=1, num_key_value_heads=2)
+    settings = {"attention_window": 3, "attention_sinks": 1, "branch_scale_init": 0.4}
+    return other, convert_model(other, tmp_path / "other-dijiang", progress=False, **settings)
 
 
 @pytest.fixture
@@ -54,15 +62,15 @@ def drawings_of(monkeypatch):
     """drawings_of(module): a dict to be filled, by file name, with the axes of what the module draws."""
 
     def watch(module) -> dict[str, np.ndarray]:
-        kept, draw = {}, module.drawn
+        panels, draw = {}, module.drawn
 
         @contextmanager
-        def keep(path, *args, **options):
+        def watched(path, *args, **options):
             with draw(path, *args, **options) as drawing:
-                kept[path.stem] = np.atleast_1d(drawing[1])
+                panels[path.stem] = np.atleast_1d(drawing[1])
                 yield drawing
 
-        monkeypatch.setattr(module, "drawn", keep)
-        return kept
+        monkeypatch.setattr(module, "drawn", watched)
+        return panels
 
     return watch

@@ -18,10 +18,10 @@ import lm_eval.evaluator
 import lm_eval.tasks
 
 from dijiang.convert import load_source
-from dijiang.evaluate.quality import lm_eval_runner as harness
-from dijiang.evaluate.quality.lm_eval_runner import TASK_SETS, harness_scores, load_tasks, resolve_tasks
+from dijiang.evaluate.quality import lm_eval_runner
+from dijiang.evaluate.quality.lm_eval_runner import TASK_SETS, lm_eval_scores, load_tasks, resolve_tasks
 
-FILES = Path(__file__).parent / "tasks"
+FILES = Path(__file__).parent / "lm_eval_files"
 CONTEXT = 64  # of the models of `pair`
 WORDS = ["the", "cat", "sat", "on", "mat", "and", "rat"]
 
@@ -82,7 +82,7 @@ def loaded(tokenizer, *names: str, context: int = CONTEXT, **settings) -> list:
 
 def by_hand(folder: Path, name: str, **settings) -> dict:
     """lm-eval as a user would run it on a checkpoint, by transformers' own classes."""
-    with harness.quiet():
+    with lm_eval_runner.quiet():
         manager = lm_eval.tasks.TaskManager(include_path=str(FILES), include_defaults=False)
         model_args = f"pretrained={folder},dtype=float32"
         options = {"model_args": model_args, "device": "cpu", "task_manager": manager, "bootstrap_iters": 0, **settings}
@@ -126,7 +126,7 @@ def test_choices_equal_lm_eval_by_hand_and_a_loop_without_it(pair, tokenizer, wh
     folder, done = getattr(pair, which), []
     model = load_source(folder)[0]
     (task,) = loaded(tokenizer, "choices")
-    found = harness_scores(model, tokenizer, task, batch_size=4, advance=done.append)
+    found = lm_eval_scores(model, tokenizer, task, batch_size=4, advance=done.append)
     assert found["metric"] == "acc" and found["weights"] == [1.0] * 23 and 0 < sum(found["totals"]) < 23
     documents = documents_of("choices")
     asked = [[(x["question"], f" {choice}") for choice in x["choices"]] for x in documents]
@@ -150,7 +150,7 @@ def test_examples_in_prompts_and_limit_equal_lm_eval_by_hand(pair, tokenizer):
         theirs = by_hand(pair.checkpoint, "choices", num_fewshot=1, limit=13, fewshot_random_seed=seed)["samples"]["choices"]
         for _ in range(2):  # the second model is asked the same
             done = []
-            found = harness_scores(model, tokenizer, task, advance=done.append)
+            found = lm_eval_scores(model, tokenizer, task, advance=done.append)
             assert found["totals"] == [x["acc"] for x in theirs] and sum(done) == task.tokens
         totals.add(task.settings["hash"])
     assert len(totals) == 2  # other examples
@@ -170,7 +170,7 @@ def test_generation_equals_lm_eval_by_hand_and_a_loop_without_it(pair, tokenizer
     assert (task.metric, task.chance, task.better) == ("exact_match", 0.0, "higher")
     for batch_size in (1, 5):  # the prompts of a batch are padded on the left
         done = []
-        found = harness_scores(model, tokenizer, task, batch_size=batch_size, advance=done.append)
+        found = lm_eval_scores(model, tokenizer, task, batch_size=batch_size, advance=done.append)
         assert found["totals"] == [float(i % 3 > 0) for i in range(12)]
         assert sum(done) == task.tokens == sum(len(tokenizer(x["question"])["input_ids"]) + 6 for x in documents)
     theirs = by_hand(folder, "continued")["samples"]["continued"]
@@ -186,7 +186,7 @@ def test_choices_of_contexts_and_padding(pair, tokenizer, data, seed):
     expected = right_by_loop(model, tokenizer, asked, [x["answer"] for x in documents])
     assert 0 < sum(expected) < 17
     for batch_size in (1, 4):
-        assert harness_scores(model, tokenizer, task, batch_size=batch_size)["totals"] == expected
+        assert lm_eval_scores(model, tokenizer, task, batch_size=batch_size)["totals"] == expected
 
 
 def test_near_ties_in_bfloat16_are_told_apart_in_float32(pair, tokenizer, data):
@@ -200,7 +200,7 @@ def test_near_ties_in_bfloat16_are_told_apart_in_float32(pair, tokenizer, data):
     assert near[-1][0] < 0.3  # nats, of which bfloat16 tells eighths apart from 16 on, and quarters from 32
     data("blanks", [document for _, document in near])
     (task,) = loaded(tokenizer, "blanks")
-    assert harness_scores(model, tokenizer, task, batch_size=1)["totals"] == [1.0] * 15
+    assert lm_eval_scores(model, tokenizer, task, batch_size=1)["totals"] == [1.0] * 15
 
 
 def test_the_model_and_the_tokenizer_stay_as_they_are(pair, tokenizer):
@@ -208,7 +208,7 @@ def test_the_model_and_the_tokenizer_stay_as_they_are(pair, tokenizer):
     before = {name: (tensor.data_ptr(), tensor.dtype, tensor.clone()) for name, tensor in model.state_dict().items()}
     config, vocabulary = model.config.to_dict(), len(tokenizer)
     for task in loaded(tokenizer, "choices", "continued", limit=3):
-        harness_scores(model, tokenizer, task, batch_size=2)
+        lm_eval_scores(model, tokenizer, task, batch_size=2)
     for name, tensor in model.state_dict().items():
         pointer, dtype, value = before[name]
         assert tensor.data_ptr() == pointer and tensor.dtype == dtype and torch.equal(tensor, value)
@@ -222,16 +222,16 @@ def test_the_model_and_the_tokenizer_stay_as_they_are(pair, tokenizer):
 def test_groups_give_lm_evals_own_mean(pair, tokenizer):
     model = load_source(pair.checkpoint)[0]
     by_task, by_document = loaded(tokenizer, "by_task", "by_document")
-    single = {task.name: harness_scores(model, tokenizer, task)["totals"] for task in loaded(tokenizer, "choices", "blanks")}
+    single = {task.name: lm_eval_scores(model, tokenizer, task)["totals"] for task in loaded(tokenizer, "choices", "blanks")}
     means = {name: sum(totals) / len(totals) for name, totals in single.items()}
     assert means["choices"] != means["blanks"]
 
-    found = harness_scores(model, tokenizer, by_document)
+    found = lm_eval_scores(model, tokenizer, by_document)
     assert found["totals"] == single["choices"] + single["blanks"] and found["weights"] == [1.0] * 34
     assert found["aggregated"]["by_document"]["acc,none"] == pytest.approx(sum(found["totals"]) / 34)
     assert found["aggregated"]["blanks"]["acc,none"] == pytest.approx(means["blanks"])
 
-    found = harness_scores(model, tokenizer, by_task)
+    found = lm_eval_scores(model, tokenizer, by_task)
     assert sum(found["totals"]) / sum(found["weights"]) == pytest.approx((means["choices"] + means["blanks"]) / 2)
     assert found["totals"] == pytest.approx([x / 23 for x in single["choices"]] + [x / 11 for x in single["blanks"]])
     own = by_hand(pair.checkpoint, "by_task")["results"]["by_task"]["acc,none"]
@@ -254,7 +254,7 @@ def test_documents_that_do_not_fit_are_counted(pair, tokenizer, data, monkeypatc
     At the limit nothing is cut: the last token is only predicted, and what is generated needs room. Where something is,
     lm-eval says so to its log.
     """
-    monkeypatch.setattr(harness, "quiet", nullcontext)
+    monkeypatch.setattr(lm_eval_runner, "quiet", nullcontext)
     model = load_source(pair.teacher)[0]
     choices = [" cat", " mat on"]
     longest = max(len(tokenizer(choice)["input_ids"]) for choice in choices)
@@ -267,7 +267,7 @@ def test_documents_that_do_not_fit_are_counted(pair, tokenizer, data, monkeypatc
         for task in loaded(tokenizer, "choices", "continued"):
             assert task.truncated == truncated
             caplog.clear()
-            found = harness_scores(model, tokenizer, task, batch_size=2)
+            found = lm_eval_scores(model, tokenizer, task, batch_size=2)
             assert ("runcati" in caplog.text) == bool(truncated)
             assert found["truncated"] == truncated and len(found["totals"]) == task.documents
 
@@ -307,7 +307,7 @@ def test_a_template_that_cannot_be_filled_in_is_refused(tokenizer, data, tmp_pat
     path.parent.mkdir()
     path.write_text(yaml.safe_dump(content | {"doc_to_choice": "{{nowhere.nothing}}"}), encoding="utf-8")
     found, manager = resolve_tasks([str(path)])
-    message = r"^the prompts of the task choices cannot be made \(.*\); mend its file$"
+    message = r"^the prompts of the task choices cannot be made \(.*\); fix its file$"
     with pytest.raises(ValueError, match=message):
         load_tasks(found, manager, tokenizer, context=CONTEXT)
 
@@ -322,7 +322,7 @@ SHIPPED = ("piqa", "winogrande", "super_glue", "arc", "logiqa", "siqa", "hellasw
 @pytest.fixture(scope="module")
 def library():
     root = Path(lm_eval.tasks.__file__).parent
-    with harness.quiet():
+    with lm_eval_runner.quiet():
         return lm_eval.tasks.TaskManager(include_path=[root / name for name in SHIPPED], include_defaults=False)
 
 
@@ -395,12 +395,15 @@ def test_a_generation_longer_than_the_context_is_refused(tokenizer):
 
 def test_without_lm_eval_or_its_library(refused, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(harness, "find_spec", lambda name: None)
+        patch.setattr(lm_eval_runner, "find_spec", lambda name: None)
         message = r"^these tasks run by lm_eval and accelerate, missing here; run: pip install 'dijiang\[eval\]'$"
         refused(tmp_path, lambda: resolve_tasks(["piqa"]), message)
     monkeypatch.delitem(sys.modules, "evaluate", raising=False)
-    monkeypatch.syspath_prepend(str(Path(harness.__file__).parents[1]))  # as `python -m dijiang` in the repository does
-    message = "^lm-eval needs the library `evaluate`, and Python finds the folder .*evaluate in its place; start from another"
+    repository = Path(lm_eval_runner.__file__).parents[2]
+    monkeypatch.syspath_prepend(str(repository))  # as `python -m dijiang` in the repository does
+    message = (
+        rf"^lm-eval needs the library `evaluate`, and Python finds the folder {repository}/evaluate in its place; start from"
+    )
     refused(tmp_path, lambda: resolve_tasks(["piqa"]), message)
 
 
@@ -412,10 +415,15 @@ def test_nothing_is_printed_and_what_was_silenced_speaks_again(pair, tokenizer, 
     model, before = load_source(pair.checkpoint)[0], (logging.getLogger("lm_eval").level, tqdm.__init__)
     capfd.readouterr()
     for task in loaded(tokenizer, "choices", "continued", limit=2):
-        harness_scores(model, tokenizer, task)
+        lm_eval_scores(model, tokenizer, task)
     assert capfd.readouterr() == ("", "")
     assert (logging.getLogger("lm_eval").level, tqdm.__init__) == before
-    with pytest.raises(KeyError), harness.quiet():
-        logging.getLogger("lm_eval").error("still told")
-        raise KeyError
+
+    def fail_in_silence():
+        with lm_eval_runner.quiet():
+            logging.getLogger("lm_eval").error("errors are still shown")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_in_silence()
     assert (logging.getLogger("lm_eval").level, tqdm.__init__) == before

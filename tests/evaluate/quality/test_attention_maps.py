@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from dijiang_testing.model_checks import rows
-from matplotlib import image as images
 from transformers import AutoModelForCausalLM
 
 from dijiang.convert import load_source
@@ -25,7 +24,6 @@ from dijiang.evaluate.quality.attention_maps import (
     unpack_map,
     visible,
 )
-from dijiang.evaluate.report import map_figures
 from dijiang.modeling import DiJiangConfig
 from dijiang.modeling.linear_attention_layer import DiJiangLinearAttention
 
@@ -308,6 +306,7 @@ def test_measured_numbers_are_those_of_the_models_own_maps(pair, tokens):
     source = AutoModelForCausalLM.from_pretrained(pair.teacher, attn_implementation="eager").eval()
     with torch.no_grad():
         theirs = source(ids, output_attentions=True).attentions
+    assert [*result["layers"][0]["distance"]] == ["student", "performer", "window_sinks"]
     for i, measured in enumerate(result["layers"]):
         assert (measured["layer"], measured["layer_type"]) == (i, "linear_attention")
         (q, k, _), own = capture(teacher, ids)[i], capture(student, ids)[i]
@@ -315,7 +314,7 @@ def test_measured_numbers_are_those_of_the_models_own_maps(pair, tokens):
         maps = {
             "student": attention_map(student.model.layers[i].self_attn, *own[:2]).double().numpy(),
             "performer": performer_map(q, k, features=16, seed=i).double().numpy(),
-            "window_only": softmax_map(q, k, seen_by(25, 4, 2)),
+            "window_sinks": softmax_map(q, k, seen_by(25, 4, 2)),
         }
         for side, weights in maps.items():
             expected = np.abs(weights - exact).sum(-1).mean((0, 2)) / 2
@@ -344,12 +343,12 @@ def test_a_model_is_at_no_distance_from_itself(pair, tokens):
         assert all(measured[name]["teacher"] == measured[name]["student"] for name in SIDES)
 
 
-def test_controls_are_measured_as_they_are(pair, tokens):
+def test_ablations_are_measured_as_they_are(pair, tokens):
     """A first layer, whose inputs are the teacher's, is the training-free softmax without its linear branch."""
     teacher, student = load_source(pair.teacher)[0], load_source(pair.checkpoint)[0]
     with window_only(student):
         layers = measure_maps(teacher, student, tokens(25))["layers"]
-    np.testing.assert_allclose(layers[0]["distance"]["student"], layers[0]["distance"]["window_only"], atol=2e-5)
+    np.testing.assert_allclose(layers[0]["distance"]["student"], layers[0]["distance"]["window_sinks"], atol=2e-5)
     assert all(layer["beyond_window"]["student"] == [0.0] * 4 for layer in layers)
     with linear_only(student):
         alone = measure_maps(teacher, student, tokens(25))["layers"]
@@ -367,67 +366,3 @@ def test_models_of_other_shapes_are_refused(pair, make_source, tokens, refused, 
     teacher, _ = load_source(pair.teacher)
     message = "^teacher and student have 3 layers of 4 heads and 2 layers of 4 heads; compare a student with the teacher that"
     refused(tmp_path, lambda: measure_maps(other, teacher, tokens(8)), message)
-
-
-# --- figures ---
-
-
-def test_figures_show_the_result(pair, make_source, tokens, tmp_path, drawings_of):
-    folder, _ = make_source(num_attention_heads=16, num_hidden_layers=3)
-    settings = {"layer_types": ["linear_attention"] * 3, "attention_window": 4, "attention_sinks": 2, "branch_scale_init": 0.5}
-    teacher, student = load_source(folder)[0], load_source(folder, **settings)[0]
-    result = measure_maps(teacher, student, tokens(25), keep_layers=2, keep_tokens=19)
-    assert list(result["maps"]) == ["0", "2"]
-    (tmp_path / "figures").mkdir()
-    drawings = drawings_of(map_figures)
-    paths = map_figures.draw_maps(result, tmp_path / "figures")
-    assert [path.stem for path in paths] == ["attention_maps", "attention_heads", "effective_context", "map_distance"]
-    assert sorted(paths) == sorted((tmp_path / "figures").iterdir())
-    assert all(np.ptp(images.imread(path)) > 0.5 for path in paths)
-
-    panels = drawings["attention_maps"]
-    assert panels.shape == (2, 3)
-    for row, (layer, record) in zip(panels, result["maps"].items(), strict=True):
-        scales = set()
-        for axes, side in zip(row, ("teacher", "student", "performer"), strict=True):
-            (image,) = axes.get_images()
-            np.testing.assert_allclose(image.get_array().filled(0.0), unpack_map(record[side]).mean(0))
-            scales.add((image.norm.gamma, image.norm.vmin, image.norm.vmax))
-            distance = result["layers"][int(layer)]["distance"]
-            assert axes.get_xlabel() == ("" if side == "teacher" else f"distance {np.mean(distance[side]):.2f}")
-        assert len(scales) == 1 and scales.pop()[:2] == (0.5, 0)
-    panels = drawings["attention_heads"]
-    assert panels.shape == (3, 8)
-    heads = [int(axes.get_title().removeprefix("head ")) for axes in panels[0]]
-    assert (heads[0], heads[-1]) == (0, 15) and len(set(heads)) == 8
-    for row, side in zip(panels, ("teacher", "student", "performer"), strict=True):
-        for axes, head in zip(row, heads, strict=True):
-            shown = axes.get_images()[0].get_array().filled(0.0)
-            np.testing.assert_allclose(shown, unpack_map(result["maps"]["2"][side])[head])
-    measures = ("effective_context", "effective_context_past_sinks", "beyond_window")
-    for axes, measure in zip(drawings["effective_context"], measures, strict=True):
-        for side, line in zip(("teacher", "student"), axes.get_lines(), strict=False):
-            np.testing.assert_allclose(line.get_ydata(), [np.median(layer[measure][side]) for layer in result["layers"]])
-    lines = {line.get_label(): line.get_ydata() for line in drawings["map_distance"][0].get_lines()}
-    for label, side in (
-        ("DiJiang", "student"),
-        ("Performer", "performer"),
-        ("window + sinks only, no training", "window_only"),
-    ):
-        np.testing.assert_allclose(lines[label], [np.median(layer["distance"][side]) for layer in result["layers"]])
-
-
-def test_figures_of_a_student_without_window(pair, tokens, tmp_path, drawings_of):
-    settings = {"layer_types": ["linear_attention", "full_attention"], "attention_window": 0, "attention_sinks": 0}
-    student = load_source(pair.teacher, feature_map="relu", **settings)[0]
-    result = measure_maps(load_source(pair.teacher)[0], student, tokens(25))
-    assert result["features"] == 8  # which relu does not pair
-    assert [layer["layer_type"] for layer in result["layers"]] == ["linear_attention", "full_attention"]
-    assert all("window_only" not in layer["distance"] for layer in result["layers"])
-    assert all(layer["beyond_window"]["teacher"] == pytest.approx([1.0] * 4, abs=1e-4) for layer in result["layers"])
-    drawings = drawings_of(map_figures)
-    map_figures.draw_maps(result, tmp_path)
-    assert {line.get_label() for line in drawings["map_distance"][0].get_lines()} == {"DiJiang", "Performer"}
-    assert len(drawings["effective_context"]) == 1
-    outlines = [bool(row[1].get_lines()) for row in drawings["attention_maps"]]
-    assert outlines == [True, False]  # only a linear layer has a linear branch

@@ -1,4 +1,4 @@
-"""Controls equal models built without the part that they take away, and leave the model as it was."""
+"""Ablations equal models built without the part that they take away, and leave the model as it was."""
 
 import pytest
 import torch
@@ -25,10 +25,10 @@ def model(pair):
 
 def rebuilt(model, **config) -> DiJiangForCausalLM:
     """A model of another config with all of `model`'s weights that fit."""
-    made = DiJiangForCausalLM(DiJiangConfig(**{**model.config.to_diff_dict(), **config})).eval()
-    report = made.load_state_dict(model.state_dict(), strict=False)
+    other = DiJiangForCausalLM(DiJiangConfig(**{**model.config.to_diff_dict(), **config})).eval()
+    report = other.load_state_dict(model.state_dict(), strict=False)
     assert not report.missing_keys
-    return made
+    return other
 
 
 @torch.no_grad()
@@ -44,29 +44,29 @@ def test_window_only_is_softmax_on_window_and_sinks(model, tokens):
     query, key = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
     seen = (key <= query) & ((query - key < WINDOW) | (key < SINKS))
     mask = torch.zeros(2, 1, LENGTH, LENGTH).masked_fill(~seen, torch.finfo(torch.float32).min)
-    with window_only(model) as control:
-        found = logits(control, ids)
-    assert (found - logits(softmax, ids, attention_mask={"full_attention": mask})).abs().max() < 1e-4
-    assert (found - logits(softmax, ids)).abs().max() > 0.1  # the window matters
-    assert (found - logits(model, ids)).abs().max() > 0.1  # the linear branch was heard
+    with window_only(model) as ablated:
+        without_part = logits(ablated, ids)
+    assert (without_part - logits(softmax, ids, attention_mask={"full_attention": mask})).abs().max() < 1e-4
+    assert (without_part - logits(softmax, ids)).abs().max() > 0.1  # the window matters
+    assert (without_part - logits(model, ids)).abs().max() > 0.1  # the linear branch was heard
 
 
 def test_linear_only_is_a_model_without_window(model, tokens):
     ids = tokens(LENGTH)
     without = rebuilt(model, attention_window=0, attention_sinks=0)
-    with linear_only(model) as control:
-        found = logits(control, ids)
-    assert torch.equal(found, logits(without, ids))
-    assert (found - logits(model, ids)).abs().max() > 0.1
-    with window_only(model) as control:
-        assert (found - logits(control, ids)).abs().max() > 0.1
+    with linear_only(model) as ablated:
+        without_part = logits(ablated, ids)
+    assert torch.equal(without_part, logits(without, ids))
+    assert (without_part - logits(model, ids)).abs().max() > 0.1
+    with window_only(model) as ablated:
+        assert (without_part - logits(ablated, ids)).abs().max() > 0.1
 
 
 def test_linear_only_of_a_fresh_conversion(pair, tokens, tmp_path):
     settings = {"attention_window": 0, "attention_sinks": 0}
     without = load_source(convert_model(pair.teacher, tmp_path / "out", progress=False, **settings))[0]
-    with linear_only(load_source(pair.checkpoint)[0]) as control:
-        assert torch.equal(logits(control, tokens(LENGTH)), logits(without, tokens(LENGTH)))
+    with linear_only(load_source(pair.checkpoint)[0]) as ablated:
+        assert torch.equal(logits(ablated, tokens(LENGTH)), logits(without, tokens(LENGTH)))
 
 
 def test_no_attention_is_a_model_whose_output_projections_are_zero(model, tokens):
@@ -75,14 +75,14 @@ def test_no_attention_is_a_model_whose_output_projections_are_zero(model, tokens
     with torch.no_grad():
         for layer in without.model.layers:
             layer.self_attn.o_proj.weight.zero_()
-    with no_attention(model) as control:
-        found = logits(control, ids)
-    assert torch.equal(found, logits(without, ids))
+    with no_attention(model) as ablated:
+        without_part = logits(ablated, ids)
+    assert torch.equal(without_part, logits(without, ids))
     shuffled = ids.clone()
     shuffled[:, :-1] = ids[:, :-1].flip(1)
-    with no_attention(model) as control:  # the last token knows nothing of those before it
-        assert torch.equal(logits(control, shuffled)[:, -1], found[:, -1])
-    assert (found - logits(model, ids)).abs().max() > 0.1
+    with no_attention(model) as ablated:  # the last token knows nothing of those before it
+        assert torch.equal(logits(ablated, shuffled)[:, -1], without_part[:, -1])
+    assert (without_part - logits(model, ids)).abs().max() > 0.1
 
 
 def test_no_attention_leaves_full_layers_alone(pair, tokens):
@@ -90,12 +90,12 @@ def test_no_attention_leaves_full_layers_alone(pair, tokens):
     with torch.no_grad():
         expected = load_source(pair.teacher)[0]
         expected.model.layers[1].self_attn.o_proj.weight.zero_()
-    with no_attention(hybrid) as control:
-        assert torch.allclose(logits(control, tokens(LENGTH)), logits(expected, tokens(LENGTH)), atol=1e-5)
+    with no_attention(hybrid) as ablated:
+        assert torch.allclose(logits(ablated, tokens(LENGTH)), logits(expected, tokens(LENGTH)), atol=1e-5)
 
 
-@pytest.mark.parametrize("control", [window_only, linear_only, no_attention])
-def test_the_model_is_itself_again(model, tokens, control):
+@pytest.mark.parametrize("ablation", [window_only, linear_only, no_attention])
+def test_the_model_is_itself_again(model, tokens, ablation):
     ids = tokens(LENGTH)
     before, weights = logits(model, ids), {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -104,19 +104,19 @@ def test_the_model_is_itself_again(model, tokens, control):
         assert {(layer.self_attn.window, layer.self_attn.sinks) for layer in model.model.layers} == {(WINDOW, SINKS)}
         assert torch.equal(logits(model, ids), before)
 
-    with control(model) as controlled:
-        assert controlled is model and not torch.equal(logits(model, ids), before)
+    with ablation(model) as ablated:
+        assert ablated is model and not torch.equal(logits(model, ids), before)
     check()
-    with pytest.raises(KeyError), control(model):
+    with pytest.raises(KeyError), ablation(model):
         raise KeyError
     check()
 
 
-def test_controls_hold_while_decoding(model, tokens):
+def test_ablations_hold_while_decoding(model, tokens):
     """Token by token through the cache, as all at once."""
     ids = tokens(LENGTH)
-    for control in (window_only, linear_only, no_attention):
-        with control(model), torch.no_grad():
+    for ablation in (window_only, linear_only, no_attention):
+        with ablation(model), torch.no_grad():
             whole, cache, steps = logits(model, ids), None, []
             for t in range(LENGTH):
                 output = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
@@ -125,11 +125,11 @@ def test_controls_hold_while_decoding(model, tokens):
         assert (torch.cat(steps, dim=1) - whole).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("control", [window_only, linear_only, no_attention])
-def test_softmax_models_have_nothing_to_take_away(pair, tokens, control):
+@pytest.mark.parametrize("ablation", [window_only, linear_only, no_attention])
+def test_softmax_models_have_nothing_to_take_away(pair, tokens, ablation):
     teacher = load_source(pair.teacher)[0]
     expected = logits(teacher, tokens(LENGTH))
-    with control(teacher):
+    with ablation(teacher):
         assert torch.equal(logits(teacher, tokens(LENGTH)), expected)
 
 

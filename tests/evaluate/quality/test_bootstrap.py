@@ -26,7 +26,7 @@ def test_interval_is_scipys(seed):
     assert found["high"] == pytest.approx(expected.high, abs=0.08 * width)
 
 
-def test_subjects_are_drawn_together():
+def test_variants_are_drawn_together():
     """A student that loses 0.5 on every unit has a difference without spread, whatever the units' own spread."""
     totals = np.random.default_rng(3).normal(3.0, 2.0, 50)
     means = resampled_means({"teacher": scores(totals), "student": scores(totals + 0.5)})

@@ -1,0 +1,145 @@
+"""Scores of every variant and attention maps, each kept in a cache as soon as it is measured."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from dijiang.checkpoint.provenance import versions
+from dijiang.common.progress import progress_bar
+from dijiang.common.result_cache import ResultCache, code_fingerprint
+from dijiang.common.text import tokenizer_fingerprint
+
+from .attention_maps import measure_maps
+from .task_base import Task
+from .variants import Comparison, Variant, zero_share
+
+# scores and maps pass through these packages, so they are measured again when one of them changes
+MEASURING_CODE = (
+    "dijiang.evaluate.quality",
+    "dijiang.evaluate.feature_map_study.inputs",
+    "dijiang.modeling",
+    "dijiang.convert",
+    "dijiang.checkpoint",
+    "dijiang.common",
+)
+MAP_COST = 20  # forward passes that take as long as the arithmetic of the maps
+
+
+@dataclass(kw_only=True)
+class Measurement:
+    """
+    What was measured now or came from the cache.
+
+    Attributes:
+        scores: by key of the task and of the variant; each has the model's sparsity in `zeros`.
+        maps: what `measure_maps` returns; None if maps were left out.
+        reused: number of results that came from the cache.
+    """
+
+    scores: dict[str, dict[str, dict]]
+    maps: dict | None = None
+    reused: int = 0
+
+
+def measure(
+    tasks: Sequence[Task], map_rows: torch.Tensor | None, comparison: Comparison, cache: ResultCache, *, progress: bool
+) -> Measurement:
+    """
+    Measure every task on every variant, and attention maps.
+
+    Args:
+        tasks: rows of the evaluation.
+        map_rows: token ids (1, T) for the maps; None to leave them out.
+        comparison: the models.
+        cache: results come from it if they were measured before, and are put into it one by one.
+        progress: show a bar on stderr.
+    """
+    environment = environment_of(comparison)
+    found = Measurement(scores={task.key: {} for task in tasks})
+    todo: list[tuple[Variant, Task, dict]] = []
+    for variant in comparison.variants():
+        for task in tasks if variant.left_out is None else ():
+            facts = score_facts(task, variant, comparison) | environment
+            if (scores := cache.get(facts)) is None:
+                todo.append((variant, task, facts))
+            else:
+                found.scores[task.key][variant.key] = scores
+                found.reused += 1
+    map_facts = map_cost = None
+    if map_rows is not None:
+        models = {key: comparison.identity[key] for key in ("teacher", "student")}
+        map_facts = {"kind": "maps", "rows": map_rows.tolist(), "models": models, **environment}
+        found.maps = cache.get(map_facts)
+        found.reused += found.maps is not None
+        map_cost = MAP_COST * map_rows.numel() if found.maps is None else None
+
+    total = sum(task.cost for _, task, _ in todo) + (map_cost or 0)
+    with progress_bar("evaluating", total, shown=progress) as advance:
+        for model, work in groupby(todo, key=lambda item: item[0].model):
+            advance(0, f"loading {model}")
+            measure_model(model, list(work), comparison, cache, found.scores, advance)
+        if map_cost is not None:
+            advance(0, "attention maps")
+            found.maps = maps_of(comparison, map_rows, lambda share: advance(share * map_cost))
+            cache.put(map_facts, found.maps)
+    return found
+
+
+def measure_model(
+    model_name: str,
+    work: list[tuple[Variant, Task, dict]],
+    comparison: Comparison,
+    cache: ResultCache,
+    scores: dict[str, dict[str, dict]],
+    advance: Callable[..., None],
+) -> None:
+    """Load one model, and put the scores of its variants into `scores` and the cache, each task with its facts."""
+    with comparison.loaded(model_name) as model:
+        zeros = zero_share(model)
+        for variant, task, facts in work:
+            advance(0, f"{variant.key}: {task.name}")
+            done = 0
+
+            def count(tokens: int) -> None:
+                nonlocal done
+                done += tokens
+                advance(tokens)
+
+            with variant.ablation(model):
+                result = task.run(model, scores[task.key].get("teacher"), count)
+            advance(task.cost - done)
+            result["zeros"] = zeros
+            cache.put(facts, result)
+            scores[task.key][variant.key] = result
+
+
+def maps_of(comparison: Comparison, rows: torch.Tensor, advance: Callable[[float], None]) -> dict:
+    """`measure_maps` of teacher and student; `advance` is called with the share done since the last call."""
+    with comparison.loaded("teacher") as teacher, comparison.loaded("student") as student:
+        layers = teacher.config.num_hidden_layers
+        return measure_maps(teacher, student, rows.to(comparison.device), advance=lambda count: advance(count / layers))
+
+
+def score_facts(task: Task, variant: Variant, comparison: Comparison) -> dict:
+    """All that the scores of a task on a variant depend on besides the environment: their key in the cache."""
+    # a model that is measured as it is scores the same in any role, except the teacher in tasks that ask it for the answers
+    as_it_is = variant.key in comparison.sources and not (task.asks_teacher and variant.key == "teacher")
+    facts = {"kind": task.kind, "settings": task.settings, "variant": "as it is" if as_it_is else variant.key}
+    facts["model"] = comparison.identity[variant.model]
+    if task.asks_teacher:
+        facts["teacher"] = comparison.identity["teacher"]
+    return facts
+
+
+def environment_of(comparison: Comparison) -> dict:
+    """Code, versions, dtype, device and tokenizer, which all results depend on."""
+    return {
+        "code": code_fingerprint(*MEASURING_CODE),
+        "versions": versions(),
+        "dtype": str(comparison.dtype),
+        "device": comparison.device,
+        "tokenizer": tokenizer_fingerprint(comparison.tokenizer),
+        "special_tokens": {key: str(value) for key, value in comparison.tokenizer.special_tokens_map.items()},
+    }
