@@ -1,9 +1,15 @@
 """Perplexity: how a text is cut into windows, and how many nats a model loses on each of their tokens."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOGIT_ROWS = 1024  # tokens whose logits over the whole vocabulary are in memory at a time
 MOST_NATS = 700.0  # per token; exp of more exceeds a float
@@ -60,7 +66,7 @@ def target_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def token_losses(model: torch.nn.Module, tokens: torch.Tensor, start: int = 1) -> torch.Tensor:
+def token_losses(model: PreTrainedModel, tokens: torch.Tensor, start: int = 1) -> torch.Tensor:
     """
     -log p of each of tokens[start:], in nats, given all tokens before it.
 
@@ -78,7 +84,7 @@ def token_losses(model: torch.nn.Module, tokens: torch.Tensor, start: int = 1) -
     return torch.cat([target_losses(head(rows), targets) for rows, targets in pieces]).cpu()
 
 
-def perplexity(model: torch.nn.Module, blocks: torch.Tensor) -> float:
+def perplexity(model: PreTrainedModel, blocks: torch.Tensor) -> float:
     """exp of the mean next-token cross-entropy of blocks (blocks, tokens) int64, each without its first token, on its own."""
     nats = sum(token_losses(model, block).double().sum().item() for block in blocks)
     return perplexity_of(nats / (blocks.shape[0] * (blocks.shape[1] - 1)))
