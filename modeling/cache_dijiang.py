@@ -1,30 +1,40 @@
-"""The cache: constant-size states for linear layers beside transformers' own growing or sliding layers for softmax ones."""
+"""The cache: constant-size states for linear layers, transformers' own growing or sliding layers for softmax ones."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from .configuration_dijiang import DiJiangConfig
+from .linear_state import LinearState
+
 
 class LinearStateLayer(CacheLayerMixin):
-    """One linear layer's `LinearState`. It cannot forget single tokens, so `crop` is refused."""
+    """The `LinearState` of one linear layer. It cannot forget single tokens, so `crop` is refused."""
 
     is_sliding = False
     is_compileable = False
     is_croppable = False
     supports_early_init = False
+    state: LinearState | None
+    seen: int
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.reset()
 
-    def lazy_initialization(self, *args, **kwargs):
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def update(self, *args, **kwargs):
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError("a linear layer's cache takes update_state(state, tokens), not keys and values")
 
-    def update_state(self, state, tokens: int) -> None:
+    def update_state(self, state: LinearState, tokens: int) -> None:
         """Replace the state by the one after `tokens` more tokens."""
-        self.state, self.seen, self.is_initialized = state.compact(), self.seen + tokens, True
+        self.state = state.compact()
+        self.seen += tokens
+        self.is_initialized = True
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -37,17 +47,19 @@ class LinearStateLayer(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length  # its name up to transformers 5.9
 
-    def crop(self, *args, **kwargs):
+    def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError("a linear-attention state cannot be cropped: tokens already in it cannot be taken out")
 
     def reset(self) -> None:
-        self.state, self.seen, self.is_initialized = None, 0, False
+        self.state = None
+        self.seen = 0
+        self.is_initialized = False
 
-    def _map(self, fn) -> None:
+    def _map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.state is not None:
             self.state = self.state.map(fn)
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     batch_select_indices = reorder_cache
@@ -59,12 +71,13 @@ class LinearStateLayer(CacheLayerMixin):
 class DiJiangCache(Cache):
     """One cache layer per decoder layer, by `config.layer_types`."""
 
-    def __init__(self, config):
-        layers = []
+    def __init__(self, config: DiJiangConfig):
+        layers: list[Any] = []
         for layer_type in config.layer_types:
             if layer_type == "linear_attention":
                 layers.append(LinearStateLayer())
             elif layer_type == "sliding_attention":
+                assert config.sliding_window is not None  # the config refuses sliding layers without it
                 layers.append(DynamicSlidingWindowLayer(sliding_window=config.sliding_window))
             else:
                 layers.append(DynamicLayer())
@@ -72,10 +85,10 @@ class DiJiangCache(Cache):
 
     def memory_bytes(self) -> int:
         """Bytes of memory held, for all layers and sequences of the batch."""
-        tensors = []
+        tensors: list[torch.Tensor] = []
         for layer in self.layers:
             if isinstance(layer, LinearStateLayer):
                 tensors += [] if layer.state is None else layer.state.tensors()
-            elif layer.is_initialized:
-                tensors += [layer.keys, layer.values]
+            elif isinstance(layer, CacheLayerMixin):
+                tensors += [x for x in (layer.keys, layer.values) if x is not None]
         return sum(x.untyped_storage().nbytes() for x in tensors)

@@ -1,7 +1,7 @@
-"""Configuration of a DiJiang model: one decoder shape for every source family, and what each linear layer is made of."""
+"""Configuration of a DiJiang model: one decoder shape for every source family, and the settings of its linear layers."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PretrainedConfig
@@ -22,8 +22,15 @@ CHOICES = {
     "decay": ("none", "retnet", "learned"),
     "output_norm": ("none", "group_norm"),
 }
-# the classes of all feature maps by name. `register_feature_map` fills it when their files, which need torch, are imported
+# classes by name. This file may not import torch, so `register_feature_map` fills it when the files of the maps are imported
 FEATURE_MAPS: dict[str, Any] = {}
+# the type of a field that may be None until `__post_init__` fills it, so that whoever reads it never meets None
+Type = TypeVar("Type")
+if TYPE_CHECKING:
+    Filled = Annotated[Type, "filled by __post_init__"]
+else:
+    Filled = Type | None
+LATER: Any = None
 
 
 @strict
@@ -36,26 +43,29 @@ class DiJiangConfig(PretrainedConfig):
     first `attention_sinks` tokens, and through its feature map to every token in between.
 
     Args (of a linear layer):
-        feature_map: name of a registered map, see `feature_map_base.py`. `cosformer` counts positions up to max_position_embeddings;
-            `identity` is plain q.k and needs normalize=False.
-        feature_dim: m, features per head before pairing; `None` means the head size, which is all that maps without weights
-            (`elu`, `cosformer`, `identity`) know.
+        feature_map: name of a registered map, see feature_map_base.py. `cosformer` counts positions up to
+            max_position_embeddings; `identity` is plain q.k and needs normalize=False.
+        feature_dim: m, features per head before pairing. `None` means the head size, the only value for maps without weights
+            (`elu`, `cosformer`, `identity`).
         feature_activation: `exp` (the paper's, equation 12) or `softmax` over the features of one row.
         feature_pairs: use [z, -z] instead of z, which doubles the feature size.
-        key_scale: weigh each key in the state by exp(u.k + b), learnt per key/value head: features normalised by a softmax
+        key_scale: weigh each key in the state by exp(u.k + b), learned per key/value head: features normalized by a softmax
             cannot tell an important key from an unimportant one.
         feature_seed: seed of the maps' initial weights; layer i draws from `feature_seed + i`.
-        learn_features: train the maps' weights; the paper's released code keeps them as they were drawn.
+        learn_features: train the maps' weights; the paper's released code leaves them as they were drawn.
         scale_features: scale queries and keys by head_dim**-0.25 each before the map, so that it faces softmax's own logits.
         radial: law of the initial radii: `normal` (the paper's) or `chi` (unbiased for d > 1).
         dct_direction: `forward` (the paper's text) or `inverse` (its released code).
         decay: `none`, `retnet` (fixed per head) or `learned` (per head, from the same start).
-        decay_spans: tokens that the state of the first and of the last key/value head looks back, 1 / (1 - gamma); heads
-            between are spread evenly on a logarithmic scale, a single one takes the first. Default: RetNet's [32, 512].
+        decay_spans: tokens that the state of the first and of the last key/value head looks back, 1 / (1 - gamma). Heads
+            between are spread evenly on a logarithmic scale; a single head takes the first. Default: RetNet's [32, 512].
+        attention_window: W, the last tokens that are attended to exactly, the query's own included.
+        attention_sinks: S, the first tokens that are attended to exactly.
         normalize: divide by the sum of the weights; needed whenever there is a window or sinks.
-        branch_scale_init: start of the bias b in the linear branch's log-scale c(q) = w.q + b. The default keeps the branch
-            silent, so that an unaligned model is exactly window + sinks.
-        output_norm, output_gate: GroupNorm and SiLU gate on the heads' output, as in RetNet and the paper's code.
+        branch_scale_init: start of the bias b in the linear branch's log-scale c(q) = w.q + b. By default the branch starts
+            with no weight, so that an unaligned model is exactly window + sinks.
+        output_norm: `group_norm` on the heads' output, as in RetNet and the paper's code, or `none`.
+        output_gate: SiLU gate on the heads' output, as in RetNet and the paper's code.
 
     Raises:
         ValueError: on an unknown choice or settings that contradict one another.
@@ -69,8 +79,8 @@ class DiJiangConfig(PretrainedConfig):
     intermediate_size: int = 2048
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: Filled[int] = LATER
+    head_dim: Filled[int] = LATER
     hidden_act: str = "silu"
     mlp_type: str = "gated"
     mlp_bias: bool = False
@@ -79,9 +89,9 @@ class DiJiangConfig(PretrainedConfig):
     parallel_residual: bool = False
     attention_bias: bool = False
     max_position_embeddings: int = 2048
-    rope_parameters: dict | None = None
+    rope_parameters: Filled[dict] = LATER
     sliding_window: int | None = None
-    layer_types: list[str] | None = None
+    layer_types: Filled[list[str]] = LATER
     initializer_range: float | int = 0.02
     tie_word_embeddings: bool = False
     use_cache: bool = True
@@ -90,7 +100,7 @@ class DiJiangConfig(PretrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     feature_map: str = "wdcf"
-    feature_dim: int | None = None
+    feature_dim: Filled[int] = LATER
     feature_activation: str = "softmax"
     feature_pairs: bool = True
     key_scale: bool = True
@@ -100,7 +110,7 @@ class DiJiangConfig(PretrainedConfig):
     radial: str = "normal"
     dct_direction: str = "forward"
     decay: str = "none"
-    decay_spans: list[float | int] | None = None
+    decay_spans: Filled[list[float | int]] = LATER
     attention_window: int = 64
     attention_sinks: int = 4
     normalize: bool = True
@@ -108,7 +118,7 @@ class DiJiangConfig(PretrainedConfig):
     output_norm: str = "none"
     output_gate: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -122,11 +132,11 @@ class DiJiangConfig(PretrainedConfig):
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
 
-    def __eq__(self, other) -> bool:
-        # the inherited one ignores attributes outside the fields, or tells a saved and loaded config from the original
+    def __eq__(self, other: object) -> bool:
+        # by the inherited method, attributes outside the fields do not count, or a saved and loaded config is not the original
         return isinstance(other, PretrainedConfig) and self.to_dict() == other.to_dict()
 
-    def validate_choices(self):
+    def validate_choices(self) -> None:
         """Raise ValueError on a value outside its list, or on sizes that do not fit."""
         for key, allowed in CHOICES.items():
             if getattr(self, key) not in allowed:
@@ -150,8 +160,8 @@ class DiJiangConfig(PretrainedConfig):
         if not math.isfinite(self.branch_scale_init):
             raise ValueError(f"branch_scale_init={self.branch_scale_init} must be finite")
 
-    def validate_branches(self):
-        """Raise ValueError where window, sinks and normalisation contradict one another."""
+    def validate_branches(self) -> None:
+        """Raise ValueError if window, sinks and normalization contradict one another."""
         if self.attention_window < 0 or self.attention_sinks < 0:
             raise ValueError(
                 f"attention_window={self.attention_window} and attention_sinks={self.attention_sinks} must not be negative"
@@ -161,7 +171,7 @@ class DiJiangConfig(PretrainedConfig):
         if self.attention_window and not self.normalize:
             raise ValueError("normalize=false needs attention_window=0: the softmax window shares the denominator")
 
-    def validate_feature_map(self):
+    def validate_feature_map(self) -> None:
         """
         Raise ValueError on an unknown feature map, or on one with negative features under a denominator. Where only this file
         is imported no map is known, so nothing is checked before `build_feature_map` calls this again.
@@ -176,6 +186,7 @@ class DiJiangConfig(PretrainedConfig):
 
     @property
     def has_linear_layers(self) -> bool:
+        """Whether any layer is a linear one."""
         return "linear_attention" in self.layer_types
 
 

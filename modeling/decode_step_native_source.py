@@ -1,4 +1,4 @@
-"""The C source of decode_step_native.py. It is held in a Python file because transformers copies only those with a model."""
+"""The C source of decode_step_native.py, in a Python file because transformers copies no other files with a model."""
 
 SOURCE = r"""
 #include <math.h>

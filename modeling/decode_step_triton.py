@@ -1,6 +1,6 @@
 """
-One decoding step of a settled linear layer in one Triton kernel: what `attend_step` of linear_layer.py does in fifty torch
-calls, each of which a GPU must be asked for. Where the kernel does not apply or does not compile, torch does the work.
+One decoding step of a settled linear layer in one Triton kernel: what `attend_step` of linear_attention_layer.py does in fifty
+torch calls, each of which launches a kernel. Where this one does not apply or does not compile, torch does the work.
 
 B batch, H query heads, G key/value heads, R = H / G, d head size, m rows of a feature map's matrix, M features (2 m if
 paired, else m), S sinks, W window, N = S + W.
@@ -8,6 +8,7 @@ paired, else m), S sinks, W window, N = S + W.
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -28,7 +29,7 @@ try:
     missing = ""
 except Exception as error:  # a broken driver raises other things than ImportError
 
-    def jit(function):
+    def jit(function: Callable) -> Callable:
         return function
 
     constexpr = None
@@ -37,28 +38,34 @@ except Exception as error:  # a broken driver raises other things than ImportErr
 logger = logging.get_logger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LARGEST_HEAD, MOST_FEATURES = 256, 2048
-# programs that a launch has at least, where splitting the values allows it: one for each multiprocessor of an H100
+LARGEST_HEAD = 256
+MOST_FEATURES = 2048
+# least programs of a launch, where splitting the values allows it: one for each multiprocessor of an H100
 PROGRAMS = 132
-# columns of a slice of the values are at least so many: 64 bytes of a row of the state
+# least columns of a slice of the values: 64 bytes of a row of the state
 SMALLEST_SLICE = 16
-# elements of a float32 tile that a program holds at once, a power of two, and what four of its warps hold easily
-TILE, SMALL_TILE = 4096, 2048
+# elements of a float32 tile that a program holds at once, a power of two
+TILE = 4096
+# elements of a tile that four warps of a program hold easily
+SMALL_TILE = 2048
 kernel = OptionalKernel("the Triton kernel", work="decoding steps run", fallback="on torch")
 
 
+# the kernels have no types, since Triton gives annotations of parameters a meaning of its own
 @jit
-def clamp(x, limit):
+def clamp(x, limit):  # type: ignore[no-untyped-def]
     """x within -limit .. limit; lets NaN through, as torch does."""
     return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
 
 
 @jit
-def features(x, matrix, radii, log_weights, scale, limit, unit, m: constexpr, d: constexpr, PAIRS: constexpr,
-             SOFTMAX: constexpr, NB: constexpr, BM: constexpr, BD: constexpr):  # fmt: skip
+def features(  # type: ignore[no-untyped-def]
+    x, matrix, radii, log_weights, scale, limit, unit,
+    m: constexpr, d: constexpr, PAIRS: constexpr, SOFTMAX: constexpr, NB: constexpr, BM: constexpr, BD: constexpr,
+):  # fmt: skip
     """
-    A map's features of one row x (BD,), of one head: those of z = scale T (C x), and those of -z if PAIRS. Each is
-    (NB, BM) float32, row r of C at [r // BM, r % BM], zero behind the last.
+    Features of one row x (BD,) of one head: those of z = scale T (C x), and those of -z if PAIRS. Each is (NB, BM) float32,
+    the one of row r of C at [r // BM, r % BM], zero behind the last.
     """
     columns, within = tl.arange(0, BD), tl.arange(0, BM)
     block = tl.arange(0, NB)[:, None]
@@ -91,16 +98,16 @@ def features(x, matrix, radii, log_weights, scale, limit, unit, m: constexpr, d:
 
 
 @jit
-def shifted(old, token, place, columns, owned, S: constexpr, N: constexpr, d: constexpr):
-    """Rows `place` (BN,) of a window after `token` (columns,) came in at its end and the oldest left it, in columns owned."""
-    there = (place < N - 1)[:, None] & owned[None, :]
-    source = tl.where(place < S, place, place + 1)
-    rows = tl.load(old + source[:, None] * d + columns[None, :], mask=there, other=0.0)
-    return tl.where((place == N - 1)[:, None], token[None, :], rows)
+def shifted(old, token, rows, columns, owned, S: constexpr, N: constexpr, d: constexpr):  # type: ignore[no-untyped-def]
+    """`rows` (BN,) of a window after `token` (columns,) came in at its end and the oldest left it, in columns owned."""
+    inside = (rows < N - 1)[:, None] & owned[None, :]
+    source = tl.where(rows < S, rows, rows + 1)
+    shifted_rows = tl.load(old + source[:, None] * d + columns[None, :], mask=inside, other=0.0)
+    return tl.where((rows == N - 1)[:, None], token[None, :], shifted_rows)
 
 
 @jit
-def step_kernel(
+def step_kernel(  # type: ignore[no-untyped-def]
     q, k, v, state, window_k, window_v, tokens, new_state, new_window_k, new_window_v, new_tokens, o,
     C_q, T_q, D_q, C_k, T_k, D_k, key_weight, key_bias, branch_weight, branch_bias, log_rate,
     q_stride, k_stride, v_stride, scale, scaling, limit, key_limit, unit, tiny,
@@ -108,8 +115,8 @@ def step_kernel(
     SHARED: constexpr, SUMS: constexpr, NB: constexpr, BM: constexpr, BD: constexpr, BV: constexpr, BN: constexpr,
 ):  # fmt: skip
     """
-    Program (b H + h, s): the output of query head h in values s BV .. (s + 1) BV. Programs of one key/value head compute the
-    same new state; that of the first query head stores it.
+    Program (b H + h, s): the output of query head h in values s BV .. (s + 1) BV. All programs of one key/value head compute
+    the new state; that of the first query head stores it.
     """
     h, s = tl.program_id(0) % H, tl.program_id(1)
     b, g = (tl.program_id(0) // H).to(tl.int64), h // R
@@ -147,7 +154,7 @@ def step_kernel(
 
     # state: S = exp(-rate) S + phi(k) (v, 1)^T, and what the query reads of it
     if log_rate is not None:
-        kept = tl.exp(-tl.exp(tl.load(log_rate + g).to(tl.float32)))
+        fading = tl.exp(-tl.exp(tl.load(log_rate + g).to(tl.float32)))
     products, weights = tl.zeros((BM, BV), tl.float32), tl.zeros((BM,), tl.float32)
     for i in range(NB):
         chosen = tl.arange(0, NB)[:, None] == i
@@ -156,52 +163,52 @@ def step_kernel(
         for half in tl.static_range(2 if PAIRS else 1):
             p = tl.sum(tl.where(chosen, p_first if half == 0 else p_second, 0.0), 0)
             a = tl.sum(tl.where(chosen, a_first if half == 0 else a_second, 0.0), 0)
-            place = (own * M + half * m + rows) * width
-            at, here = place[:, None] + values[None, :], inside[:, None] & owned[None, :]
-            tile = tl.load(state + at, mask=here, other=0.0)
+            row = (own * M + half * m + rows) * width
+            at, mask = row[:, None] + values[None, :], inside[:, None] & owned[None, :]
+            tile = tl.load(state + at, mask=mask, other=0.0)
             if log_rate is not None:
-                tile *= kept
+                tile *= fading
             tile += p[:, None] * value[None, :]
             if stores:
-                tl.store(new_state + at, tile, mask=here)
+                tl.store(new_state + at, tile, mask=mask)
             products += a[:, None] * tile
             if SUMS:
-                sums = tl.load(state + place + d, mask=inside, other=0.0)
+                sums = tl.load(state + row + d, mask=inside, other=0.0)
                 if log_rate is not None:
-                    sums *= kept
+                    sums *= fading
                 sums += p
                 if stores_sums:
-                    tl.store(new_state + place + d, sums, mask=inside)
+                    tl.store(new_state + row + d, sums, mask=inside)
                 weights += a * sums
-    found = tl.sum(products, 0)
+    output = tl.sum(products, 0)
     if SUMS:
         total = tl.sum(weights)
         total = tl.where(total < tiny, tiny, total)
-        found /= total
+        output /= total
 
     # the linear branch is one more key of the window's softmax
     if W > 0:
         c = tl.load(branch_weight + h * d + columns, mask=real, other=0.0).to(tl.float32)
         top = tl.log(total) + scale * tl.sum(c * query) + tl.load(branch_bias + h).to(tl.float32)
         norm = tl.full([], 1.0, tl.float32)
-        mine = real & (columns >= s * BV) & (columns < (s + 1) * BV)
+        slice_k = real & (columns >= s * BV) & (columns < (s + 1) * BV)
         for start in range(0, N, BN):
-            place = start + tl.arange(0, BN)
-            there = place < N
-            at = (own * N + place) * d
-            keys = shifted(window_k + own * N * d, new_key, place, columns, real, S, N, d)
-            near = shifted(window_v + own * N * d, new_value, place, values, owned, S, N, d)
+            rows = start + tl.arange(0, BN)
+            inside = rows < N
+            at = (own * N + rows) * d
+            keys = shifted(window_k + own * N * d, new_key, rows, columns, real, S, N, d)
+            slice_v = shifted(window_v + own * N * d, new_value, rows, values, owned, S, N, d)
             if stores:
-                tl.store(new_window_k + at[:, None] + columns[None, :], keys, mask=there[:, None] & mine[None, :])
-                tl.store(new_window_v + at[:, None] + values[None, :], near, mask=there[:, None] & owned[None, :])
-            scores = tl.where(there, scaling * tl.sum(keys.to(tl.float32) * query[None, :], 1), -float("inf"))
+                tl.store(new_window_k + at[:, None] + columns[None, :], keys, mask=inside[:, None] & slice_k[None, :])
+                tl.store(new_window_v + at[:, None] + values[None, :], slice_v, mask=inside[:, None] & owned[None, :])
+            scores = tl.where(inside, scaling * tl.sum(keys.to(tl.float32) * query[None, :], 1), -float("inf"))
             higher = tl.maximum(top, tl.max(scores))
             share, scores = tl.exp(top - higher), tl.exp(scores - higher)
             norm = norm * share + tl.sum(scores)
-            found = found * share + tl.sum(scores[:, None] * near.to(tl.float32), 0)
+            output = output * share + tl.sum(scores[:, None] * slice_v.to(tl.float32), 0)
             top = higher
-        found /= norm
-    tl.store(o + (b * H + h) * d + values, found, mask=owned)
+        output /= norm
+    tl.store(o + (b * H + h) * d + values, output, mask=owned)
     if (h == 0) & (s == 0):
         tl.store(new_tokens + b, tl.load(tokens + b) + 1)
 
@@ -215,7 +222,9 @@ def launch_sizes(B: int, H: int, d: int, m: int, N: int) -> dict[str, int]:
     """Blocks of `step_kernel` and the warps of a program."""
     BD = power_of_two(max(d, SMALLEST_SLICE))
     rows = max(TILE // BD, 16)
-    BM, BN, BV = min(power_of_two(m), rows), min(power_of_two(max(N, 16)), 2 * rows), BD
+    BM = min(power_of_two(m), rows)
+    BN = min(power_of_two(max(N, 16)), 2 * rows)
+    BV = BD
     while B * H * -(-d // BV) < PROGRAMS and BV > SMALLEST_SLICE:
         BV //= 2
     NB = power_of_two(-(-m // BM))
@@ -251,7 +260,8 @@ def triton_step(
 
 def applies(weights: StepWeights, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: LinearState) -> bool:
     """Whether the kernel takes these sizes and dtypes; torch reports what does not fit together."""
-    (B, _, H, d), G, dtype = q.shape, k.shape[2], q.dtype
+    (B, _, H, d), G = q.shape, k.shape[2]
+    dtype = q.dtype
     N = weights.sinks + weights.window
     return (
         d <= LARGEST_HEAD

@@ -1,13 +1,17 @@
 """Parts of the decoder that every layer type shares: norm, rotary positions, MLP and the projections around attention."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
+from .configuration_dijiang import DiJiangConfig
+
 
 class DiJiangRMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, the statistics in float32 (arXiv 1910.07467)."""
+    """Root mean square norm (arXiv 1910.07467), x / rms(x) * weight over the last axis, the statistics in float32."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -19,7 +23,7 @@ class DiJiangRMSNorm(nn.Module):
         return self.weight * (x.float() * scale).to(x.dtype)
 
 
-def build_norm(config) -> nn.Module:
+def build_norm(config: DiJiangConfig) -> nn.Module:
     """The norm that `config.norm_type` names, over the hidden size."""
     if config.norm_type == "rms_norm":
         return DiJiangRMSNorm(config.hidden_size, eps=config.norm_eps)
@@ -32,7 +36,9 @@ class DiJiangRotaryEmbedding(nn.Module):
     `forward(x, position_ids)` with position_ids (B, T) returns cos and sin, (B, T, rotary size) in x's dtype.
     """
 
-    def __init__(self, config):
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: DiJiangConfig):
         super().__init__()
         self.config = config
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
@@ -44,7 +50,9 @@ class DiJiangRotaryEmbedding(nn.Module):
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     @staticmethod
-    def compute_default_rope_parameters(config, device=None, **kwargs) -> tuple[torch.Tensor, float]:
+    def compute_default_rope_parameters(
+        config: DiJiangConfig, device: torch.device | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, float]:
         """Plain rotary frequencies theta^(-2i / size) and no attention scaling; transformers calls it by this name."""
         rope = config.rope_parameters
         size = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
@@ -62,18 +70,19 @@ class DiJiangRotaryEmbedding(nn.Module):
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the leading features of x (B, T, heads, d) by cos, sin (B, T, rotary size); the rest passes unchanged."""
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+    rotary, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = rotary.chunk(2, dim=-1)
+    rotated = rotary * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
 
 class DiJiangMLP(nn.Module):
     """`gated`: down(act(gate(x)) * up(x)), as LLaMA; `plain`: down(act(up(x))), as GPT-NeoX."""
 
-    def __init__(self, config):
+    def __init__(self, config: DiJiangConfig):
         super().__init__()
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        hidden, inner = config.hidden_size, config.intermediate_size
+        bias = config.mlp_bias
         self.gate_proj = nn.Linear(hidden, inner, bias=bias) if config.mlp_type == "gated" else None
         self.up_proj = nn.Linear(hidden, inner, bias=bias)
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
@@ -85,13 +94,15 @@ class DiJiangMLP(nn.Module):
 
 
 class ProjectedAttention(nn.Module):
-    """Base of all attention layers: the query, key, value and output projections, named alike whatever the source family."""
+    """Base of all attention layers: their four projections, under the same names for every source family."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: DiJiangConfig, layer_idx: int):
         super().__init__()
-        self.config, self.layer_idx = config, layer_idx
+        self.config = config
+        self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         hidden, bias = config.hidden_size, config.attention_bias
@@ -100,9 +111,12 @@ class ProjectedAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, self.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=bias)
 
-    def project(self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]):
+    def project(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, T, hidden) -> q (B, T, H, d), k and v (B, T, G, d), rotary positions applied to q and k."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (proj(hidden_states).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        turned = rotate(torch.cat((q, k), dim=2), *position_embeddings)
-        return *turned.split((self.num_heads, self.num_key_value_heads), dim=2), v
+        rotated = rotate(torch.cat((q, k), dim=2), *position_embeddings)
+        q, k = rotated.split((self.num_heads, self.num_key_value_heads), dim=2)
+        return q, k, v

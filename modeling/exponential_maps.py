@@ -5,15 +5,17 @@ B batch, T tokens, H heads, d head size, m features, M features after pairing.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from .configuration_dijiang import DiJiangConfig
 from .feature_map_base import MAX_EXPONENT, FeatureMap, register_feature_map
 from .frequency import frequency_matrix, low_discrepancy, radii
 
-# up to so many rows per head, a matrix of its own for each head costs more to set up than it saves
+# up to this number of rows per head, a matrix of its own for each head costs more to set up than it saves
 FEW_ROWS = 16
 
 
@@ -52,7 +54,7 @@ class ExponentialMap(FeatureMap):
     is_one_matrix = True
 
     def factors(self) -> Factors:
-        """Today's factors, see `Factors`."""
+        """The factors of the current exponents."""
         raise NotImplementedError
 
     def directions(self) -> torch.Tensor:
@@ -65,7 +67,7 @@ class ExponentialMap(FeatureMap):
     def center(self, mean: torch.Tensor) -> None:
         if self.factors()[2] is not None:
             z = self.project(mean[None, None], self.directions())[0, 0]
-            self.log_D.copy_(torch.cat((-z, z), dim=-1) if self.pairs else -z)
+            self.get_parameter("log_D").copy_(torch.cat((-z, z), dim=-1) if self.pairs else -z)
 
     def matrix(self, scale: float = 1.0) -> Exponents:
         """The exponents of scale * x. Pairing appends -W, which makes the kernel even."""
@@ -78,7 +80,7 @@ class ExponentialMap(FeatureMap):
         return self.project(x, *self.matrix(scale))
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
-        z = self.exponents(x, scale).permute(2, 0, 1, 3)  # the order they have in memory
+        z = self.exponents(x, scale).permute(2, 0, 1, 3)  # the order in memory
         if self.activation == "softmax":
             phi = z.softmax(dim=-1)
         else:
@@ -94,8 +96,9 @@ class WDCF(ExponentialMap):
     """
 
     settings = (*FeatureMap.settings, "radial", "dct_direction")
+    C: torch.Tensor
 
-    def __init__(self, config, num_heads: int, seed: int):
+    def __init__(self, config: DiJiangConfig, num_heads: int, seed: int):
         super().__init__(config, num_heads, seed)
         self.add_parameters(T=(self.feature_dim,), log_D=(self.size,))
         self.register_buffer("C", torch.empty(self.size, self.head_dim, dtype=torch.float32), persistent=False)
@@ -106,11 +109,11 @@ class WDCF(ExponentialMap):
         values = {"T": radii(uniform, self.head_dim, self.radial), "log_D": torch.zeros(self.size)}
         return values | {"C": torch.cat((C, -C)) if self.pairs else C}
 
-    def _apply(self, fn, recurse=True):
-        kept = self.C  # a cosine table rounded to half precision would be another map
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "WDCF":
+        table = self.C  # rounded to half precision it would be another map
         super()._apply(fn, recurse)
-        if self.C.dtype != torch.float32 and kept.device.type != "meta":
-            self.C = kept.to(self.C.device)
+        if self.C.dtype != torch.float32 and table.device.type != "meta":
+            self.C = table.to(self.C.device)
         return self
 
     def factors(self) -> Factors:
@@ -119,11 +122,11 @@ class WDCF(ExponentialMap):
     def exponents(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         if x.shape[0] * x.shape[1] > FEW_ROWS:
             return super().exponents(x, scale)
-        # C x is shared by the heads, T turns it into each head's own
+        # one C for all heads, whose exponents differ by T
         z = F.linear(x.float(), self.C)
         halves = (self.num_heads, self.size // self.feature_dim, self.feature_dim)
-        _, T, log_D = self.factors()
-        log_D, T = log_D.float().view(halves), T.float().unsqueeze(1)
+        log_D = self.weight("log_D").float().view(halves)
+        T = self.weight("T").float().unsqueeze(1)
         return torch.addcmul(log_D, z.view(*z.shape[:2], *halves), T, value=scale).flatten(-2)
 
 
@@ -136,7 +139,7 @@ class PFF(ExponentialMap):
 
     settings = (*FeatureMap.settings, "radial")
 
-    def __init__(self, config, num_heads: int, seed: int):
+    def __init__(self, config: DiJiangConfig, num_heads: int, seed: int):
         super().__init__(config, num_heads, seed)
         self.add_parameters(T=(self.feature_dim,), V=(self.feature_dim, self.head_dim))
 
@@ -154,7 +157,7 @@ class PFF(ExponentialMap):
 class WPFF(PFF):
     """Weighted positive fixed features, phi(x) = D * exp(T V x) (equation 10), D = exp(log_D) (H, M). Shapes as `PFF`."""
 
-    def __init__(self, config, num_heads: int, seed: int):
+    def __init__(self, config: DiJiangConfig, num_heads: int, seed: int):
         super().__init__(config, num_heads, seed)
         self.add_parameters(log_D=(self.size,))
 
@@ -165,8 +168,8 @@ class WPFF(PFF):
 @register_feature_map("ldcf")
 class LDCF(WPFF):
     """
-    Learnt discrete cosine features, phi(x) = D * exp(T V x): WDCF whose directions V (H, m, d) train. They start as the rows
-    of the DCT, so that an untrained `ldcf` is `wdcf`; training moves them. Shapes as `PFF`.
+    Learned discrete cosine features, phi(x) = D * exp(T V x): WDCF whose directions V (H, m, d) train. They start as the rows
+    of the DCT, so that an untrained `ldcf` is `wdcf`. Shapes as `PFF`.
     """
 
     settings = (*WPFF.settings, "dct_direction")
@@ -184,7 +187,7 @@ class PRF(ExponentialMap):
     standard normal. Input (B, T, H, d), output (B, T, H, M). Unbiased for exp(q.k) with activation `exp`.
     """
 
-    def __init__(self, config, num_heads: int, seed: int):
+    def __init__(self, config: DiJiangConfig, num_heads: int, seed: int):
         super().__init__(config, num_heads, seed)
         self.add_parameters(W=(self.feature_dim, self.head_dim))
         self.is_one_matrix = self.activation == "softmax"
@@ -212,7 +215,7 @@ class Hedgehog(ExponentialMap):
 
     settings = ("feature_dim", "feature_activation", "feature_pairs", "learn_features")
 
-    def __init__(self, config, num_heads: int, seed: int):
+    def __init__(self, config: DiJiangConfig, num_heads: int, seed: int):
         super().__init__(config, num_heads, seed)
         self.add_parameters(W=(self.feature_dim, self.head_dim))
 

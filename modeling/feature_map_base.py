@@ -1,6 +1,6 @@
 """
-What every feature map shares: features phi: R^d -> R^M with phi(q).phi(k) standing in for exp(q.k) (DiJiang, arXiv 2403.19928,
-section 3), or for q.k itself.
+The base of all feature maps, and their registration. A map's features phi: R^d -> R^M are such that phi(q).phi(k) approximates
+exp(q.k) (DiJiang, arXiv 2403.19928, section 3), or q.k itself. A new map is a class under `@register_feature_map`.
 
 B batch, T tokens, H heads, d head size, m features, M features after pairing (2m if `pairs`, else m).
 """
@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .configuration_dijiang import FEATURE_MAPS
+from .configuration_dijiang import FEATURE_MAPS, DiJiangConfig
 
-# exponents of phi(q), phi(k) and of a key's weight stay inside this range: the product of all three, summed over millions of
+# bound of the exponents of phi(q), phi(k) and of a key's weight, so that the product of all three, summed over millions of
 # tokens, is finite in float32
 MAX_EXPONENT = 20.0
 
@@ -41,22 +41,26 @@ class FeatureMap(nn.Module):
     Args:
         config: a `DiJiangConfig`.
         num_heads: H, heads that get their own copy of the weights (query heads or key/value heads).
-        seed: of the initial weights; equal seeds give equal weights in every head, so phi(q) and phi(k) start as one map.
+        seed: seed of the initial weights. Equal seeds give equal weights in every head, so that phi(q) and phi(k) start equal.
     """
 
-    # the settings of `DiJiangConfig` that a map uses
-    settings = ("feature_dim", "feature_activation", "feature_pairs", "feature_seed", "learn_features")
-    # whether `forward` must be given positions (B, T), integers: how many real tokens of its sequence came before each
+    # the settings of `DiJiangConfig` that the map uses
+    settings: tuple[str, ...] = ("feature_dim", "feature_activation", "feature_pairs", "feature_seed", "learn_features")
+    # whether `forward` needs positions (B, T), integers: how many real tokens of its sequence came before each token
     needs_positions = False
-    # whether no feature is ever negative; a map without this is only for layers that divide by no sum of weights
+    # whether no feature is ever negative; other maps are for layers that do not divide by the sum of the weights
     positive = True
 
-    def __init__(self, config, num_heads: int, seed: int):
+    def __init__(self, config: DiJiangConfig, num_heads: int, seed: int):
         super().__init__()
-        self.num_heads, self.seed = num_heads, seed
-        self.head_dim, self.feature_dim = config.head_dim, config.feature_dim
-        self.activation, self.pairs = config.feature_activation, config.feature_pairs
-        self.radial, self.direction = config.radial, config.dct_direction
+        self.num_heads = num_heads
+        self.seed = seed
+        self.head_dim = config.head_dim
+        self.feature_dim = config.feature_dim
+        self.activation = config.feature_activation
+        self.pairs = config.feature_pairs
+        self.radial = config.radial
+        self.direction = config.dct_direction
         self.learned = config.learn_features
 
     @property
@@ -65,7 +69,7 @@ class FeatureMap(nn.Module):
         return self.feature_dim * (2 if self.pairs else 1)
 
     def initial_values(self) -> dict[str, torch.Tensor]:
-        """Start of each parameter, shaped as one head's; buffers are named here too."""
+        """Initial values by name: of parameters in the shape of one head, and of buffers."""
         return {}
 
     def add_parameters(self, **shapes: tuple[int, ...]) -> None:
@@ -75,12 +79,12 @@ class FeatureMap(nn.Module):
             self.register_parameter(name, nn.Parameter(value, requires_grad=self.learned))
 
     def weight(self, name: str) -> torch.Tensor:
-        """A parameter as `forward` uses it: loading a checkpoint sets requires_grad on all, so that cannot keep one fixed."""
+        """A parameter as `forward` uses it: detached if it does not train, since loading sets requires_grad on all of them."""
         return getattr(self, name) if self.learned else getattr(self, name).detach()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fill parameters and buffers from the seed; parameters already loaded from a checkpoint are left as they are."""
+        """Fill parameters and buffers from the seed, but for parameters that a checkpoint has filled."""
         with torch.device("cpu"):
             values = self.initial_values()
         for name, value in values.items():
@@ -92,8 +96,8 @@ class FeatureMap(nn.Module):
 
     def center(self, mean: torch.Tensor) -> None:
         """
-        Start the weights log_D so that the map acts on x - mean, mean (H, d). A no-op for maps without such weights, which
-        must learn it.
+        Set the weights log_D so that the map acts on x - mean, mean (H, d). Without effect on maps that have no such weights
+        and must learn to do so.
         """
 
     def project(
@@ -103,5 +107,5 @@ class FeatureMap(nn.Module):
         matrix = matrix.float() if scale == 1.0 else matrix.float() * scale
         z = torch.bmm(x.float().flatten(0, 1).transpose(0, 1), matrix.transpose(1, 2))
         z = z if bias is None else z.add_(bias.float().unsqueeze(1))
-        # the heads stay outermost in memory, which is how linear attention wants them
+        # the heads stay outermost in memory, where linear attention reads them fastest
         return z.unflatten(1, x.shape[:2]).permute(1, 2, 0, 3)

@@ -1,7 +1,7 @@
 """
-Causal linear attention over features, written three times: `naive` (the formula, quadratic, the oracle), `chunk`
-(matrix products, linear, differentiable; linear_attention_chunk.py) and `recurrent` (one step after another, for decoding). On a
-GPU flash-linear-attention's kernels take the place of `chunk` where they are installed.
+Causal linear attention over features, written three times: `naive` (the formula, quadratic, the oracle), `chunk` (matrix
+products, linear, differentiable; linear_attention_chunk.py) and `recurrent` (one token after another, for decoding). On a GPU
+flash-linear-attention's kernels replace `chunk` where they are installed.
 
 B batch, T tokens, H query heads, G key/value heads (G divides H; query head h reads key/value head h * G // H), R = H // G,
 m features, d value size. State: S_t = exp(g_t) S_{t-1} + k_t v_t^T and o_t = q_t S_t, in float32 whatever the inputs are.
@@ -86,7 +86,7 @@ def linear_attention(  # noqa: PLR0913 - the arguments that fla's operations hav
         q, k, v, log_decay=log_decay, sums=normalize, state=initial_state, cu_seqlens=cu_seqlens, mode=mode, backend=backend,
         chunk_size=chunk_size,
     )  # fmt: skip
-    if normalize:
+    if total is not None:
         o = o / total.clamp_min(TINY).unsqueeze(-1).to(o.dtype)
     return o.to(v.dtype), state if output_final_state else None
 

@@ -1,7 +1,7 @@
 """
 The chunk form of linear attention: quadratic inside a block of C tokens, one state handed from block to block, everything a
-matrix product (arXiv 2307.08621, section 2.1; 2312.06635, section 3). Long inputs go through it piece by piece, so that what
-lies between the products stays in the processor's cache.
+matrix product (arXiv 2307.08621, section 2.1; 2312.06635, section 3). Long inputs are computed piece by piece, so that
+intermediate results stay in the processor's cache.
 
 B batch, T tokens, G key/value heads, R query heads per key/value head, m features, d value size, N blocks in a piece.
 """
@@ -11,20 +11,21 @@ from dataclasses import dataclass
 import torch
 
 CHUNK_SIZE = 64
-# tokens per piece: of 128 .. 4096 the fastest on CPUs (benchmarks/attention.py --pieces)
+# tokens per piece: the fastest of 128 .. 4096 on CPUs (benchmarks/attention.py --pieces)
 PIECE = 512
-# a GPU wants long pieces; they only bound the memory
+# on a GPU long pieces are faster; they only bound the memory
 PIECE_ON_GPU = 8192
 
 
 class Workspace:
     """
-    Buffers that the pieces of one call share, by name. Calling it gives a tensor for `out=`, or None, which means a new one,
-    where gradients may need what earlier pieces left.
+    Buffers that the pieces of one call share, by name. A call returns a tensor for `out=`, or None, which stands for a new
+    tensor, where gradients may need the buffers of earlier pieces.
     """
 
     def __init__(self, like: torch.Tensor):
-        self.like, self.buffers = like, {}
+        self.like = like
+        self.buffers: dict[str, torch.Tensor] = {}
         self.active = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
     def __call__(self, name: str, *shape: int) -> torch.Tensor | None:
@@ -54,7 +55,7 @@ class DecayTables:
 
     @classmethod
     def of(cls, log_decay: torch.Tensor, blocks: int) -> "DecayTables":
-        """From log-decays (B, G, N, C), where N is `blocks`, or 1 if all blocks are alike."""
+        """From log-decays (B, G, N, C), where N is `blocks`, or 1 if all blocks have the same."""
         total = log_decay.cumsum(-1)
         last = total[..., -1:]
         ends = last.expand(-1, -1, blocks, -1).cumsum(2)
@@ -74,47 +75,85 @@ def differences(total: torch.Tensor) -> torch.Tensor:
     return (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(~causal, -torch.inf).exp()
 
 
-def chunk_linear_attention(q, k, v, log_decay, state, *, sums: bool, chunk_size: int | None = None):
+def chunk_linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    state: torch.Tensor,
+    *,
+    sums: bool,
+    chunk_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """
+    Linear attention in blocks of C tokens.
+
     Args:
-        q: (B, G, R, T, m); k: (B, G, T, m); v: (B, G, T, d). Their products are taken in their own dtype.
+        q: (B, G, R, T, m). Products of q, k and v are computed in their own dtype.
+        k: (B, G, T, m).
+        v: (B, G, T, d).
         log_decay: (B, G, T) per token, (1, G, 1) constant, or None.
         state: (B, G, m, d), or (B, G, m, d + 1) if `sums`, float32. It and every sum over blocks stay float32.
-        sums: also return the sums of weights, of which the state keeps the last column.
-        chunk_size: C.
+        sums: also return the sums of weights; the last column of the state then sums the keys.
+        chunk_size: C. Default: CHUNK_SIZE.
 
     Returns:
         numerator (B, G, R, T, d), sums of weights float32 (B, G, R, T) or None, state.
     """
     T, d = v.shape[2:]
     C = min(chunk_size or CHUNK_SIZE, T)
-    whole, step = T - T % C, max((PIECE if q.is_cpu else PIECE_ON_GPU) // C, 1) * C
+    whole = T - T % C
+    step = max((PIECE if q.is_cpu else PIECE_ON_GPU) // C, 1) * C
     pieces = [(start, min(start + step, whole)) for start in range(0, whole, step)] + [(whole, T)] * (whole < T)
-    state, key_sum = (state[..., :d], state[..., d:]) if sums else (state, None)
-    numerators, totals, tables, table_shape, work = [], [], None, None, Workspace(q)
+    key_sum = state[..., d:] if sums else None
+    state = state[..., :d]
+    numerators: list[torch.Tensor] = []
+    totals: list[torch.Tensor] = []
+    work = Workspace(q)
+    tables = table_shape = None
     for start, end in pieces:
         size = min(C, end - start)
         blocks = (end - start) // size
         if log_decay is not None and log_decay.shape[2] > 1:
             tables = DecayTables.of(log_decay[:, :, start:end].unflatten(2, (blocks, size)), blocks)
         elif log_decay is not None and table_shape != (blocks, size):
-            tables, table_shape = DecayTables.of(log_decay[..., None].expand(-1, -1, 1, size), blocks), (blocks, size)
-        piece = (q[:, :, :, start:end], k[:, :, start:end], v[:, :, start:end])
-        numerator, total, state, key_sum = attend_to_piece(*piece, tables, state, key_sum, blocks, work)
+            tables = DecayTables.of(log_decay[..., None].expand(-1, -1, 1, size), blocks)
+            table_shape = (blocks, size)
+        q_piece, k_piece, v_piece = q[:, :, :, start:end], k[:, :, start:end], v[:, :, start:end]
+        numerator, total, state, key_sum = attend_to_piece(q_piece, k_piece, v_piece, tables, state, key_sum, blocks, work)
         numerators.append(numerator)
-        totals.append(total)
-    state = torch.cat((state, key_sum), dim=-1) if sums else state
+        if total is not None:
+            totals.append(total)
+    final = state if key_sum is None else torch.cat((state, key_sum), dim=-1)
     if len(pieces) == 1:
-        return numerators[0], totals[0], state
-    return torch.cat(numerators, dim=3), torch.cat(totals, dim=3) if sums else None, state
+        return numerators[0], totals[0] if sums else None, final
+    return torch.cat(numerators, dim=3), torch.cat(totals, dim=3) if sums else None, final
 
 
-def attend_to_piece(q, k, v, decay: DecayTables | None, state, key_sum, blocks: int, work: Workspace):
-    """`chunk_linear_attention` of tokens that make up whole blocks, the state and its column of sums apart."""
+def attend_to_piece(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: DecayTables | None,
+    state: torch.Tensor,
+    key_sum: torch.Tensor | None,
+    blocks: int,
+    work: Workspace,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """
+    `chunk_linear_attention` of tokens that make up whole blocks, the state and its column of sums apart.
+
+    Returns:
+        numerator, sums of weights or None, state, its column of sums or None.
+    """
     B, G, R, T, m = q.shape
-    N, C, d, n = blocks, T // blocks, v.shape[-1], B * G * blocks
+    N = blocks
+    C = T // N
+    d = v.shape[-1]
+    n = B * G * N
     q = q.unflatten(3, (N, C)).transpose(2, 3).reshape(n, R * C, m)
-    k, v = k.reshape(n, C, m), v.reshape(n, C, d)
+    k = k.reshape(n, C, m)
+    v = v.reshape(n, C, d)
 
     weights = torch.bmm(q, k.transpose(1, 2), out=work("weights", n, R * C, C)).view(B, G, N, R, C, C)
     if decay is None:
@@ -127,7 +166,7 @@ def attend_to_piece(q, k, v, decay: DecayTables | None, state, key_sum, blocks: 
         between = decay.between.expand(B, -1, -1, -1).reshape(B * G, N + 1, N + 1)
     weights = weights.view(n, R * C, C)
 
-    def carry(first, added):
+    def carry(first: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums before each block, (n, m, .) in q's dtype, and after the last, by the factors between blocks."""
         first, added = first.reshape(B * G, 1, -1), added.view(B * G, N, -1).float()
         before = torch.bmm(between[:, :N, 1:].tril(-1), added)

@@ -1,6 +1,8 @@
-"""What a linear layer remembers of a sequence: the sum over old keys, the sinks and the window."""
+"""The memory of a linear layer: the sum over old keys, the sinks and the window."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -8,16 +10,18 @@ import torch
 @dataclass
 class LinearState:
     """
-    Everything a linear layer remembers of one batch of sequences; its size does not depend on their length.
+    All that a linear layer remembers of one batch of sequences; its size does not depend on their length.
 
     Attributes:
-        state: (B, G, M, d + 1) float32, sum of features times (value, 1); (B, G, M, d) without normalisation.
-        window_k, window_v: (B, G, S + W, d), the S sinks, then the last W tokens.
-        window_rank: (B, W), how many real tokens came before each of the last W, -1 for padding; stale once `settled`.
-        sink_filled: (B, S) bool.
+        state: (B, G, M, d + 1) float32, sum of features times (value, 1); (B, G, M, d) without normalization.
+        window_k: (B, G, S + W, d), keys of the S sinks, then of the last W tokens.
+        window_v: (B, G, S + W, d), their values.
+        window_rank: (B, W), how many real tokens came before each of the last W, -1 for padding; out of date once `settled`.
+        sink_filled: (B, S) bool, which sinks hold a token.
         tokens: (B,), real tokens seen.
-        seen: tokens seen, padding included. unpadded: none of them is known to have been padding.
-        settled: all sinks are filled and the window holds real tokens only, none of them a sink to be.
+        seen: tokens seen, padding included.
+        unpadded: no token is known to have been padding.
+        settled: all sinks are filled, and the window holds real tokens only, none of which will become a sink.
     """
 
     state: torch.Tensor
@@ -45,28 +49,29 @@ class LinearState:
         )
 
     def ranks(self) -> torch.Tensor:
-        """`window_rank`, up to date."""
+        """`window_rank`, brought up to date."""
         if not self.settled:
             return self.window_rank
         W = self.window_rank.shape[1]
         return self.tokens[:, None] + torch.arange(-W, 0, device=self.tokens.device)
 
     def settle(self, sinks: int) -> "LinearState":
-        """Find out whether the state is settled, without asking the device where the number of tokens tells it."""
+        """Set `settled`; where the number of tokens decides it, the device is not asked."""
         if not self.settled and self.unpadded:
             self.settled = self.seen >= self.window_rank.shape[1] + sinks
         elif not self.settled and not torch.compiler.is_compiling():
             self.settled = bool((self.window_rank >= sinks).all()) and bool(self.sink_filled.all())
         return self
 
-    def map(self, fn) -> "LinearState":
+    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "LinearState":
         """The same state with `fn` applied to every tensor (select rows, move, detach)."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: fn(x) for name, x in values.items() if isinstance(x, torch.Tensor)})
+        mapped: dict[str, Any] = {name: fn(x) for name, x in values.items() if isinstance(x, torch.Tensor)}
+        return replace(self, **mapped)
 
     def compact(self) -> "LinearState":
-        """The same state without the longer tensors that some of its own are views of and would keep alive."""
-        if torch.compiler.is_compiling():  # which knows no storages
+        """The same state, with copies of tensors that are views of longer ones and would keep those alive."""
+        if torch.compiler.is_compiling():  # the compiler knows no storages
             return self.map(torch.clone)
         return self.map(lambda x: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x)
 

@@ -5,10 +5,11 @@ With every layer `full_attention` its logits are those of the source model.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutputWithPast
@@ -22,10 +23,10 @@ from .configuration_dijiang import DiJiangConfig
 from .decoder_modules import DiJiangMLP, DiJiangRotaryEmbedding, ProjectedAttention, build_norm
 from .feature_map_base import FeatureMap
 from .linear_attention_layer import Decay, DiJiangLinearAttention, LogScale, OutputGate
-from .packing import group_sequences, sequence_bounds
+from .packing import PackedGroup, group_sequences, sequence_bounds
 from .transformers_compat import CACHE_NAME, is_paged, one_cache, refuse_unknown_arguments, warn_of_untested_version
 
-# transformers 5.9 copies out of a checkpoint in a folder only the files that this one imports, so all others are named here
+# out of a checkpoint in a folder transformers 5.9 copies only the files that this one imports, so it imports all of them
 # isort: split
 from .decode_step import StepWeights  # noqa: F401
 from .decode_step_native import native_step  # noqa: F401
@@ -47,7 +48,16 @@ from .window_attention import block_window_attention  # noqa: F401
 from .window_attention_flex import window_attention  # noqa: F401
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling: float, dropout: float = 0.0, **kwargs):
+def eager_attention_forward(
+    module: ProjectedAttention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention in plain torch: query (B, H, T, d), key and value (B, G, S, d), attention_mask added to the logits."""
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     weights = query @ key.transpose(2, 3) * scaling
@@ -60,7 +70,7 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling: 
 class DiJiangSoftmaxAttention(ProjectedAttention):
     """The source model's own attention, full or with a sliding window."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: DiJiangConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.is_causal = True
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
@@ -70,9 +80,9 @@ class DiJiangSoftmaxAttention(ProjectedAttention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values=None,
-        cache=None,
-        **kwargs,
+        past_key_values: Any = None,
+        cache: Any = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         q, k, v = (x.transpose(1, 2) for x in self.project(hidden_states, position_embeddings))
         cache = one_cache(past_key_values, cache)
@@ -90,17 +100,18 @@ class DiJiangSoftmaxAttention(ProjectedAttention):
 
 
 class DiJiangDecoderLayer(GradientCheckpointingLayer):
-    """Attention and MLP, one after the other or, if `parallel_residual`, side by side (GPT-NeoX)."""
+    """Attention and MLP, one after the other or, if `parallel_residual`, both on the same input (GPT-NeoX)."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: DiJiangConfig, layer_idx: int):
         super().__init__()
         linear = config.layer_types[layer_idx] == "linear_attention"
         self.self_attn = (DiJiangLinearAttention if linear else DiJiangSoftmaxAttention)(config, layer_idx)
         self.mlp = DiJiangMLP(config)
-        self.input_layernorm, self.post_attention_layernorm = build_norm(config), build_norm(config)
+        self.input_layernorm = build_norm(config)
+        self.post_attention_layernorm = build_norm(config)
         self.parallel_residual = config.parallel_residual
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         attention, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         if self.parallel_residual:
             return self.mlp(self.post_attention_layernorm(hidden_states)) + attention + hidden_states
@@ -109,8 +120,9 @@ class DiJiangDecoderLayer(GradientCheckpointingLayer):
 
 
 class DiJiangPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation shared by all heads."""
+    """Loading, saving and initialization, which all heads share."""
 
+    config: DiJiangConfig
     config_class = DiJiangConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -123,9 +135,9 @@ class DiJiangPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": DiJiangDecoderLayer, "attentions": DiJiangSoftmaxAttention}
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        # buffers made in __init__ do not survive loading either, so the maps are refilled here
+        # loading empties the buffers that __init__ filled, so the maps fill them again
         if isinstance(module, FeatureMap | LogScale | Decay | OutputGate):
             module.reset_parameters()
 
@@ -140,7 +152,7 @@ class DiJiangModel(DiJiangPreTrainedModel):
         self.norm = build_norm(config)
         self.rotary_emb = DiJiangRotaryEmbedding(config)
         self.gradient_checkpointing = False
-        # a state cannot be rolled back, so generate() must refuse modes that guess tokens and take them back
+        # a state cannot be rolled back, so generate() must refuse modes that propose tokens and reject some
         self._is_stateful = config.has_linear_layers
         warn_of_untested_version()
         self.post_init()
@@ -151,27 +163,29 @@ class DiJiangModel(DiJiangPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: DiJiangCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         cache: DiJiangCache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
+        The last hidden states (B, T, hidden), and the cache.
+
         Args:
             input_ids: (B, T), or inputs_embeds: (B, T, hidden).
             attention_mask: (B, past + T), 1 for tokens and 0 for padding on either side.
             position_ids: (B, T). Default: counted over real tokens, so padding does not shift them. Where they do not
-                rise by one, another sequence begins, which sees nothing of those before (packed rows; no cache is made then).
-            past_key_values: a `DiJiangCache` of the tokens before; made here if `use_cache`.
+                rise by one, another sequence begins, which sees none of those before (packed rows, which get no cache).
+            past_key_values: a `DiJiangCache` of the tokens before; a new one if `use_cache`.
             cache: the name of past_key_values from transformers 5.24 on; either will do with any version.
-            cu_seq_lens_q: (N + 1,), in place of position_ids: where the sequences packed into a single row begin and end.
+            cu_seq_lens_q: (N + 1,), instead of position_ids: where the sequences packed into a single row begin and end.
             kwargs: those of `EXTRA_ARGUMENTS` in transformers_compat.py.
 
         Raises:
             TypeError: on any other keyword argument.
-            ValueError: on neither or both inputs, a foreign cache, or inputs that linear layers cannot honour: masks that
+            ValueError: on neither or both inputs, a foreign cache, or inputs that linear layers cannot handle: masks that
                 are not (B, past + T), is_causal=False, and packed rows with padding or a cache.
         """
         refuse_unknown_arguments(self, kwargs)
@@ -184,13 +198,14 @@ class DiJiangModel(DiJiangPreTrainedModel):
         past = 0 if cache is None or is_paged(cache) else cache.get_seq_length()
         groups = None
         if self.config.has_linear_layers:
-            refuse_what_linear_layers_cannot_honour(past, T, attention_mask, cache, kwargs.get("is_causal"))
+            refuse_what_linear_layers_cannot_do(past, T, attention_mask, cache, kwargs.get("is_causal"))
             cu_seqlens = kwargs.get("cu_seq_lens_q")
             if cu_seqlens is not None:
                 cu_seqlens = cu_seqlens.to(inputs_embeds.device, torch.long)
             bounds = packed_bounds(B, T, attention_mask, position_ids, cu_seqlens, cache)
             if bounds is not None:
-                groups, attention_mask = group_sequences(bounds, B * T), None
+                groups = group_sequences(bounds, B * T)
+                attention_mask = None
                 if position_ids is None:
                     starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
                     position_ids = (torch.arange(T, device=starts.device) - starts)[None]
@@ -211,23 +226,30 @@ class DiJiangModel(DiJiangPreTrainedModel):
                 attention_mask=masks[layer_type],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,  # FlashAttention reads where packed sequences begin from them
-                **{CACHE_NAME: cache},  # by the name under which gradient checkpointing looks for it
+                **by_its_name(cache),  # gradient checkpointing looks for it under that name
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **by_its_name(cache))
 
-    def masks_by_layer_type(self, inputs_embeds, attention_mask, cache, position_ids, groups) -> dict:
+    def masks_by_layer_type(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | dict[str, Any] | None,
+        cache: Any,
+        position_ids: torch.Tensor,
+        groups: list[PackedGroup] | None,
+    ) -> dict[str, Any]:
         """Masks by layer type: (B, T) bool or packed groups for linear layers, transformers' own for softmax ones."""
         if isinstance(attention_mask, dict):
             return attention_mask
-        arguments = {
+        arguments: dict[str, Any] = {
             "config": self.config,
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
             CACHE_NAME: None if is_paged(cache) and CACHE_NAME != "cache" else cache,
             "position_ids": position_ids,
         }
-        masks = {}
+        masks: dict[str, Any] = {}
         if "linear_attention" in self.config.layer_types:
             new = None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :].bool()
             if new is not None and not torch.compiler.is_compiling() and bool(new.all()):
@@ -240,20 +262,33 @@ class DiJiangModel(DiJiangPreTrainedModel):
         return masks
 
 
-def refuse_what_linear_layers_cannot_honour(past, T, attention_mask, cache, is_causal) -> None:
+def refuse_what_linear_layers_cannot_do(past: int, T: int, attention_mask: Any, cache: Any, is_causal: bool | None) -> None:
     """Raise ValueError on inputs that would silently give wrong results."""
     if is_causal is False:
         raise ValueError("is_causal=False: linear layers are causal; leave it out")
     if cache is not None and not hasattr(cache, "memory_bytes"):
         raise ValueError(f"{CACHE_NAME} is a {type(cache).__name__}; linear layers need a DiJiangCache")
     if torch.is_tensor(attention_mask) and (attention_mask.dim() != 2 or attention_mask.shape[1] != past + T):
-        found, expected = tuple(attention_mask.shape), f"(batch, {past + T}), {past} tokens of the past included"
-        raise ValueError(f"attention_mask has shape {found}; linear layers need {expected}")
+        shape = tuple(attention_mask.shape)
+        needed = f"(batch, {past + T}), {past} tokens of the past included"
+        raise ValueError(f"attention_mask has shape {shape}; linear layers need {needed}")
 
 
-def packed_bounds(B, T, attention_mask, position_ids, cu_seqlens, cache) -> torch.Tensor | None:
+def by_its_name(cache: Any) -> dict[str, Any]:
+    """The cache as a keyword argument of this version of transformers."""
+    return {CACHE_NAME: cache}
+
+
+def packed_bounds(
+    B: int,
+    T: int,
+    attention_mask: Any,
+    position_ids: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    cache: Any,
+) -> torch.Tensor | None:
     """
-    Where the sequences packed into the rows begin, (N + 1,) with the rows laid end to end, or None if each row is one
+    The bounds of the sequences packed into the rows, (N + 1,) with the rows laid end to end, or None if each row is one
     sequence: by position_ids (B, T) that restart, or by the `cu_seqlens` of a padding-free collator.
 
     Raises:
@@ -262,13 +297,14 @@ def packed_bounds(B, T, attention_mask, position_ids, cu_seqlens, cache) -> torc
     """
     if T == 1 or (position_ids is None and cu_seqlens is None):
         return None
+    bounds = None
     real = attention_mask[:, -T:].bool() if torch.is_tensor(attention_mask) else None
     if cu_seqlens is not None:
         bounds = cu_seqlens
         if B != 1 or len(bounds) < 2 or int(bounds[-1]) != T:
             raise ValueError(f"cu_seq_lens_q must rise from 0 to the {T} tokens of a single row, of which there are {B}")
         bounds = bounds if len(bounds) > 2 else None
-    else:
+    elif position_ids is not None:
         bounds = sequence_bounds(position_ids.expand(B, T), real)
     if bounds is None:
         return None
@@ -296,16 +332,23 @@ class DiJiangForCausalLM(DiJiangPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: DiJiangCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: DiJiangCache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Arguments as `DiJiangModel`; labels (B, T) with -100 where no loss is wanted; logits (B, logits_to_keep or T, V)."""
+        """
+        Logits (B, logits_to_keep or T, V), and the loss if there are labels.
+
+        Args:
+            labels: (B, T), -100 where no loss is wanted.
+            logits_to_keep: the number of last tokens that get logits, or their indices. 0: all do.
+            kwargs: those of `EXTRA_ARGUMENTS`. The other arguments are those of `DiJiangModel`.
+        """
         refuse_unknown_arguments(self, kwargs)
         outputs = self.model(
             input_ids=input_ids,
@@ -316,8 +359,8 @@ class DiJiangForCausalLM(DiJiangPreTrainedModel, GenerationMixin):
             cache=one_cache(past_key_values, cache),
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        tokens = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, tokens])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -326,33 +369,42 @@ class DiJiangForCausalLM(DiJiangPreTrainedModel, GenerationMixin):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
+            **by_its_name(outputs.get(CACHE_NAME)),
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids, *args, past_key_values=None, cache=None, inputs_embeds=None, **kwargs
-    ) -> dict:
-        """What forward needs for the next tokens; the cache under both its names, of which PEFT reads the old one."""
+        self,
+        input_ids: torch.Tensor,
+        *args: Any,
+        past_key_values: DiJiangCache | None = None,
+        cache: DiJiangCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The arguments of forward for the next tokens, the cache under both its names, since PEFT reads the old one."""
         cache = one_cache(past_key_values, cache)
-        # generate looks for inputs_embeds in this signature before it accepts them
+        # generate accepts inputs_embeds only if this signature has them
         kwargs |= {CACHE_NAME: cache, "inputs_embeds": inputs_embeds}
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         return inputs if cache is None else inputs | {"past_key_values": cache, "cache": cache}
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         caches = [model_kwargs.pop(name, None) for name in ("past_key_values", "cache")]
         if (cache := one_cache(*caches)) is not None:
             model_kwargs[CACHE_NAME] = cache
         elif generation_config.use_cache is not False:
-            # the last one is what assisted decoding wants in transformers 5.9: layers that can be cropped
+            # assisted decoding in transformers 5.9 asks for the last one, layers that can be cropped
             croppable = not {"linear_attention", "sliding_attention"} & set(self.config.layer_types)
             if generation_config.cache_implementation not in (None, "dynamic", *(("dynamic_full",) if croppable else ())):
                 raise ValueError(
                     f"cache_implementation={generation_config.cache_implementation!r} is not supported; leave it unset"
                 )
             model_kwargs[CACHE_NAME] = DiJiangCache(self.config)
-            return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            return None
+        # transformers annotates self by a protocol that no class declares
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
 
 class DiJiangForSequenceClassification(DiJiangPreTrainedModel):
@@ -362,7 +414,8 @@ class DiJiangForSequenceClassification(DiJiangPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = DiJiangModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        # transformers annotates num_labels as one that may be None, which it never is
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)  # type: ignore[arg-type]
         self.post_init()
 
     @can_return_tuple
@@ -370,19 +423,23 @@ class DiJiangForSequenceClassification(DiJiangPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: DiJiangCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         cache: DiJiangCache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """
-        Arguments as `DiJiangModel`; labels (B,) or (B, num_labels); logits (B, num_labels).
+        Logits (B, num_labels) of the last real token, and the loss if there are labels.
+
+        Args:
+            labels: (B,) or (B, num_labels).
+            kwargs: those of `EXTRA_ARGUMENTS`. The other arguments are those of `DiJiangModel`.
 
         Raises:
-            ValueError: if rows cannot be told from their padding: several rows, no attention_mask and no pad_token_id.
+            ValueError: on several rows whose padding cannot be known: no attention_mask and no pad_token_id.
         """
         refuse_unknown_arguments(self, kwargs)
         outputs = self.model(
@@ -414,7 +471,7 @@ class DiJiangForSequenceClassification(DiJiangPreTrainedModel):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
+            **by_its_name(outputs.get(CACHE_NAME)),
         )
 
 

@@ -1,8 +1,8 @@
 """
-Packed rows: several sequences in one row, told apart by `cu_seqlens`, the running sums of their lengths, from 0 to T.
+Packed rows: several sequences in one row, which begin at `cu_seqlens`, the running sums of their lengths from 0 to T.
 
-They are computed as batches of rows, right-padded: sequences of about one length share a batch, so that less than half of it
-is padding whatever the lengths are.
+They are computed as batches of right-padded rows: sequences of similar length share a batch, so that less than half of it is
+padding whatever the lengths are.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class PackedGroup:
     Sequences of one packed row as a batch.
 
     Attributes:
-        sequences: (n,), which of the row's sequences they are.
-        index: (n, L), where their tokens stand in the packed row; any place of it beyond a sequence's end.
+        sequences: (n,), indices of the sequences in the row.
+        index: (n, L), indices of their tokens in the row; any index beyond a sequence's end.
         valid: (n, L) bool, False beyond a sequence's end.
     """
 
@@ -31,7 +31,7 @@ class PackedGroup:
         return x[self.index]
 
     def pack_into(self, packed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """`packed` (T, ...) with the tokens of x (n, L, ...) in their places."""
+        """`packed` (T, ...) with the tokens of x (n, L, ...) written to their rows."""
         return packed.index_put((self.index[self.valid],), x[self.valid])
 
 
@@ -52,10 +52,10 @@ def group_sequences(cu_seqlens: torch.Tensor, tokens: int) -> list[PackedGroup]:
         classes.setdefault((length - 1).bit_length(), []).append(sequence)
     groups = []
     for members in classes.values():
-        size = torch.tensor([lengths[i] for i in members])
-        place = torch.arange(int(size.max()))
-        valid = place < size[:, None]
-        index = torch.where(valid, torch.tensor([bounds[i] for i in members])[:, None] + place, 0)
+        member_lengths = torch.tensor([lengths[i] for i in members])
+        offset = torch.arange(int(member_lengths.max()))
+        valid = offset < member_lengths[:, None]
+        index = torch.where(valid, torch.tensor([bounds[i] for i in members])[:, None] + offset, 0)
         tensors = (torch.tensor(members), index, valid)
         groups.append(PackedGroup(*(x.to(cu_seqlens.device) for x in tensors)))
     return groups
@@ -64,15 +64,15 @@ def group_sequences(cu_seqlens: torch.Tensor, tokens: int) -> list[PackedGroup]:
 @torch.compiler.disable
 def sequence_bounds(position_ids: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor | None:
     """
-    `cu_seqlens` of all rows of position_ids (B, T) laid end to end, or None if every row is one sequence. Where `real` (B, T)
-    is False, positions may do as they like.
+    `cu_seqlens` of all rows of position_ids (B, T) laid end to end, or None if every row is one sequence. position_ids are
+    ignored where `real` (B, T) is False.
     """
     jumps = position_ids.diff(dim=-1) != 1
     if real is not None:
-        # across padding a later position is the same sequence, as from a padded prompt to its answer
-        last = torch.where(real, torch.arange(real.shape[1], device=real.device), -1).cummax(1).values[:, :-1]
-        gone_by = position_ids[:, 1:] <= position_ids.gather(1, last.clamp_min(0))
-        jumps = real[:, 1:] & torch.where(real[:, :-1], jumps, gone_by & (last >= 0))
+        # a later position after padding continues its sequence, as the answer after a padded prompt does
+        last_real = torch.where(real, torch.arange(real.shape[1], device=real.device), -1).cummax(1).values[:, :-1]
+        falls = position_ids[:, 1:] <= position_ids.gather(1, last_real.clamp_min(0))
+        jumps = real[:, 1:] & torch.where(real[:, :-1], jumps, falls & (last_real >= 0))
     if not bool(jumps.any()):
         return None
     starts = torch.cat((torch.ones_like(jumps[:, :1]), jumps), dim=1).flatten().nonzero().squeeze(-1)

@@ -1,5 +1,5 @@
 """
-Feature maps that act on the entries of x, or of a projection of it, without exponentials of projections.
+Feature maps without exponentials: they act on the entries of x, or of a projection of it.
 
 B batch, T tokens, H heads, d head size, m features, M features that a map returns.
 """
@@ -9,10 +9,11 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .configuration_dijiang import DiJiangConfig
 from .feature_map_base import FeatureMap, register_feature_map
 from .frequency import orthogonal_rows
 
-# added to features that a ReLU can make all zero, so that no denominator vanishes and its gradient stays finite
+# added to features that a ReLU can make zero, so that no denominator vanishes and its gradient stays finite
 FLOOR = 1e-3
 
 
@@ -39,7 +40,7 @@ class ReLU(FeatureMap):
 
     settings = ("feature_dim", "feature_seed", "learn_features")
 
-    def __init__(self, config, num_heads: int, seed: int):
+    def __init__(self, config: DiJiangConfig, num_heads: int, seed: int):
         super().__init__(config, num_heads, seed)
         self.add_parameters(W=(self.feature_dim, self.head_dim), b=(self.feature_dim,))
 
@@ -66,7 +67,7 @@ class CosFormer(FeatureMap):
     settings = ()
     needs_positions = True
 
-    def __init__(self, config, num_heads: int, seed: int):
+    def __init__(self, config: DiJiangConfig, num_heads: int, seed: int):
         super().__init__(config, num_heads, seed)
         self.last_position = config.max_position_embeddings
 
@@ -76,7 +77,7 @@ class CosFormer(FeatureMap):
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
         if positions is None:
-            raise ValueError("the feature map cosformer needs positions (B, T), the place of each token in its sequence")
+            raise ValueError("the feature map cosformer needs positions (B, T), the index of each token in its sequence")
         angle = positions.clamp(0, self.last_position).float() * (math.pi / 2 / self.last_position)
         cos, sin = angle.cos().clamp_min(0.0), angle.sin()  # in float32 the cosine of pi/2 is negative
         r = (x.float() * scale).relu() + FLOOR
@@ -87,7 +88,7 @@ class CosFormer(FeatureMap):
 class Identity(FeatureMap):
     """
     phi(x) = x, without weights: plain linear attention, whose kernel is q.k (RetNet, arXiv 2307.08621, and most since). Input
-    and output (B, T, H, d). The features have signs, so that a sum of weights can vanish: only for layers without normaliser.
+    and output (B, T, H, d). Features can be negative and a sum of weights can vanish: only for layers that do not normalize.
     """
 
     settings = ()

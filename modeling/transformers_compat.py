@@ -1,31 +1,33 @@
 """
-What differs between the versions of transformers that this code runs with: the name of the cache, and the extra keywords that
-reach `forward`. The code travels in checkpoints, so it meets versions that are newer or older than those it was tested with.
+Differences between the versions of transformers: the name of the cache, and the extra keywords that reach `forward`. The code
+is copied into checkpoints, so it meets versions that are newer or older than those it was tested with.
 """
 
 import inspect
 import re
 from collections.abc import Iterable
 from dataclasses import fields
+from typing import TypeVar
 
 import torch
 import transformers
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
-# below transformers' own logger, whose verbosity it follows; the copies of this code in several checkpoints share it
+# a child of transformers' logger, whose verbosity it follows; the copies of this code in several checkpoints share it
 logger = logging.get_logger("transformers.dijiang")
 
 # oldest and newest minor version whose tests pass: `make test-versions` runs them, docs/versions.md shows the result
 TESTED_TRANSFORMERS = ("5.9", "5.24")
 
+AnyCache = TypeVar("AnyCache")
 # 5.24 renamed the argument and the output that hold the cache; the old name works there with a warning, for a while
 CACHE_NAME = "cache" if any(field.name == "cache" for field in fields(BaseModelOutputWithPast)) else "past_key_values"
 
 CONTINUOUS_BATCHING = "generate_batch, for models whose layers are all softmax attention"
 PACKED_ROWS = "collators without padding: where the sequences of a packed row begin, or how long they are"
 DEBUGGING = "merge_with_config_defaults, which writes the layers' inputs and outputs to files"
-# keyword arguments that forward takes beside those in its signature: name -> who passes it, and what becomes of it
+# keyword arguments that forward takes besides those in its signature: name -> who passes it, and what is done with it
 EXTRA_ARGUMENTS = {
     "return_dict": "generate and PEFT; transformers' decorators act on it",
     "output_attentions": "generate and PEFT; transformers' decorators act on it",
@@ -55,8 +57,8 @@ EXTRA_ARGUMENTS = {
 
 def refuse_unknown_arguments(model: torch.nn.Module, extras: Iterable[str]) -> None:
     """
-    Raise TypeError if `extras`, keywords beside those in the signature of the model's forward, are not in EXTRA_ARGUMENTS: a
-    renamed argument that nobody reads would give wrong results without a word.
+    Raise TypeError if `extras`, keywords besides those in the signature of the model's forward, are not in EXTRA_ARGUMENTS: a
+    renamed argument that nobody reads would silently give wrong results.
     """
     unknown = [name for name in extras if name not in EXTRA_ARGUMENTS]
     if unknown:
@@ -68,12 +70,12 @@ def refuse_unknown_arguments(model: torch.nn.Module, extras: Iterable[str]) -> N
         )
 
 
-def one_cache(past_key_values, cache):
+def one_cache(past_key_values: AnyCache | None, cache: AnyCache | None) -> AnyCache | None:
     """
-    The cache that was given under its old name, `past_key_values`, or its new one, `cache`.
+    The cache that came under its old name, `past_key_values`, or its new one, `cache`.
 
     Raises:
-        ValueError: if two different ones were given.
+        ValueError: if these are two different caches.
     """
     if cache is None or cache is past_key_values:
         return past_key_values
@@ -82,15 +84,15 @@ def one_cache(past_key_values, cache):
     return cache
 
 
-def is_paged(cache) -> bool:
-    """Whether this is the cache of `generate_batch`, which is no `Cache` and which the attention function reads by itself."""
+def is_paged(cache: object) -> bool:
+    """Whether this is the cache of `generate_batch`, which is no `Cache` and is read by the attention function itself."""
     return type(cache).__name__ == "PagedAttentionCache"
 
 
 def warn_of_untested_version(version: str = transformers.__version__) -> None:
-    """Say once if this version of transformers is outside TESTED_TRANSFORMERS."""
-    oldest, newest, installed = map(minor_version, (*TESTED_TRANSFORMERS, version))
-    if installed is None or not oldest <= installed <= newest:
+    """Log once if this version of transformers is outside TESTED_TRANSFORMERS."""
+    oldest, newest = map(minor_version, TESTED_TRANSFORMERS)
+    if not oldest <= minor_version(version) <= newest:
         logger.warning_once(
             f"this DiJiang code was tested with transformers {' to '.join(TESTED_TRANSFORMERS)}, and {version} is installed: "
             "compare a generated text with the one under use_cache=False, or install a tested version; "
@@ -98,7 +100,7 @@ def warn_of_untested_version(version: str = transformers.__version__) -> None:
         )
 
 
-def minor_version(version: str) -> tuple[int, int] | None:
-    """(5, 24) of `5.24.1.dev0` or `5.24rc1`; None if it does not begin with a number."""
-    found = re.match(r"(\d+)(?:\.(\d+))?", version)
-    return (int(found[1]), int(found[2] or 0)) if found else None
+def minor_version(version: str) -> tuple[int, ...]:
+    """(5, 24) of `5.24.1.dev0` or `5.24rc1`; () if it does not begin with a number."""
+    match = re.match(r"(\d+)(?:\.(\d+))?", version)
+    return (int(match[1]), int(match[2] or 0)) if match else ()

@@ -6,7 +6,7 @@ B batch, T new tokens, W window, S sinks, H query heads, G key/value heads, d he
 """
 
 import functools
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -22,9 +22,10 @@ kernel = OptionalKernel("FlexAttention", work="window attention runs", fallback=
 
 
 @functools.cache
-def compiled_flex() -> tuple[Callable, Callable]:
-    """create_block_mask and flex_attention, compiled."""
-    return torch.compile(create_block_mask), torch.compile(flex_attention)
+def flex_forms(compiled: bool) -> tuple[Any, Any]:
+    """create_block_mask and flex_attention."""
+    forms = (create_block_mask, flex_attention)
+    return (torch.compile(forms[0]), torch.compile(forms[1])) if compiled else forms
 
 
 def window_attention(q: torch.Tensor, window: Window, branch: LinearBranch, *, scale: float) -> torch.Tensor:
@@ -60,11 +61,11 @@ def flex_window_attention(
         return in_window | ((key < S) & (arrival[b, key.clamp(max=S - 1)] <= query))
 
     # the mask is compiled too, else every pair of query and key would pass through memory
-    make_mask, attention = compiled_flex() if compiled else (create_block_mask, flex_attention)
+    make_mask, attention = flex_forms(compiled)
     mask = make_mask(seen, B, None, T, S + W + T, device=q.device)
     keys, values = (torch.cat(pair, dim=1).to(q.dtype).transpose(1, 2) for pair in ((sinks.k, k), (sinks.v, v)))
     o, log_sum = attention(
-        q.transpose(1, 2), keys, values, block_mask=mask, scale=scale, enable_gqa=H != k.shape[2], return_lse=True
+        q.transpose(1, 2), keys, values, block_mask=mask, scale=scale, enable_gqa=k.shape[2] != H, return_lse=True
     )
     o = o.transpose(1, 2).float()
     log_sum = log_sum.transpose(1, 2).float()
