@@ -221,7 +221,7 @@ FUSED = """
 import sys
 sys.path[:0] = [{tests!r}, {steps!r}]
 import fla_interpreter
-fla_interpreter.mend_bfloat16()
+fla_interpreter.fix_bfloat16()
 import torch
 import op
 from fused_forward import fused_forward
