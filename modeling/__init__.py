@@ -3,8 +3,8 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .cache_dijiang import DiJiangCache
-from .configuration_dijiang import DiJiangConfig
-from .feature_maps import FEATURE_MAPS, build_feature_map
+from .configuration_dijiang import FEATURE_MAPS, DiJiangConfig
+from .feature_maps import build_feature_map
 from .linear_attention import linear_attention
 from .modeling_dijiang import DiJiangForCausalLM, DiJiangForSequenceClassification, DiJiangModel, DiJiangPreTrainedModel
 
