@@ -57,7 +57,7 @@ def measure(
         progress: show a bar on stderr.
     """
     environment = environment_of(comparison)
-    found = Measurement(scores={task.key: {} for task in tasks})
+    result = Measurement(scores={task.key: {} for task in tasks})
     todo: list[tuple[Variant, Task, dict]] = []
     for variant in comparison.variants():
         for task in tasks if variant.left_out is None else ():
@@ -65,61 +65,45 @@ def measure(
             if (scores := cache.get(facts)) is None:
                 todo.append((variant, task, facts))
             else:
-                found.scores[task.key][variant.key] = scores
-                found.reused += 1
-    map_facts = map_cost = None
+                result.scores[task.key][variant.key] = scores
+                result.reused += 1
+    total = sum(task.cost for _, task, _ in todo)
+    map_cost = 0
     if map_rows is not None:
         models = {key: comparison.identity[key] for key in ("teacher", "student")}
         map_facts = {"kind": "maps", "rows": map_rows.tolist(), "models": models, **environment}
-        found.maps = cache.get(map_facts)
-        found.reused += found.maps is not None
-        map_cost = MAP_COST * map_rows.numel() if found.maps is None else None
+        result.maps = cache.get(map_facts)
+        result.reused += result.maps is not None
+        map_cost = MAP_COST * map_rows.numel() if result.maps is None else 0
 
-    total = sum(task.cost for _, task, _ in todo) + (map_cost or 0)
-    with progress_bar("evaluating", total, shown=progress) as advance:
-        for model, work in groupby(todo, key=lambda item: item[0].model):
-            advance(0, f"loading {model}")
-            measure_model(model, list(work), comparison, cache, found.scores, advance)
-        if map_cost is not None:
+    with progress_bar("evaluating", total + map_cost, shown=progress) as advance:
+        measure_scores(todo, comparison, cache, result.scores, advance)
+        if map_cost:
             advance(0, "attention maps")
-            found.maps = maps_of(comparison, map_rows, lambda share: advance(share * map_cost))
-            cache.put(map_facts, found.maps)
-    return found
+            layer_cost = map_cost / comparison.student.config.num_hidden_layers
+            with comparison.loaded("teacher") as teacher, comparison.loaded("student") as student:
+                rows = map_rows.to(comparison.device)
+                result.maps = measure_maps(teacher, student, rows, advance=lambda layers: advance(layers * layer_cost))
+            cache.put(map_facts, result.maps)
+    return result
 
 
-def measure_model(
-    model_name: str,
-    work: list[tuple[Variant, Task, dict]],
-    comparison: Comparison,
-    cache: ResultCache,
-    scores: dict[str, dict[str, dict]],
-    advance: Callable[..., None],
+def measure_scores(
+    todo: list[tuple[Variant, Task, dict]], comparison: Comparison, cache: ResultCache, scores: dict, advance: Callable
 ) -> None:
-    """Load one model, and put the scores of its variants into `scores` and the cache, each task with its facts."""
-    with comparison.loaded(model_name) as model:
-        zeros = zero_share(model)
-        for variant, task, facts in work:
-            advance(0, f"{variant.key}: {task.name}")
-            done = 0
-
-            def count(tokens: int) -> None:
-                nonlocal done
-                done += tokens
-                advance(tokens)
-
-            with variant.ablation(model):
-                result = task.run(model, scores[task.key].get("teacher"), count)
-            advance(task.cost - done)
-            result["zeros"] = zeros
-            cache.put(facts, result)
-            scores[task.key][variant.key] = result
-
-
-def maps_of(comparison: Comparison, rows: torch.Tensor, advance: Callable[[float], None]) -> dict:
-    """`measure_maps` of teacher and student; `advance` is called with the share done since the last call."""
-    with comparison.loaded("teacher") as teacher, comparison.loaded("student") as student:
-        layers = teacher.config.num_hidden_layers
-        return measure_maps(teacher, student, rows.to(comparison.device), advance=lambda count: advance(count / layers))
+    """Put the scores of each task and variant in `todo` into `scores` and, under the facts given there, into the cache."""
+    for model_name, work in groupby(todo, key=lambda item: item[0].model):
+        advance(0, f"loading {model_name}")
+        with comparison.loaded(model_name) as model:
+            zeros = zero_share(model)
+            for variant, task, facts in work:
+                advance(0, f"{variant.key}: {task.name}")
+                of_task = scores[task.key]
+                reference = of_task.get("teacher") if task.asks_teacher else None
+                with variant.ablation(model):
+                    of_task[variant.key] = task.run(model, reference, advance) | {"zeros": zeros}
+                cache.put(facts, of_task[variant.key])
+            del model  # frees it before the next one is loaded
 
 
 def score_facts(task: Task, variant: Variant, comparison: Comparison) -> dict:

@@ -6,6 +6,7 @@ arXiv 2312.04927).
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice, takewhile
 
 import torch
@@ -52,29 +53,22 @@ def recall_tasks(inputs: TaskInputs) -> list[Task]:
         kinds.append(ASSOCIATIVE)
     else:
         inputs.left_out[ASSOCIATIVE] = f"the tokenizer has no {2 * PAIRS} words of one token to make pairs of"
-    _, filler = inputs.first_text
-    return [
-        recall_task(kind, tokenizer, filler, length=length, samples=config.recall_samples, seed=config.seed)
-        for kind in kinds
-        for length in config.recall_lengths
-    ]
+    _, haystack = inputs.first_text
+    samples_of = {NEEDLE: partial(needle_samples, tokenizer, haystack), ASSOCIATIVE: partial(associative_samples, tokenizer)}
+    sizes = [{"length": x, "samples": config.recall_samples, "seed": config.seed} for x in config.recall_lengths]
+    return [recall_task(kind, samples_of[kind](**size), size) for kind in kinds for size in sizes]
 
 
-def recall_task(kind: str, tokenizer, filler: torch.Tensor, *, length: int, samples: int, seed: int) -> Task:
-    """Recall within `length` tokens; `kind` is `ASSOCIATIVE`, or `NEEDLE` with `filler` for its haystack."""
-    if kind == NEEDLE:
-        questions = needle_samples(tokenizer, filler, length=length, samples=samples, seed=seed)
-    else:
-        questions = associative_samples(tokenizer, length=length, samples=samples, seed=seed)
-    hashed = hash_tokens(*(sample.input_ids for sample in questions))
+def recall_task(kind: str, samples: list[RecallSample], size: dict[str, int]) -> Task:
+    """The task of one kind and length; `size` are the arguments that the samples were made with."""
     return Task(
         kind="recall",
-        name=f"{kind}, {length:,} tokens",
+        name=f"{kind}, {size['length']:,} tokens",
         metric="accuracy",
-        floor=chance(questions),
-        settings={"kind": kind, "length": length, "samples": samples, "seed": seed, "hash": hashed},
-        cost=sum(len(sample.input_ids) for sample in questions),
-        run=lambda model, reference, advance: recall_scores(model, questions, advance=advance),
+        floor=chance(samples),
+        settings={"kind": kind, **size, "hash": hash_tokens(*(sample.input_ids for sample in samples))},
+        cost=sum(len(sample.input_ids) for sample in samples),
+        run=lambda model, reference, advance: recall_scores(model, samples, advance=advance),
     )
 
 

@@ -25,10 +25,10 @@ class Task:
         floor: value that costs nothing: the chance level, or the key of the variant whose score it is.
         settings: all that scores depend on besides the model, as JSON.
         cost: units of work per variant, roughly the tokens read.
-        run: (model, the teacher's scores or None, advance) -> scores: `totals` and `weights` by unit, `detail`. It calls
-            `advance` with the number of tokens done since the last call.
+        run: (model, reference, advance) -> scores: `totals` and `weights` by unit, `detail`. It calls `advance` with the
+            number of tokens done since the last call.
         value_of: the metric of a mean over units; the mean itself by default.
-        asks_teacher: whether scores depend on those of the teacher.
+        asks_teacher: whether `run` gets the teacher's scores as `reference`, rather than None; the teacher itself gets None.
     """
 
     kind: str

@@ -70,9 +70,9 @@ def legend_height(labels: Collection[str], width: float) -> float:
     return LEGEND_ROW * math.ceil(len(labels) / legend_columns(labels, width))
 
 
-def legend_below(figure, axes) -> None:
-    """Put the legend of `axes`, whose lines stand for those of all panels, below the panels."""
-    handles, labels = axes.get_legend_handles_labels()
+def legend_below(figure) -> None:
+    """Put the legend of the first panel, whose lines stand for those of all panels, below the panels."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
     columns = legend_columns(labels, figure.get_figwidth())
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
@@ -80,8 +80,8 @@ def legend_below(figure, axes) -> None:
 def draw_perplexity(tasks: list[dict], variants: dict[str, str], path: Path) -> Path:
     """Draw a bar for each variant, a panel for each text and length."""
     height = 2.5 + 0.25 * (len(variants) - len(STYLE))
-    with drawn(path, len(tasks), 1, size=(7.5, 0.4 + height * len(tasks))) as (_, panels):
-        for axes, task in zip([panels] if len(tasks) == 1 else panels, tasks, strict=True):
+    with drawn(path, len(tasks), 1, size=(7.5, 0.4 + height * len(tasks))) as (figure, _):
+        for axes, task in zip(figure.axes, tasks, strict=True):
             shown = {key: value for key, value in task["values"].items() if "value" in (value or {})}
             for row, (key, value) in enumerate(shown.items()):
                 color = styles(variants)[key][0]
@@ -104,8 +104,8 @@ def draw_by_position(tasks: list[dict], variants: dict[str, str], path: Path) ->
     shown = {key: style for key, style in styles(variants).items() if key in NEAR_TEACHER or key not in STYLE}
     width = max(6.0, 3.8 * len(tasks))
     height = 3.2 + legend_height([variants[key] for key in shown], width)
-    with drawn(path, 1, len(tasks), size=(width, height)) as (figure, panels):
-        for axes, task in zip([panels] if len(tasks) == 1 else panels, tasks, strict=True):
+    with drawn(path, 1, len(tasks), size=(width, height)) as (figure, _):
+        for axes, task in zip(figure.axes, tasks, strict=True):
             for key, (color, line) in shown.items():
                 if key in task["detail"]:
                     x = task["detail"][key]["by_position"]
@@ -115,7 +115,7 @@ def draw_by_position(tasks: list[dict], variants: dict[str, str], path: Path) ->
             lengths_axis(axes, x["edges"])
             axes.set_title(task["name"], fontsize=9, loc="left")
             plain(axes, x="position in the window, up to", y="perplexity", legend=False)
-        legend_below(figure, panels if len(tasks) == 1 else panels[0])
+        legend_below(figure)
     return path
 
 
@@ -124,8 +124,8 @@ def draw_recall(tasks: list[dict], variants: dict[str, str], path: Path) -> Path
     kinds = list(dict.fromkeys(task["settings"]["kind"] for task in tasks))
     width = max(6.0, 4.4 * len(kinds))
     height = 3.1 + legend_height([*variants.values(), "chance"], width)
-    with drawn(path, 1, len(kinds), size=(width, height)) as (figure, panels):
-        for axes, kind in zip([panels] if len(kinds) == 1 else panels, kinds, strict=True):
+    with drawn(path, 1, len(kinds), size=(width, height)) as (figure, _):
+        for axes, kind in zip(figure.axes, kinds, strict=True):
             of_kind = [task for task in tasks if task["settings"]["kind"] == kind]
             lengths = [task["settings"]["length"] for task in of_kind]
             for key, (color, line) in styles(variants).items():
@@ -141,7 +141,7 @@ def draw_recall(tasks: list[dict], variants: dict[str, str], path: Path) -> Path
             axes.set_ylim(-0.03, 1.03)
             axes.set_title(kind, fontsize=10, loc="left")
             plain(axes, x="tokens", y="accuracy", legend=False)
-        legend_below(figure, panels if len(kinds) == 1 else panels[0])
+        legend_below(figure)
     return path
 
 

@@ -27,8 +27,8 @@ def certainty_tasks(inputs: TaskInputs) -> list[Task]:
         sizes = {} if reference is None else {"teachers": reference["totals"]}
         return {"totals": totals, "weights": [1.0] * len(totals), "detail": sizes}
 
-    settings = {"pieces": len(pieces)}
-    return [Task(kind="certainty", name=name, metric="probability", floor=1 / 320, settings=settings, cost=60, run=run)]
+    facts = {"kind": "certainty", "name": name, "metric": "probability", "settings": {"pieces": len(pieces)}}
+    return [Task(**facts, floor=1 / 320, cost=60, run=run, asks_teacher=True)]
 
 
 @pytest.mark.drawn
