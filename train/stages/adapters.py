@@ -12,15 +12,8 @@ DOWN, UP = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 
 def add_adapters(student: DiJiangForCausalLM, modules: Iterable[str], rank: int, alpha: float, seed: int = 0) -> None:
     """
-    Add an adapter to each of `modules`. The student stays a `DiJiangForCausalLM`. Adapters are float32 and change nothing at
-    first; all other parameters are frozen.
-
-    Args:
-        student: the model.
-        modules: names of linear layers in it.
-        rank: of the adapters.
-        alpha: adapters are scaled by alpha / rank.
-        seed: of the half of each adapter that does not start at 0.
+    Add an adapter to each of `modules`, names of linear layers in `student`, which stays a `DiJiangForCausalLM`. Adapters are
+    float32 and change nothing at first; `seed` draws the half that does not start at 0. All other parameters are frozen.
 
     Raises:
         ValueError: if peft is not installed.
@@ -47,7 +40,7 @@ def merged_state(student: DiJiangForCausalLM, state: Mapping[str, torch.Tensor] 
 
     Args:
         student: the trained model.
-        state: by name, the values of the student's parameters, if the student itself holds only shards of them.
+        state: values of its parameters by name, if the student itself holds only shards of them.
     """
     values = dict(student.named_parameters()) if state is None else state
     merged = {}

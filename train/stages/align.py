@@ -149,10 +149,8 @@ class AlignModel(RecoveryModel):
     @torch.no_grad()
     def calibrate(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> float | None:
         """
-        Give all linear layers their closed-form start on input_ids (B, T), one document each.
-
-        Returns:
-            The mean R^2 of the branch scales' fit; None if no layer has a window.
+        Give all linear layers their closed-form start on input_ids (B, T), one document each; return the mean R^2 of the
+        branch scales' fit, None if no layer has a window.
         """
         teacher_pass = run_teacher(self.teacher, input_ids, position_ids)
         fits = []

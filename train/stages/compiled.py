@@ -57,13 +57,8 @@ def wants_compilation(recipe: Recipe, stage: str, device: torch.device) -> bool:
 
 def compile_model(model: nn.Module, batch: dict[str, torch.Tensor]) -> bool:
     """
-    Compile a DistillModel and try it in a step forward and backward on `batch`; if that fails, undo it and say why on stderr.
-
-    Returns:
-        Whether the model is compiled.
-
-    Raises:
-        torch.OutOfMemoryError: if the memory is too small for the step.
+    Compile a DistillModel and try it in a step forward and backward on `batch`; if that fails, undo it, say why on stderr and
+    return False. A step that runs out of memory raises torch.OutOfMemoryError.
     """
     training = model.training
     model.compiled = CompiledParts(model.student, model.teacher)

@@ -213,11 +213,6 @@ class WithTeacherLogits(Dataset):
     `blocks` with `teacher_ids` int64 and `teacher_logprobs` float16, both (rows, L, k), in each item. `collate_with_teacher`
     makes batches of them.
 
-    Args:
-        blocks: as `TrainingBlocks`.
-        folder: what `write_teacher_logits` wrote.
-        layout: of the folder.
-
     Raises:
         ValueError: if `folder` holds other records, or not all of them.
     """

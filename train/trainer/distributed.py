@@ -133,10 +133,8 @@ def forget_deepspeed() -> None:
 
 def deepspeed_settings(stage: StageConfig, run: RunConfig, hidden_size: int) -> dict | None:
     """
-    DeepSpeed's JSON for one stage: the file that run.deepspeed names, with everything in it that the recipe sets.
-
-    Returns:
-        The settings; None if the recipe does not use DeepSpeed.
+    DeepSpeed's JSON for one stage: the file that run.deepspeed names, with everything in it that the recipe sets. None without
+    run.deepspeed.
 
     Raises:
         ValueError: if there is no such file, it is not JSON, or it sets what the recipe sets.
@@ -174,12 +172,7 @@ def deepspeed_settings(stage: StageConfig, run: RunConfig, hidden_size: int) -> 
 
 
 def micro_batch(stage: StageConfig, run: RunConfig) -> int:
-    """
-    Sequences that each process handles at a time: the largest divisor of its share of the batch up to run.micro_batch_size.
-
-    Raises:
-        ValueError: if the batch cannot be dealt out evenly to the processes.
-    """
+    """The largest divisor of a process's share of the batch up to run.micro_batch_size; ValueError if shares are unequal."""
     share, rest = divmod(stage.batch_size, world_size())
     if rest:
         raise ValueError(

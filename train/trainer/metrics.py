@@ -86,13 +86,7 @@ class StageMetrics:
         return means
 
     def speed(self, step: int, tokens_after: Callable[[int], int]) -> dict[str, float]:
-        """
-        Tokens per second since the last call, and the seconds left at this session's mean speed.
-
-        Args:
-            step: number of steps that are done.
-            tokens_after: gives the tokens of that many steps.
-        """
+        """Tokens per second since the last call, and seconds left at this session's mean speed, when `step` steps are done."""
         now = time.perf_counter()
         done = tokens_after(step)
         done_before = tokens_after(step - self.session_steps)

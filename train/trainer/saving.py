@@ -83,11 +83,6 @@ class CheckpointWriter:
                 parameter.copy_(saved[name])
 
 
-def read_metrics(checkpoint: Path, steps: int) -> StageMetrics:
-    """The metrics of a stage of `steps` steps, as a checkpoint holds them."""
-    return StageMetrics.from_state(steps, json.loads((checkpoint / METRICS).read_text(encoding="utf-8")))
-
-
 def writer(deepspeed: dict | None) -> dict:
     """The entries of the manifest on the processes that write a checkpoint."""
     zero = (deepspeed or {}).get("zero_optimization", {})

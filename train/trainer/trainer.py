@@ -1,6 +1,7 @@
 """The training loop of both stages: transformers' Trainer, doing the same in each step on any number of processes."""
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from .distributed import accumulation, gather, is_main, micro_batch, rank, sum_o
 from .library_hooks import refuse_renamed_hooks
 from .metrics import StageMetrics, StageRecord
 from .optimizer import adamw, learning_rate_factor
-from .saving import SCHEDULE, CheckpointWriter, read_metrics
+from .saving import METRICS, SCHEDULE, CheckpointWriter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,19 +102,14 @@ class RecoveryTrainer(Trainer):
 
     def run(self, checkpoint: Path | None) -> bool:
         """
-        Train to the end.
-
-        Args:
-            checkpoint: to resume from, or None.
-
-        Returns:
-            Whether the end was reached; False if the run was stopped before.
+        Train to the end, from `checkpoint` on if there is one; return False if the run was stopped before.
 
         Raises:
             ValueError: if the loss or the weights stop being finite. No checkpoint is written from then on.
         """
         if checkpoint is not None:
-            self.metrics = read_metrics(checkpoint, self.stage.steps)
+            state = json.loads((checkpoint / METRICS).read_text(encoding="utf-8"))
+            self.metrics = StageMetrics.from_state(self.stage.steps, state)
         try:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
