@@ -10,7 +10,7 @@ contexts are those of its Figure 4.
 """
 
 import torch
-from shared import Record, arguments, card_rates, describe_error, device_of, measure
+from shared import describe_error, measure, run_bench
 from transformers import PreTrainedConfig
 
 from dijiang.checkpoint.shapes import shape_config
@@ -39,6 +39,11 @@ WORDS = {
 }
 SMALL = ("pythia-70m", "smollm2-135m")
 SMALL_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 99}
+
+
+def facts(device: torch.device, small: bool) -> dict:
+    """Entries of the JSON."""
+    return {"dtype": "float32" if small else "bfloat16", "preset": "recommended", "contenders": WORDS}
 
 
 def plan(small: bool) -> list[dict]:
@@ -186,23 +191,5 @@ def targets(rows: list[dict]) -> list[dict]:
     return lines
 
 
-def main() -> None:
-    options = arguments(__doc__)
-    record, device = Record("model", options), device_of(options.small)
-    torch.manual_seed(0)
-    rates = record.data.get("limits") or card_rates(device, options.small)
-    record.data |= {"dtype": "float32" if options.small else "bfloat16", "preset": "recommended", "contenders": WORDS}
-    record.data |= {"limits": rates}
-    record.save()
-    bench = Bench(device, options.small, rates)
-    record.run(
-        plan(options.small),
-        bench.measure_row,
-        cost=cost,
-        after=lambda rows: {"targets": [] if options.small else targets(rows)},
-    )
-    record.finish()
-
-
 if __name__ == "__main__":
-    main()
+    run_bench("model", __doc__, Bench, plan=plan, cost=cost, targets=targets, facts=facts)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from shared import Record, arguments, card_rates, device_of, measure, seconds_per_call
+from shared import measure, run_bench, seconds_per_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dijiang.evaluate.latency.graphs import capture
@@ -55,6 +55,20 @@ VARIANTS = {
 }
 FUSED = ({"block": 32, "warps": 4, "stages": 1}, {"block": 32, "warps": 2, "stages": 1})
 SPEED_GOAL, FLOOR_GOAL = 4, 2
+
+
+def facts(device: torch.device, small: bool) -> dict:
+    """Entries of the JSON."""
+    return {
+        "shape": {"heads": SMALL_HEADS if small else HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"},
+        "variants": VARIANTS,
+        "fla": dict(zip(("usable", "reason"), fla_is_usable(device), strict=True)),
+    }
+
+
+def cost(row: dict) -> float:
+    """Seconds that a row may take."""
+    return 20.0 if "compiled" in row["variant"] else 10.0 if row["variant"] == "fused" else 2.0
 
 
 def plan(small: bool) -> list[dict]:
@@ -267,7 +281,7 @@ def random_like(x: torch.Tensor) -> torch.Tensor:
     return torch.randn(x.shape, generator=torch.Generator(x.device).manual_seed(1), device=x.device).to(x.dtype)
 
 
-def targets(rows: list[dict], main: int) -> list[dict]:
+def targets(rows: list[dict], main: int = MAIN) -> list[dict]:
     """The goals at the main length, for the op as a model calls it and for the fastest variant."""
     at_main = [row for row in rows if (row["pass"], row["tokens"], row["batch"]) == ("forward", main, 1) and "median_s" in row]
     flash = next((row["median_s"] for row in at_main if row["variant"] == "flash"), None)
@@ -286,29 +300,5 @@ def targets(rows: list[dict], main: int) -> list[dict]:
     return lines
 
 
-def main() -> None:
-    options = arguments(__doc__)
-    record, device = Record("op", options), device_of(options.small)
-    torch.manual_seed(0)
-    rates = record.data.get("limits") or card_rates(device, options.small)
-    heads = SMALL_HEADS if options.small else HEADS
-    record.data |= {
-        "shape": {"heads": heads, "head_dim": HEAD_DIM, "dtype": "bfloat16"},
-        "variants": VARIANTS,
-        "limits": rates,
-    }
-    record.data["fla"] = dict(zip(("usable", "reason"), fla_is_usable(device), strict=True))
-    record.save()
-    bench = Bench(device, options.small, rates)
-    length = SMALL_MAIN if options.small else MAIN
-    record.run(
-        plan(options.small),
-        bench.measure_row,
-        cost=lambda row: 20.0 if "compiled" in row["variant"] else 10.0 if row["variant"] == "fused" else 2.0,
-        after=lambda rows: {"targets": [] if options.small else targets(rows, length)},
-    )
-    record.finish()
-
-
 if __name__ == "__main__":
-    main()
+    run_bench("op", __doc__, Bench, plan=plan, cost=cost, targets=targets, facts=facts)

@@ -202,3 +202,38 @@ def card_rates(device: torch.device, small: bool) -> dict:
         "copy_bytes_per_s": 2 * source.nbytes / copying,
         "read_bytes_per_s": source.nbytes / reading,
     }
+
+
+def run_bench(
+    step: str,
+    doc: str,
+    bench: Callable,
+    *,
+    plan: Callable[[bool], list[dict]],
+    cost: Callable[[dict], float],
+    targets: Callable[[list[dict]], list[dict]],
+    facts: Callable[[torch.device, bool], dict],
+) -> None:
+    """
+    Run a step that measures rows.
+
+    Args:
+        step: its name.
+        doc: its description.
+        bench: takes device, whether the run is small, and the card's rates; its `measure_row` measures a row.
+        plan: returns the rows of a small run or a whole one.
+        cost: seconds that a row may take.
+        targets: returns the goals that rows have measured; a small run has none.
+        facts: returns further entries of the JSON.
+    """
+    options = arguments(doc)
+    record = Record(step, options)
+    device = device_of(options.small)
+    torch.manual_seed(0)
+    rates = record.data.get("limits") or card_rates(device, options.small)
+    record.data |= facts(device, options.small) | {"limits": rates}
+    record.save()
+    measure_row = bench(device, options.small, rates).measure_row
+    after = lambda rows: {"targets": [] if options.small else targets(rows)}  # noqa: E731
+    record.run(plan(options.small), measure_row, cost=cost, after=after)
+    record.finish()
