@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from .configuration_dijiang import DiJiangConfig
@@ -55,11 +55,11 @@ class LinearStateLayer(CacheLayerMixin):
         self.seen = 0
         self.is_initialized = False
 
-    def _map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
         if self.state is not None:
             self.state = self.state.map(fn)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     batch_select_indices = reorder_cache
@@ -85,7 +85,7 @@ class DiJiangCache(Cache):
 
     def memory_bytes(self) -> int:
         """Bytes of memory held, for all layers and sequences of the batch."""
-        tensors: list[torch.Tensor] = []
+        tensors: list[Tensor] = []
         for layer in self.layers:
             if isinstance(layer, LinearStateLayer):
                 tensors += [] if layer.state is None else layer.state.tensors()

@@ -24,13 +24,27 @@ CHOICES = {
 }
 # classes by name. This file may not import torch, so `register_feature_map` fills it when the files of the maps are imported
 FEATURE_MAPS: dict[str, Any] = {}
-# the type of a field that may be None until `__post_init__` fills it, so that whoever reads it never meets None
-Type = TypeVar("Type")
+# the type of a field that is None until `__post_init__` fills it. Whoever reads the field never meets None
+Value = TypeVar("Value")
 if TYPE_CHECKING:
-    Filled = Annotated[Type, "filled by __post_init__"]
+    Filled = Annotated[Value, "filled by __post_init__"]
 else:
-    Filled = Type | None
+    Filled = Value | None
 LATER: Any = None
+
+
+def check_feature_map(config: "DiJiangConfig") -> None:
+    """
+    Raise ValueError on an unknown feature map, or on one with negative features under a denominator. Where only this file is
+    imported no map is known, and nothing is checked; `build_feature_map` checks again.
+    """
+    if FEATURE_MAPS and config.feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map={config.feature_map!r} is unknown; choose one of {', '.join(FEATURE_MAPS)}")
+    if FEATURE_MAPS and config.normalize and not FEATURE_MAPS[config.feature_map].positive:
+        raise ValueError(
+            f"feature_map={config.feature_map} has negative features, whose sum is no denominator; "
+            "set normalize=false attention_window=0 attention_sinks=0"
+        )
 
 
 @strict
@@ -133,7 +147,7 @@ class DiJiangConfig(PretrainedConfig):
         super().__post_init__(**kwargs)
 
     def __eq__(self, other: object) -> bool:
-        # by the inherited method, attributes outside the fields do not count, or a saved and loaded config is not the original
+        # the inherited method ignores attributes outside the fields, or finds a config that was saved and loaded different
         return isinstance(other, PretrainedConfig) and self.to_dict() == other.to_dict()
 
     def validate_choices(self) -> None:
@@ -172,17 +186,8 @@ class DiJiangConfig(PretrainedConfig):
             raise ValueError("normalize=false needs attention_window=0: the softmax window shares the denominator")
 
     def validate_feature_map(self) -> None:
-        """
-        Raise ValueError on an unknown feature map, or on one with negative features under a denominator. Where only this file
-        is imported no map is known, so nothing is checked before `build_feature_map` calls this again.
-        """
-        if FEATURE_MAPS and self.feature_map not in FEATURE_MAPS:
-            raise ValueError(f"feature_map={self.feature_map!r} is unknown; choose one of {', '.join(FEATURE_MAPS)}")
-        if FEATURE_MAPS and self.normalize and not FEATURE_MAPS[self.feature_map].positive:
-            raise ValueError(
-                f"feature_map={self.feature_map} has negative features, whose sum is no denominator; "
-                "set normalize=false attention_window=0 attention_sinks=0"
-            )
+        """`check_feature_map`, which is a function since older checkpoints bring configs of their own."""
+        check_feature_map(self)
 
     @property
     def has_linear_layers(self) -> bool:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
 from .exponential_maps import Factors
 
@@ -30,9 +30,9 @@ class StepWeights(NamedTuple):
 
     map_q: Factors
     map_k: Factors
-    key_scale: tuple[torch.Tensor, torch.Tensor] | None
-    branch_scale: tuple[torch.Tensor, torch.Tensor] | None
-    log_rate: torch.Tensor | None
+    key_scale: tuple[Tensor, Tensor] | None
+    branch_scale: tuple[Tensor, Tensor] | None
+    log_rate: Tensor | None
     rows: int
     pairs: bool
     softmax: bool
@@ -48,7 +48,7 @@ class StepWeights(NamedTuple):
         """M."""
         return 2 * self.rows if self.pairs else self.rows
 
-    def tensors(self) -> list[torch.Tensor | None]:
+    def tensors(self) -> list[Tensor | None]:
         """All eleven weights in the order of the fields, None for those that the layer has not."""
         absent = (None, None)
         return [*self.map_q, *self.map_k, *(self.key_scale or absent), *(self.branch_scale or absent), self.log_rate]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from .decode_step import StepWeights
 from .decode_step_native_source import SOURCE
@@ -55,8 +56,8 @@ def step_function() -> Callable | None:
 
 
 def native_step(
-    weights: StepWeights, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: LinearState
-) -> tuple[torch.Tensor, LinearState] | None:
+    weights: StepWeights, q: Tensor, k: Tensor, v: Tensor, state: LinearState
+) -> tuple[Tensor, LinearState] | None:
     """
     `attend_step` of a layer with `weights`. No gradients.
 
@@ -68,7 +69,8 @@ def native_step(
         o (B, 1, H, d) float32 and the new state; None off the CPU, without normalization or a compiler, for dtypes and sizes
         that the C code does not take, and for tensors that do not fit together, which torch then reports.
     """
-    S, W, M = weights.sinks, weights.window, weights.features
+    S, W = weights.sinks, weights.window
+    M = weights.features
     (B, _, H, d), G = q.shape, k.shape[2]
     dtype = q.dtype
     if (
@@ -118,5 +120,5 @@ def native_step(
     return o, new
 
 
-def address(x: torch.Tensor | None) -> int | None:
+def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()

@@ -43,8 +43,7 @@ static void load(float *to, const char *from, int n, int bf16)
 static float dot(const float *a, const float *b, int n)
 {
     float sum = 0;
-    for (int i = 0; i < n; i++)
-        sum += a[i] * b[i];
+    for (int i = 0; i < n; i++) sum += a[i] * b[i];
     return sum;
 }
 
@@ -54,13 +53,10 @@ static float clamp(float x, float limit) { return x < -limit ? -limit : x > limi
 static void softmax(float *z, int n)
 {
     float top = z[0], sum = 0;
-    for (int i = 1; i < n; i++)
-        top = z[i] > top ? z[i] : top;
-    for (int i = 0; i < n; i++)
-        sum += z[i] = expf(z[i] - top);
+    for (int i = 1; i < n; i++) top = z[i] > top ? z[i] : top;
+    for (int i = 0; i < n; i++) sum += z[i] = expf(z[i] - top);
     float inverse = 1 / sum;
-    for (int i = 0; i < n; i++)
-        z[i] *= inverse;
+    for (int i = 0; i < n; i++) z[i] *= inverse;
 }
 
 /* features of one row x of one head: z = scale T (C x), then -z if paired, plus log weights */
@@ -76,16 +72,13 @@ static void features(float *phi, const float *x, struct map map, long head, cons
         if (pairs)
             phi[m + r] = -z;
     }
-    if (D)
-        for (int r = 0; r < M; r++)
-            phi[r] += D[r];
+    for (int r = 0; D && r < M; r++) phi[r] += D[r];
     if (s->softmax) {
         softmax(phi, M);
         return;
     }
     float unit = 1 / sqrtf(M);
-    for (int r = 0; r < M; r++)
-        phi[r] = unit * expf(clamp(phi[r], limit));
+    for (int r = 0; r < M; r++) phi[r] = unit * expf(clamp(phi[r], limit));
 }
 
 /* the window of one head after `token` came in at its end and the oldest token left it; the sinks stay in front of it */
@@ -123,15 +116,14 @@ void dijiang_step(const struct step *s)
                 load(value, token_v, d, bf16);
             }
             features(phi, row, s->map_k, g, s);
-            float weight = 1, kept = s->log_decay ? expf(s->log_decay[g]) : 1;
+            float weight = 1, fading = s->log_decay ? expf(s->log_decay[g]) : 1;
             if (s->key_weight)
                 weight = expf(clamp(scale * dot(s->key_weight + g * d, row, d) + s->key_bias[g], s->key_limit));
             for (int r = 0; r < M; r++) {
                 const float p = phi[r] * weight, *from = state + (long)r * (d + 1);
                 float *to = next + (long)r * (d + 1);
-                for (int j = 0; j < d; j++)
-                    to[j] = kept * from[j] + p * value[j];
-                to[d] = kept * from[d] + p;
+                for (int j = 0; j < d; j++) to[j] = fading * from[j] + p * value[j];
+                to[d] = fading * from[d] + p;
             }
             for (int h = g * R; h < (g + 1) * R; h++) {
                 load(row, s->q.x + b * s->q.steps[0] + h * s->q.steps[2], d, bf16);
@@ -140,27 +132,22 @@ void dijiang_step(const struct step *s)
                 memset(numerator, 0, sizeof(numerator));
                 for (int r = 0; r < M; r++) {
                     const float *from = next + (long)r * (d + 1);
-                    for (int j = 0; j < d; j++)
-                        numerator[j] += phi[r] * from[j];
+                    for (int j = 0; j < d; j++) numerator[j] += phi[r] * from[j];
                     total += phi[r] * from[d];
                 }
                 total = total < 1e-30f ? 1e-30f : total;
                 if (!W) {
-                    for (int j = 0; j < d; j++)
-                        result[j] = numerator[j] / total;
+                    for (int j = 0; j < d; j++) result[j] = numerator[j] / total;
                     continue;
                 }
-                for (int n = 0; n < N; n++)
-                    scores[n] = scaling * dot(window_k + n * d, row, d);
+                for (int n = 0; n < N; n++) scores[n] = scaling * dot(window_k + n * d, row, d);
                 /* the linear branch is one more key of the softmax */
                 scores[N] = logf(total) + scale * dot(s->branch_weight + h * d, row, d) + s->branch_bias[h];
                 softmax(scores, N + 1);
                 const float share = scores[N] / total;
-                for (int j = 0; j < d; j++)
-                    result[j] = share * numerator[j];
+                for (int j = 0; j < d; j++) result[j] = share * numerator[j];
                 for (int n = 0; n < N; n++)
-                    for (int j = 0; j < d; j++)
-                        result[j] += scores[n] * window_v[n * d + j];
+                    for (int j = 0; j < d; j++) result[j] += scores[n] * window_v[n * d + j];
             }
         }
 }

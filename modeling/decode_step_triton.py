@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 from transformers.utils import logging
 
 from .decode_step import StepWeights
@@ -48,7 +49,7 @@ SMALLEST_SLICE = 16
 TILE = 4096
 # elements of a tile that four warps of a program hold easily
 SMALL_TILE = 2048
-kernel = OptionalKernel("the Triton kernel", work="decoding steps run", fallback="on torch")
+kernel = OptionalKernel("decoding steps run on a Triton kernel", "decoding steps run on torch: the Triton kernel fails here")
 
 
 # the kernels have no types, since Triton gives annotations of parameters a meaning of its own
@@ -232,8 +233,8 @@ def launch_sizes(B: int, H: int, d: int, m: int, N: int) -> dict[str, int]:
 
 
 def triton_step(
-    weights: StepWeights, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: LinearState
-) -> tuple[torch.Tensor, LinearState] | None:
+    weights: StepWeights, q: Tensor, k: Tensor, v: Tensor, state: LinearState
+) -> tuple[Tensor, LinearState] | None:
     """
     `attend_step` of a layer with `weights`. No gradients.
 
@@ -258,7 +259,7 @@ def triton_step(
     return kernel.run(lambda: launch(weights, q, k, v, state))
 
 
-def applies(weights: StepWeights, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: LinearState) -> bool:
+def applies(weights: StepWeights, q: Tensor, k: Tensor, v: Tensor, state: LinearState) -> bool:
     """Whether the kernel takes these sizes and dtypes; torch reports what does not fit together."""
     (B, _, H, d), G = q.shape, k.shape[2]
     dtype = q.dtype
@@ -276,9 +277,7 @@ def applies(weights: StepWeights, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
     )
 
 
-def launch(
-    weights: StepWeights, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: LinearState
-) -> tuple[torch.Tensor, LinearState] | None:
+def launch(weights: StepWeights, q: Tensor, k: Tensor, v: Tensor, state: LinearState) -> tuple[Tensor, LinearState] | None:
     """`triton_step` where it applies; None if a tensor is elsewhere, as offloaded weights are until their module is called."""
     (B, _, H, d), G = q.shape, k.shape[2]
     tensors = weights.tensors()

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
@@ -18,7 +18,7 @@ class DiJiangRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * (x.float() * scale).to(x.dtype)
 
@@ -36,7 +36,7 @@ class DiJiangRotaryEmbedding(nn.Module):
     `forward(x, position_ids)` with position_ids (B, T) returns cos and sin, (B, T, rotary size) in x's dtype.
     """
 
-    inv_freq: torch.Tensor
+    inv_freq: Tensor
 
     def __init__(self, config: DiJiangConfig):
         super().__init__()
@@ -52,7 +52,7 @@ class DiJiangRotaryEmbedding(nn.Module):
     @staticmethod
     def compute_default_rope_parameters(
         config: DiJiangConfig, device: torch.device | None = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, float]:
+    ) -> tuple[Tensor, float]:
         """Plain rotary frequencies theta^(-2i / size) and no attention scaling; transformers calls it by this name."""
         rope = config.rope_parameters
         size = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
@@ -61,13 +61,13 @@ class DiJiangRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float32)
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the leading features of x (B, T, heads, d) by cos, sin (B, T, rotary size); the rest passes unchanged."""
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     rotary, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
@@ -88,7 +88,7 @@ class DiJiangMLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         inner = self.act_fn(self.up_proj(x)) if self.gate_proj is None else self.act_fn(self.gate_proj(x)) * self.up_proj(x)
         return self.down_proj(inner)
 
@@ -111,9 +111,7 @@ class ProjectedAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, self.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=bias)
 
-    def project(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, hidden) -> q (B, T, H, d), k and v (B, T, G, d), rotary positions applied to q and k."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (proj(hidden_states).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))

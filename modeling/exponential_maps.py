@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .configuration_dijiang import DiJiangConfig
 from .feature_map_base import MAX_EXPONENT, FeatureMap, register_feature_map
@@ -21,7 +22,7 @@ FEW_ROWS = 16
 
 class Factors(NamedTuple):
     """
-    What the exponents T V x + log D of an `ExponentialMap` are made of.
+    The factors of the exponents T V x + log D of an `ExponentialMap`.
 
     Attributes:
         V: (H, m, d), or (m or more, d) if all heads share it, of which the first m rows count.
@@ -29,9 +30,9 @@ class Factors(NamedTuple):
         log_D: (H, M) or None.
     """
 
-    V: torch.Tensor
-    T: torch.Tensor | None
-    log_D: torch.Tensor | None
+    V: Tensor
+    T: Tensor | None
+    log_D: Tensor | None
 
 
 class Exponents(NamedTuple):
@@ -43,8 +44,8 @@ class Exponents(NamedTuple):
         b: (H, M).
     """
 
-    W: torch.Tensor
-    b: torch.Tensor
+    W: Tensor
+    b: Tensor
 
 
 class ExponentialMap(FeatureMap):
@@ -57,29 +58,30 @@ class ExponentialMap(FeatureMap):
         """The factors of the current exponents."""
         raise NotImplementedError
 
-    def directions(self) -> torch.Tensor:
+    def directions(self) -> Tensor:
         """T V, (H, m, d), before pairing."""
         V, T, _ = self.factors()
         V = V[: self.feature_dim] if V.dim() == 2 else V
         return V.float() if T is None else T.float().unsqueeze(-1) * V.float()
 
     @torch.no_grad()
-    def center(self, mean: torch.Tensor) -> None:
-        if self.factors()[2] is not None:
+    def center(self, mean: Tensor) -> None:
+        if self.factors().log_D is not None:
             z = self.project(mean[None, None], self.directions())[0, 0]
             self.get_parameter("log_D").copy_(torch.cat((-z, z), dim=-1) if self.pairs else -z)
 
     def matrix(self, scale: float = 1.0) -> Exponents:
         """The exponents of scale * x. Pairing appends -W, which makes the kernel even."""
-        W, log_D = self.directions() * scale, self.factors()[2]
+        W = self.directions() * scale
         W = torch.cat((W, -W), dim=1) if self.pairs else W
+        log_D = self.factors().log_D
         return Exponents(W, W.new_zeros(W.shape[:2]) if log_D is None else log_D.float())
 
-    def exponents(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    def exponents(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """Exponents of all features, log-weights included, (B, T, H, M)."""
         return self.project(x, *self.matrix(scale))
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None, scale: float = 1.0) -> Tensor:
         z = self.exponents(x, scale).permute(2, 0, 1, 3)  # the order in memory
         if self.activation == "softmax":
             phi = z.softmax(dim=-1)
@@ -96,20 +98,20 @@ class WDCF(ExponentialMap):
     """
 
     settings = (*FeatureMap.settings, "radial", "dct_direction")
-    C: torch.Tensor
+    C: Tensor
 
     def __init__(self, config: DiJiangConfig, num_heads: int, seed: int):
         super().__init__(config, num_heads, seed)
         self.add_parameters(T=(self.feature_dim,), log_D=(self.size,))
         self.register_buffer("C", torch.empty(self.size, self.head_dim, dtype=torch.float32), persistent=False)
 
-    def initial_values(self) -> dict[str, torch.Tensor]:
+    def initial_values(self) -> dict[str, Tensor]:
         uniform = low_discrepancy(self.feature_dim, 1, self.seed)[:, 0]
         C = frequency_matrix(self.feature_dim, self.head_dim, self.direction, self.seed)
         values = {"T": radii(uniform, self.head_dim, self.radial), "log_D": torch.zeros(self.size)}
         return values | {"C": torch.cat((C, -C)) if self.pairs else C}
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "WDCF":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WDCF":
         table = self.C  # rounded to half precision it would be another map
         super()._apply(fn, recurse)
         if self.C.dtype != torch.float32 and table.device.type != "meta":
@@ -119,7 +121,7 @@ class WDCF(ExponentialMap):
     def factors(self) -> Factors:
         return Factors(self.C, self.weight("T"), self.weight("log_D"))
 
-    def exponents(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    def exponents(self, x: Tensor, scale: float = 1.0) -> Tensor:
         if x.shape[0] * x.shape[1] > FEW_ROWS:
             return super().exponents(x, scale)
         # one C for all heads, whose exponents differ by T
@@ -143,7 +145,7 @@ class PFF(ExponentialMap):
         super().__init__(config, num_heads, seed)
         self.add_parameters(T=(self.feature_dim,), V=(self.feature_dim, self.head_dim))
 
-    def initial_values(self) -> dict[str, torch.Tensor]:
+    def initial_values(self) -> dict[str, Tensor]:
         points = low_discrepancy(self.feature_dim, self.head_dim + 1, self.seed)
         directions = F.normalize(torch.special.ndtri(points[:, 1:]), dim=-1)
         return {"T": radii(points[:, 0], self.head_dim, self.radial), "V": directions}
@@ -161,7 +163,7 @@ class WPFF(PFF):
         super().__init__(config, num_heads, seed)
         self.add_parameters(log_D=(self.size,))
 
-    def initial_values(self) -> dict[str, torch.Tensor]:
+    def initial_values(self) -> dict[str, Tensor]:
         return super().initial_values() | {"log_D": torch.zeros(self.size)}
 
 
@@ -174,7 +176,7 @@ class LDCF(WPFF):
 
     settings = (*WPFF.settings, "dct_direction")
 
-    def initial_values(self) -> dict[str, torch.Tensor]:
+    def initial_values(self) -> dict[str, Tensor]:
         uniform = low_discrepancy(self.feature_dim, 1, self.seed)[:, 0]
         V = frequency_matrix(self.feature_dim, self.head_dim, self.direction, self.seed)
         return {"T": radii(uniform, self.head_dim, self.radial), "V": V, "log_D": torch.zeros(self.size)}
@@ -192,14 +194,14 @@ class PRF(ExponentialMap):
         self.add_parameters(W=(self.feature_dim, self.head_dim))
         self.is_one_matrix = self.activation == "softmax"
 
-    def initial_values(self) -> dict[str, torch.Tensor]:
+    def initial_values(self) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
         return {"W": torch.randn(self.feature_dim, self.head_dim, generator=generator)}
 
     def factors(self) -> Factors:
         return Factors(self.weight("W"), None, None)
 
-    def exponents(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    def exponents(self, x: Tensor, scale: float = 1.0) -> Tensor:
         z = super().exponents(x, scale)
         if self.is_one_matrix:  # the softmax would cancel the norm, which all features of a row share
             return z
@@ -219,7 +221,7 @@ class Hedgehog(ExponentialMap):
         super().__init__(config, num_heads, seed)
         self.add_parameters(W=(self.feature_dim, self.head_dim))
 
-    def initial_values(self) -> dict[str, torch.Tensor]:
+    def initial_values(self) -> dict[str, Tensor]:
         return {"W": torch.eye(self.head_dim).repeat(math.ceil(self.feature_dim / self.head_dim), 1)[: self.feature_dim]}
 
     def factors(self) -> Factors:

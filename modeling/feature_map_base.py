@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_dijiang import FEATURE_MAPS, DiJiangConfig
@@ -68,7 +68,7 @@ class FeatureMap(nn.Module):
         """M, the number of features per head that `forward` returns."""
         return self.feature_dim * (2 if self.pairs else 1)
 
-    def initial_values(self) -> dict[str, torch.Tensor]:
+    def initial_values(self) -> dict[str, Tensor]:
         """Initial values by name: of parameters in the shape of one head, and of buffers."""
         return {}
 
@@ -78,7 +78,7 @@ class FeatureMap(nn.Module):
             value = torch.empty(self.num_heads, *shape, dtype=torch.float32)
             self.register_parameter(name, nn.Parameter(value, requires_grad=self.learned))
 
-    def weight(self, name: str) -> torch.Tensor:
+    def weight(self, name: str) -> Tensor:
         """A parameter as `forward` uses it: detached if it does not train, since loading sets requires_grad on all of them."""
         return getattr(self, name) if self.learned else getattr(self, name).detach()
 
@@ -94,15 +94,13 @@ class FeatureMap(nn.Module):
             else:
                 target.copy_(value)
 
-    def center(self, mean: torch.Tensor) -> None:
+    def center(self, mean: Tensor) -> None:
         """
         Set the weights log_D so that the map acts on x - mean, mean (H, d). Without effect on maps that have no such weights
         and must learn to do so.
         """
 
-    def project(
-        self, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1.0
-    ) -> torch.Tensor:
+    def project(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """matrix_h (scale x_h) + bias_h for every head h: matrix (H, m, d), bias (H, m), result (B, T, H, m)."""
         matrix = matrix.float() if scale == 1.0 else matrix.float() * scale
         z = torch.bmm(x.float().flatten(0, 1).transpose(0, 1), matrix.transpose(1, 2))

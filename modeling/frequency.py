@@ -3,9 +3,10 @@
 import math
 
 import torch
+from torch import Tensor
 
 
-def dct_matrix(size: int) -> torch.Tensor:
+def dct_matrix(size: int) -> Tensor:
     """Orthonormal DCT-II matrix C, (size, size) float64, row r the r-th frequency, as scipy.fft.dct(norm="ortho")."""
     n = torch.arange(size, dtype=torch.float64)
     matrix = torch.cos(math.pi / size * n[:, None] * (n + 0.5)) * math.sqrt(2.0 / size)
@@ -13,7 +14,7 @@ def dct_matrix(size: int) -> torch.Tensor:
     return matrix
 
 
-def frequency_matrix(feature_dim: int, head_dim: int, direction: str, seed: int) -> torch.Tensor:
+def frequency_matrix(feature_dim: int, head_dim: int, direction: str, seed: int) -> Tensor:
     """
     Rows that `wdcf` projects on, (feature_dim, head_dim) float32: the DCT-II matrix (`forward`) or its transpose (`inverse`).
     Beyond head_dim rows follow copies whose columns have random signs, so that they span new directions.
@@ -28,7 +29,7 @@ def frequency_matrix(feature_dim: int, head_dim: int, direction: str, seed: int)
     return torch.cat(copies)[:feature_dim].float()
 
 
-def orthogonal_rows(count: int, dim: int, seed: int) -> torch.Tensor:
+def orthogonal_rows(count: int, dim: int, seed: int) -> Tensor:
     """Unit rows, (count, dim) float64, orthogonal within each block of dim of them: random rotations, one per block."""
     generator = torch.Generator().manual_seed(seed)
     blocks = []
@@ -38,13 +39,13 @@ def orthogonal_rows(count: int, dim: int, seed: int) -> torch.Tensor:
     return torch.cat(blocks)[:count]
 
 
-def low_discrepancy(count: int, dim: int, seed: int) -> torch.Tensor:
+def low_discrepancy(count: int, dim: int, seed: int) -> Tensor:
     """Scrambled Sobol points strictly inside the unit cube, (count, dim) float64."""
     points = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(count, dtype=torch.float64)
     return points.clamp(1e-6, 1 - 1e-6)
 
 
-def radii(uniform: torch.Tensor, head_dim: int, law: str) -> torch.Tensor:
+def radii(uniform: Tensor, head_dim: int, law: str) -> Tensor:
     """
     Quantiles at `uniform` of the law of the radius: `normal` (the paper's, signed) or `chi` with head_dim degrees of freedom,
     the radius of a normal vector, for which the features are unbiased.

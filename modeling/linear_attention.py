@@ -9,9 +9,11 @@ m features, d value size. State: S_t = exp(g_t) S_{t-1} + k_t v_t^T and o_t = q_
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers.utils import logging
 
 from .linear_attention_chunk import chunk_linear_attention
@@ -26,7 +28,7 @@ BACKENDS = ("auto", "torch", "fla")
 # what `auto` stands for within `prefer_backend`
 preferred_backend = "auto"
 # numerator, sums of weights or None, state
-WeightedSums = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
+WeightedSums = tuple[Tensor, Tensor | None, Tensor]
 
 
 @contextmanager
@@ -42,19 +44,19 @@ def prefer_backend(name: str) -> Iterator[None]:
 
 
 def linear_attention(  # noqa: PLR0913 - the arguments that fla's operations have
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
-    log_decay: torch.Tensor | None = None,
+    log_decay: Tensor | None = None,
     normalize: bool = True,
-    initial_state: torch.Tensor | None = None,
+    initial_state: Tensor | None = None,
     output_final_state: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     mode: str = "chunk",
     backend: str = "auto",
     chunk_size: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """
     o_i = sum_{j <= i} a_ij (q_i.k_j) v_j, divided by sum_{j <= i} a_ij (q_i.k_j) if `normalize`, with
     a_ij = exp(sum of the log-decays of j+1 .. i) (DiJiang, arXiv 2403.19928, section 3).
@@ -92,14 +94,14 @@ def linear_attention(  # noqa: PLR0913 - the arguments that fla's operations hav
 
 
 def weighted_sums(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
-    log_decay: torch.Tensor | None = None,
+    log_decay: Tensor | None = None,
     sums: bool = True,
-    state: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     mode: str = "chunk",
     backend: str = "auto",
     chunk_size: int | None = None,
@@ -138,8 +140,9 @@ def weighted_sums(
         bounds = None if cu_seqlens is None else cu_seqlens.to(q.device, torch.long)
         o, state = fla_linear_attention(q, k, values, log_decay, state, bounds)
         return (o[..., :-1], o[..., -1].float(), state) if sums else (o, None, state)
+    options: dict[str, Any] = {"sums": sums, "mode": mode, "chunk_size": chunk_size}
     if groups is None:
-        return torch_sums(q, k, v, log_decay, state, sums=sums, mode=mode, chunk_size=chunk_size)
+        return torch_sums(q, k, v, log_decay, state, **options)
     if log_decay is not None:
         log_decay = log_decay.expand(1, T, G)
     # not divided yet, so float16 could not hold it
@@ -148,18 +151,11 @@ def weighted_sums(
     total = v.new_zeros(T, H, dtype=torch.float32)
     final = torch.zeros_like(state)
     for group in groups:
+        group_q, group_k, group_v = (group.unpack(x[0]) for x in (q, k, v))
         real = group.valid[..., None]
-        group_decay = None if log_decay is None else group.unpack(log_decay[0]) * real
-        numerator, weights, last = torch_sums(
-            group.unpack(q[0]),
-            group.unpack(k[0]) * real.unsqueeze(-1),
-            group.unpack(v[0]),
-            group_decay,
-            state[group.sequences],
-            sums=sums,
-            mode=mode,
-            chunk_size=chunk_size,
-        )
+        group_k = group_k * real.unsqueeze(-1)
+        decay = None if log_decay is None else group.unpack(log_decay[0]) * real
+        numerator, weights, last = torch_sums(group_q, group_k, group_v, decay, state[group.sequences], **options)
         o = group.pack_into(o, numerator.to(o.dtype))
         total = total if weights is None else group.pack_into(total, weights)
         final = final.index_put((group.sequences,), last)
@@ -167,7 +163,7 @@ def weighted_sums(
 
 
 def choose_backend(
-    backend: str, mode: str, q: torch.Tensor, log_decay: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None
+    backend: str, mode: str, q: Tensor, log_decay: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> str:
     """`torch` or `fla` for queries q. The log says once which was chosen, and why."""
     if backend not in BACKENDS:
@@ -195,15 +191,7 @@ def choose_backend(
 
 
 def torch_sums(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor | None,
-    state: torch.Tensor,
-    *,
-    sums: bool,
-    mode: str,
-    chunk_size: int | None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, *, sums: bool, mode: str, chunk_size: int | None
 ) -> WeightedSums:
     """`weighted_sums` by torch, one sequence per row, after its checks."""
     (B, T, H, _), G = q.shape, k.shape[2]
@@ -211,9 +199,7 @@ def torch_sums(
         with torch.autocast(q.device.type, enabled=False):
             return torch_sums(q, k, v, log_decay, state, sums=sums, mode=mode, chunk_size=chunk_size)
     if mode != "chunk" or not all(x.dtype == torch.bfloat16 for x in (q, k, v)):
-        q = q.float()
-        k = k.float()
-        v = v.float()
+        q, k, v = (x.float() for x in (q, k, v))
     if T == 1 and mode == "recurrent":
         return recurrent_step(q, k, v, log_decay, state, sums=sums)
     # all R query heads of a group read one state
@@ -229,22 +215,9 @@ def torch_sums(
 
 
 def naive_linear_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor | None, state: torch.Tensor, *, sums: bool
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, *, sums: bool
 ) -> WeightedSums:
-    """
-    The formula, quadratic in T.
-
-    Args:
-        q: (B, G, R, T, m).
-        k: (B, G, T, m).
-        v: (B, G, T, d).
-        log_decay: (B, G, T), (1, G, 1) or None.
-        state: (B, G, m, d), or (B, G, m, d + 1) if `sums`.
-        sums: also return the sums of weights.
-
-    Returns:
-        numerator (B, G, R, T, d), sums of weights (B, G, R, T) or None, state.
-    """
+    """The formula, quadratic in T. Arguments and results as `chunk_linear_attention`."""
     T = k.shape[2]
     if sums:  # the denominator is one more value column, so it decays and is carried over with the rest
         v = F.pad(v, (0, 1), value=1.0)
@@ -260,9 +233,9 @@ def naive_linear_attention(
 
 
 def recurrent_linear_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor | None, state: torch.Tensor, *, sums: bool
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, *, sums: bool
 ) -> WeightedSums:
-    """Token by token. Shapes as `naive_linear_attention`."""
+    """Token by token. Arguments and results as `chunk_linear_attention`."""
     if sums:
         v = F.pad(v, (0, 1), value=1.0)
     if log_decay is not None:
@@ -277,10 +250,8 @@ def recurrent_linear_attention(
     return (o[..., :-1], o[..., -1], state) if sums else (o, None, state)
 
 
-def recurrent_step(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor | None, state: torch.Tensor, *, sums: bool
-) -> WeightedSums:
-    """`recurrent_linear_attention` of one token with as few operations as it takes. Shapes as `torch_sums`."""
+def recurrent_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, *, sums: bool) -> WeightedSums:
+    """`recurrent_linear_attention` of one token with as few operations as it takes. Arguments and results as `torch_sums`."""
     (B, _, H, m), G = q.shape, k.shape[2]
     if sums:
         v = F.pad(v, (0, 1), value=1.0)

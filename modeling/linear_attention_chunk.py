@@ -9,6 +9,7 @@ B batch, T tokens, G key/value heads, R query heads per key/value head, m featur
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 CHUNK_SIZE = 64
 # tokens per piece: the fastest of 128 .. 4096 on CPUs (benchmarks/attention.py --pieces)
@@ -23,12 +24,12 @@ class Workspace:
     tensor, where gradients may need the buffers of earlier pieces.
     """
 
-    def __init__(self, like: torch.Tensor):
+    def __init__(self, like: Tensor):
         self.like = like
-        self.buffers: dict[str, torch.Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
         self.active = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
-    def __call__(self, name: str, *shape: int) -> torch.Tensor | None:
+    def __call__(self, name: str, *shape: int) -> Tensor | None:
         if not self.active:
             return None
         if name not in self.buffers or self.buffers[name].shape != shape:
@@ -48,13 +49,13 @@ class DecayTables:
         between: (B, G, N + 1, N + 1), from the end of block j to the end of block n; row and column 0 are the initial state.
     """
 
-    inside: torch.Tensor
-    to_query: torch.Tensor
-    to_end: torch.Tensor
-    between: torch.Tensor
+    inside: Tensor
+    to_query: Tensor
+    to_end: Tensor
+    between: Tensor
 
     @classmethod
-    def of(cls, log_decay: torch.Tensor, blocks: int) -> "DecayTables":
+    def of(cls, log_decay: Tensor, blocks: int) -> "DecayTables":
         """From log-decays (B, G, N, C), where N is `blocks`, or 1 if all blocks have the same."""
         total = log_decay.cumsum(-1)
         last = total[..., -1:]
@@ -68,7 +69,7 @@ class DecayTables:
         )
 
 
-def differences(total: torch.Tensor) -> torch.Tensor:
+def differences(total: Tensor) -> Tensor:
     """exp(total_i - total_j) where j <= i, else 0: (..., n) -> (..., n, n)."""
     n = total.shape[-1]
     causal = torch.ones(n, n, dtype=torch.bool, device=total.device).tril()
@@ -76,15 +77,8 @@ def differences(total: torch.Tensor) -> torch.Tensor:
 
 
 def chunk_linear_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor | None,
-    state: torch.Tensor,
-    *,
-    sums: bool,
-    chunk_size: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, *, sums: bool, chunk_size: int | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """
     Linear attention in blocks of C tokens.
 
@@ -107,8 +101,8 @@ def chunk_linear_attention(
     pieces = [(start, min(start + step, whole)) for start in range(0, whole, step)] + [(whole, T)] * (whole < T)
     key_sum = state[..., d:] if sums else None
     state = state[..., :d]
-    numerators: list[torch.Tensor] = []
-    totals: list[torch.Tensor] = []
+    numerators: list[Tensor] = []
+    totals: list[Tensor] = []
     work = Workspace(q)
     tables = table_shape = None
     for start, end in pieces:
@@ -119,8 +113,8 @@ def chunk_linear_attention(
         elif log_decay is not None and table_shape != (blocks, size):
             tables = DecayTables.of(log_decay[..., None].expand(-1, -1, 1, size), blocks)
             table_shape = (blocks, size)
-        q_piece, k_piece, v_piece = q[:, :, :, start:end], k[:, :, start:end], v[:, :, start:end]
-        numerator, total, state, key_sum = attend_to_piece(q_piece, k_piece, v_piece, tables, state, key_sum, blocks, work)
+        piece = (q[:, :, :, start:end], k[:, :, start:end], v[:, :, start:end])
+        numerator, total, state, key_sum = attend_to_piece(*piece, tables, state, key_sum, blocks, work)
         numerators.append(numerator)
         if total is not None:
             totals.append(total)
@@ -131,21 +125,16 @@ def chunk_linear_attention(
 
 
 def attend_to_piece(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     decay: DecayTables | None,
-    state: torch.Tensor,
-    key_sum: torch.Tensor | None,
+    state: Tensor,
+    key_sum: Tensor | None,
     blocks: int,
     work: Workspace,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """
-    `chunk_linear_attention` of tokens that make up whole blocks, the state and its column of sums apart.
-
-    Returns:
-        numerator, sums of weights or None, state, its column of sums or None.
-    """
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """`chunk_linear_attention` of tokens that make up whole blocks; the state and its column of sums are apart."""
     B, G, R, T, m = q.shape
     N = blocks
     C = T // N
@@ -166,7 +155,7 @@ def attend_to_piece(
         between = decay.between.expand(B, -1, -1, -1).reshape(B * G, N + 1, N + 1)
     weights = weights.view(n, R * C, C)
 
-    def carry(first: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def carry(first: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
         """Sums before each block, (n, m, .) in q's dtype, and after the last, by the factors between blocks."""
         first, added = first.reshape(B * G, 1, -1), added.view(B * G, N, -1).float()
         before = torch.bmm(between[:, :N, 1:].tril(-1), added)

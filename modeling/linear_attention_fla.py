@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 CHUNK_TOKENS = 64  # fla's own
 # longest input that is computed token by token where no gradient is wanted, as in fla's own layers
@@ -47,11 +48,11 @@ def gated_backward_is_refused(device: torch.device) -> bool:
     """Hopper with Triton 3.4 to 3.7.0, for which fla raises in the backward pass of chunks with per-token decays."""
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
         return False
-    version = re.findall(r"\d+", sys.modules["triton"].__version__)  # which fla has imported
+    version = re.findall(r"\d+", sys.modules["triton"].__version__)  # fla has imported it
     return (3, 4, 0) <= tuple(map(int, version[:3])) < (3, 7, 1)
 
 
-def takes_single_steps(q: torch.Tensor, log_decay: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> bool:
+def takes_single_steps(q: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None) -> bool:
     """
     Whether `fla_linear_attention` of queries q (B, T, H, m) would train token by token, since fla has no backward pass in
     chunks here.
@@ -64,13 +65,8 @@ def takes_single_steps(q: torch.Tensor, log_decay: torch.Tensor | None, cu_seqle
 
 
 def fla_linear_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor | None,
-    state: torch.Tensor,
-    cu_seqlens: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """
     S_t = exp(g_t) S_{t-1} + k_t v_t^T and o_t = q_t S_t, differentiable in every argument. Call it where `fla_is_usable`.
 
@@ -109,9 +105,7 @@ def fla_linear_attention(
             decay["g"] = repeat_heads(log_decay.expand(B, T, G), R, 2)
         else:
             decay["g_gamma"] = repeat_heads(log_decay, R, 0)
-    q = q.to(dtype)
-    k = k.to(dtype)
-    v = v.to(dtype)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     state = state.float()
 
     if short or (has_gradient and gated and gated_backward_is_refused(q.device)):
@@ -131,11 +125,11 @@ def fla_linear_attention(
     return o[..., :e], final[:, ::R, :m, :e].contiguous()
 
 
-def repeat_heads(x: torch.Tensor, times: int, dim: int) -> torch.Tensor:
+def repeat_heads(x: Tensor, times: int, dim: int) -> Tensor:
     """x with each entry along `dim` repeated."""
     return x if times == 1 else x.repeat_interleave(times, dim)
 
 
-def pad_end(x: torch.Tensor, last: int, second_last: int = 0) -> torch.Tensor:
+def pad_end(x: Tensor, last: int, second_last: int = 0) -> Tensor:
     """x with this number of zeros at the end of its last and last but one dimension."""
     return F.pad(x, (0, last, 0, second_last)) if last or second_last else x

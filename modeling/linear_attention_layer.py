@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.utils import logging
 
@@ -49,7 +49,7 @@ class LogScale(nn.Module):
         init.zeros_(self.weight)
         init.constant_(self.bias, self.start)
 
-    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         return torch.add(self.bias.float(), (x * self.weight.float()).sum(-1), alpha=scale)
 
 
@@ -77,7 +77,7 @@ class Decay(nn.Module):
             share = torch.linspace(ends[0].item(), ends[1].item(), self.log_rate.shape[0], dtype=torch.float64).exp()
         init.copy_(self.log_rate, (-torch.log1p(-share)).log().float())  # finite for any span
 
-    def forward(self) -> torch.Tensor:
+    def forward(self) -> Tensor:
         # loading a checkpoint sets requires_grad on every parameter, so it is not what keeps a fixed decay fixed
         log_rate = self.log_rate if self.learned else self.log_rate.detach()
         return -log_rate.float().exp()
@@ -89,7 +89,7 @@ class OutputGate(nn.Linear):
     def reset_parameters(self) -> None:
         init.xavier_uniform_(self.weight, gain=2**-2.5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return F.silu(super().forward(x))
 
 
@@ -108,7 +108,8 @@ class DiJiangLinearAttention(ProjectedAttention):
         self.normalize = config.normalize
         self.feature_scale = self.head_dim**-0.25 if config.scale_features else 1.0
         self.mode: str | None = None  # of linear_attention; None: recurrent for one token, else chunk
-        H, G, d = self.num_heads, self.num_key_value_heads, self.head_dim
+        H, G = self.num_heads, self.num_key_value_heads
+        d = self.head_dim
         # phi(q) and phi(k) start as one map and may drift apart in training
         self.feature_map_q = build_feature_map(config, H, config.feature_seed + layer_idx)
         self.feature_map_k = build_feature_map(config, G, config.feature_seed + layer_idx)
@@ -124,13 +125,8 @@ class DiJiangLinearAttention(ProjectedAttention):
         self.output_gate = OutputGate(config.hidden_size, H * d, bias=False) if config.output_gate else None
 
     def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        valid: torch.Tensor | None = None,
-        state: LinearState | None = None,
-    ) -> tuple[torch.Tensor, LinearState]:
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, state: LinearState | None = None
+    ) -> tuple[Tensor, LinearState]:
         """
         Mix T tokens that follow `state`.
 
@@ -178,7 +174,7 @@ class DiJiangLinearAttention(ProjectedAttention):
         return torch.cat(outputs, dim=1) if whole is None else whole, state
 
     @torch.compiler.disable  # it would compile again for the shapes of each batch of rows
-    def attend_packed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: list[PackedGroup]) -> torch.Tensor:
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, groups: list[PackedGroup]) -> Tensor:
         """`attend` of several sequences that follow one another in the rows of q, k and v, laid end to end."""
         packed = torch.zeros_like(q, dtype=torch.float32).flatten(0, 1)
         for group in groups:
@@ -188,8 +184,8 @@ class DiJiangLinearAttention(ProjectedAttention):
         return packed.view_as(q)
 
     def attend_piece(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None, state: LinearState
-    ) -> tuple[torch.Tensor, LinearState]:
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, state: LinearState
+    ) -> tuple[Tensor, LinearState]:
         """`attend` in one go."""
         T, S = k.shape[1], self.sinks
         if valid is None:
@@ -225,9 +221,7 @@ class DiJiangLinearAttention(ProjectedAttention):
         window = Window(all_k, all_v, None if new.settled else all_rank >= 0, sinks)
         return window_attention(q, window, branch, scale=self.scaling), new.settle(S)
 
-    def attend_step(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: LinearState
-    ) -> tuple[torch.Tensor, LinearState]:
+    def attend_step(self, q: Tensor, k: Tensor, v: Tensor, state: LinearState) -> tuple[Tensor, LinearState]:
         """`attend` of one real token to a settled state, with as few operations as it takes."""
         fused = self.fused_step(q, k, v, state)
         if fused is not None:
@@ -257,9 +251,7 @@ class DiJiangLinearAttention(ProjectedAttention):
         branch = self.scaled_branch(q, numerator, total)
         return window_attention_step(q, new.window_k, new.window_v, branch, scale=self.scaling), new
 
-    def fused_step(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: LinearState
-    ) -> tuple[torch.Tensor, LinearState] | None:
+    def fused_step(self, q: Tensor, k: Tensor, v: Tensor, state: LinearState) -> tuple[Tensor, LinearState] | None:
         """`attend_step` by the Triton kernel or the C code; None where neither applies, and where gradients are wanted."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
@@ -290,7 +282,7 @@ class DiJiangLinearAttention(ProjectedAttention):
             key_limit=self.key_exponent_limit,
         )
 
-    def runs_natively(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None) -> bool:
+    def runs_natively(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> bool:
         """Whether the C kernel applies to `linear_branch` of these. The log says once if it does, or why it cannot."""
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if torch.is_grad_enabled() or traced or self.mode is not None or q.shape[1] == 1:
@@ -307,13 +299,7 @@ class DiJiangLinearAttention(ProjectedAttention):
         return usable
 
     def native_linear_branch(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        visible: torch.Tensor | None,
-        state: torch.Tensor | None,
-        normalize: bool = False,
+        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, state: Tensor | None, normalize: bool = False
     ) -> WeightedSums:
         """`linear_branch` by the C kernel; with `normalize` its quotient, None, and the state."""
         map_q, map_k = self.feature_map_q, self.feature_map_k
@@ -323,43 +309,37 @@ class DiJiangLinearAttention(ProjectedAttention):
         key_weight = None if visible is None else visible.float().unsqueeze(-1).expand(*k.shape[:3])
         if self.key_scale is not None:
             key_weight = self.key_weight(k) if key_weight is None else self.key_weight(k) * key_weight
+        maps = NativeMaps(map_q.matrix(self.feature_scale), map_k.matrix(self.feature_scale), map_q.activation)
+        log_decay = None if self.decay is None else self.decay()
         return native_linear_attention(
-            q,
-            k,
-            v,
-            NativeMaps(map_q.matrix(self.feature_scale), map_k.matrix(self.feature_scale), map_q.activation),
-            key_weight=key_weight,
-            log_decay=None if self.decay is None else self.decay(),
-            state=state,
-            sums=self.normalize,
-            normalize=normalize,
+            q, k, v, maps, key_weight=key_weight, log_decay=log_decay, state=state, sums=self.normalize, normalize=normalize
         )
 
-    def scaled_branch(self, q: torch.Tensor, numerator: torch.Tensor, total: torch.Tensor | None) -> LinearBranch:
+    def scaled_branch(self, q: Tensor, numerator: Tensor, total: Tensor | None) -> LinearBranch:
         """The linear branch of queries q (B, T, H, d), with the log-scale c(q) by which it joins the window's softmax."""
         assert self.branch_scale is not None and total is not None  # a layer with a window has both
         return LinearBranch(numerator, total, self.branch_scale(q, self.feature_scale))
 
-    def key_weight(self, k: torch.Tensor) -> torch.Tensor:
+    def key_weight(self, k: Tensor) -> Tensor:
         """exp(u.k + b), (B, T, G), of keys k (B, T, G, d), scaled first."""
         assert self.key_scale is not None
         limit = self.key_exponent_limit
         return self.key_scale(k, self.feature_scale).clamp(-limit, limit).exp()
 
-    def key_features(self, k: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    def key_features(self, k: Tensor, positions: Tensor | None = None) -> Tensor:
         """phi(k) exp(u.k + b) of keys k (B, T, G, d), scaled first: (B, T, G, M), what the state accumulates."""
         phi_k = self.feature_map_k(k, positions, self.feature_scale)
         return phi_k if self.key_scale is None else phi_k * self.key_weight(k).unsqueeze(-1)
 
     def linear_branch(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        visible: torch.Tensor | None,
-        state: torch.Tensor | None,
-        q_positions: torch.Tensor | None = None,
-        k_positions: torch.Tensor | None = None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visible: Tensor | None,
+        state: Tensor | None,
+        q_positions: Tensor | None = None,
+        k_positions: Tensor | None = None,
     ) -> WeightedSums:
         """
         Linear attention of queries to the keys that left the window.
@@ -387,19 +367,10 @@ class DiJiangLinearAttention(ProjectedAttention):
             phi_k = phi_k * visible[..., None, None]
             # a key decays once for every key that enters the state after it, so padding does not age it
             log_decay = None if log_decay is None else log_decay * visible[..., None]
-        return weighted_sums(
-            phi_q,
-            phi_k,
-            v.to(dtype),
-            log_decay=log_decay,
-            sums=self.normalize,
-            state=state,
-            mode=self.mode or ("recurrent" if q.shape[1] == 1 else "chunk"),
-        )
+        mode = self.mode or ("recurrent" if q.shape[1] == 1 else "chunk")
+        return weighted_sums(phi_q, phi_k, v.to(dtype), log_decay=log_decay, sums=self.normalize, state=state, mode=mode)
 
-    def store_sinks(
-        self, state: LinearState, k: torch.Tensor, v: torch.Tensor, rank: torch.Tensor
-    ) -> tuple[Sinks, torch.Tensor]:
+    def store_sinks(self, state: LinearState, k: Tensor, v: Tensor, rank: Tensor) -> tuple[Sinks, Tensor]:
         """The sinks after the first S real tokens moved there as they left the window, and which are filled (B, S)."""
         T, S = k.shape[1], self.sinks
         stored_k, stored_v = (x[:, :, :S].transpose(1, 2) for x in (state.window_k, state.window_v))
@@ -417,23 +388,16 @@ class DiJiangLinearAttention(ProjectedAttention):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | list[PackedGroup] | None = None,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | list[PackedGroup] | None = None,
         past_key_values: DiJiangCache | None = None,
         cache: DiJiangCache | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[Tensor, None]:
         """
-        Attention between the projections, (B, T, hidden), and None for its weights.
-
-        Args:
-            hidden_states: (B, T, hidden).
-            position_embeddings: cosines and sines.
-            attention_mask: (B, T) bool, packed groups or None.
-            past_key_values: the cache, under its old name.
-            cache: the cache, under its new name.
-            kwargs: those of the model, which has checked them; a linear layer needs none.
+        The layer's output (B, T, hidden), and None for its weights. attention_mask is (B, T) bool, packed groups or None.
+        `kwargs` are the model's, which has checked them; a linear layer needs none of them.
         """
         q, k, v = self.project(hidden_states, position_embeddings)
         caches = one_cache(past_key_values, cache)
@@ -460,6 +424,6 @@ class DiJiangLinearAttention(ProjectedAttention):
         return self.o_proj(o), None
 
 
-def divide(numerator: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
+def divide(numerator: Tensor, total: Tensor | None) -> Tensor:
     """The numerator (B, T, H, d) over the sum of weights (B, T, H), or itself where there is no such sum."""
     return numerator if total is None else numerator / total.clamp_min(TINY).unsqueeze(-1).to(numerator.dtype)

@@ -15,6 +15,7 @@ from itertools import chain, pairwise
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .exponential_maps import Exponents
 from .linear_attention_native_source import SOURCE
@@ -36,8 +37,8 @@ class Input(ctypes.Structure):
     _fields_ = [("x", ctypes.c_void_p), ("steps", ctypes.c_long * 3)]
 
     @classmethod
-    def of(cls, x: torch.Tensor) -> "Input":
-        """A tensor of at least three dimensions, which the caller keeps alive."""
+    def of(cls, x: Tensor) -> "Input":
+        """The pointer to a tensor of at least three dimensions, and its steps; the caller keeps the tensor alive."""
         return cls(x.data_ptr(), tuple(step * x.element_size() for step in x.stride()[:3]))
 
 
@@ -51,7 +52,7 @@ class Call(ctypes.Structure):
         ("table", ctypes.c_void_p),
         ("next", ctypes.c_long),
     ]
-    kept: object  # whatever the pointers point to
+    memory: object  # the owners of what the pointers point to
 
 
 def load_kernel() -> tuple[ctypes.CDLL | None, str]:
@@ -69,7 +70,7 @@ def native_is_usable() -> tuple[bool, str]:
     return library is not None, reason
 
 
-def native_supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, M: int) -> bool:
+def native_supports(q: Tensor, k: Tensor, v: Tensor, M: int) -> bool:
     """Whether the shapes, dtypes and strides are ones that `native_linear_attention` takes."""
     one_dtype = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float32, torch.bfloat16)
     if not one_dtype or any(x.device.type != "cpu" or x.dim() != 4 or x.stride(3) != 1 for x in (q, k, v)):
@@ -132,17 +133,17 @@ class NativeMaps(NamedTuple):
 
 @torch.no_grad()
 def native_linear_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     maps: NativeMaps,
     *,
-    key_weight: torch.Tensor | None = None,
-    log_decay: torch.Tensor | None = None,
-    state: torch.Tensor,
+    key_weight: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    state: Tensor,
     sums: bool,
     normalize: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """
     `weighted_sums` of linear_attention.py with the feature maps before it. Everything is computed in float32.
 
@@ -206,7 +207,7 @@ def native_linear_attention(
         sums=sums, normalize=normalize,
         tasks=len(tasks), most=max(last - first for first, last, *_ in tasks), table=ctypes.addressof(table),
     )  # fmt: skip
-    call.kept = tensors, q, k, v, table  # the other threads still read them if this one is interrupted
+    call.memory = tensors, q, k, v, table  # the other threads still read them if this one is interrupted
     pointer = ctypes.pointer(call)
     threads = min(threads, len(tasks))
     failed = library.dijiang_run(pointer, threads)

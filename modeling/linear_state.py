@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass
@@ -24,18 +25,18 @@ class LinearState:
         settled: all sinks are filled, and the window holds real tokens only, none of which will become a sink.
     """
 
-    state: torch.Tensor
-    window_k: torch.Tensor
-    window_v: torch.Tensor
-    window_rank: torch.Tensor
-    sink_filled: torch.Tensor
-    tokens: torch.Tensor
+    state: Tensor
+    window_k: Tensor
+    window_v: Tensor
+    window_rank: Tensor
+    sink_filled: Tensor
+    tokens: Tensor
     seen: int = 0
     unpadded: bool = True
     settled: bool = False
 
     @classmethod
-    def empty(cls, k: torch.Tensor, v: torch.Tensor, features: int, window: int, sinks: int, sums: bool) -> "LinearState":
+    def empty(cls, k: Tensor, v: Tensor, features: int, window: int, sinks: int, sums: bool) -> "LinearState":
         """The state before the first token, for keys and values like k, v (B, T, G, d)."""
         B, _, G, d = k.shape
         return cls(
@@ -48,7 +49,7 @@ class LinearState:
             settled=window == 0,
         )
 
-    def ranks(self) -> torch.Tensor:
+    def ranks(self) -> Tensor:
         """`window_rank`, brought up to date."""
         if not self.settled:
             return self.window_rank
@@ -63,10 +64,10 @@ class LinearState:
             self.settled = bool((self.window_rank >= sinks).all()) and bool(self.sink_filled.all())
         return self
 
-    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "LinearState":
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "LinearState":
         """The same state with `fn` applied to every tensor (select rows, move, detach)."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        mapped: dict[str, Any] = {name: fn(x) for name, x in values.items() if isinstance(x, torch.Tensor)}
+        mapped: dict[str, Any] = {name: fn(x) for name, x in values.items() if isinstance(x, Tensor)}
         return replace(self, **mapped)
 
     def compact(self) -> "LinearState":
@@ -75,6 +76,6 @@ class LinearState:
             return self.map(torch.clone)
         return self.map(lambda x: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x)
 
-    def tensors(self) -> list[torch.Tensor]:
+    def tensors(self) -> list[Tensor]:
         """Every tensor of the state."""
-        return [x for f in fields(self) if isinstance(x := getattr(self, f.name), torch.Tensor)]
+        return [x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -50,14 +50,14 @@ from .window_attention_flex import window_attention  # noqa: F401
 
 def eager_attention_forward(
     module: ProjectedAttention,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Softmax attention in plain torch: query (B, H, T, d), key and value (B, G, S, d), attention_mask added to the logits."""
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     weights = query @ key.transpose(2, 3) * scaling
@@ -77,13 +77,13 @@ class DiJiangSoftmaxAttention(ProjectedAttention):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         cache: Any = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         q, k, v = (x.transpose(1, 2) for x in self.project(hidden_states, position_embeddings))
         cache = one_cache(past_key_values, cache)
         if is_paged(cache) and CACHE_NAME != "cache":
@@ -111,7 +111,7 @@ class DiJiangDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = build_norm(config)
         self.parallel_residual = config.parallel_residual
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         attention, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         if self.parallel_residual:
             return self.mlp(self.post_attention_layernorm(hidden_states)) + attention + hidden_states
@@ -162,8 +162,8 @@ class DiJiangModel(DiJiangPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: DiJiangCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
@@ -233,10 +233,10 @@ class DiJiangModel(DiJiangPreTrainedModel):
 
     def masks_by_layer_type(
         self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | dict[str, Any] | None,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | dict[str, Any] | None,
         cache: Any,
-        position_ids: torch.Tensor,
+        position_ids: Tensor,
         groups: list[PackedGroup] | None,
     ) -> dict[str, Any]:
         """Masks by layer type: (B, T) bool or packed groups for linear layers, transformers' own for softmax ones."""
@@ -280,13 +280,8 @@ def by_its_name(cache: Any) -> dict[str, Any]:
 
 
 def packed_bounds(
-    B: int,
-    T: int,
-    attention_mask: Any,
-    position_ids: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    cache: Any,
-) -> torch.Tensor | None:
+    B: int, T: int, attention_mask: Any, position_ids: Tensor | None, cu_seqlens: Tensor | None, cache: Any
+) -> Tensor | None:
     """
     The bounds of the sequences packed into the rows, (N + 1,) with the rows laid end to end, or None if each row is one
     sequence: by position_ids (B, T) that restart, or by the `cu_seqlens` of a padding-free collator.
@@ -331,23 +326,19 @@ class DiJiangForCausalLM(DiJiangPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: DiJiangCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | Tensor = 0,
         cache: DiJiangCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """
-        Logits (B, logits_to_keep or T, V), and the loss if there are labels.
-
-        Args:
-            labels: (B, T), -100 where no loss is wanted.
-            logits_to_keep: the number of last tokens that get logits, or their indices. 0: all do.
-            kwargs: those of `EXTRA_ARGUMENTS`. The other arguments are those of `DiJiangModel`.
+        Logits (B, logits_to_keep or T, V), and the loss for labels (B, T), -100 where none is wanted. Other arguments as
+        `DiJiangModel`.
         """
         refuse_unknown_arguments(self, kwargs)
         outputs = self.model(
@@ -374,11 +365,11 @@ class DiJiangForCausalLM(DiJiangPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.Tensor,
+        input_ids: Tensor,
         *args: Any,
         past_key_values: DiJiangCache | None = None,
         cache: DiJiangCache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The arguments of forward for the next tokens, the cache under both its names, since PEFT reads the old one."""
@@ -422,21 +413,18 @@ class DiJiangForSequenceClassification(DiJiangPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: DiJiangCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
         cache: DiJiangCache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """
-        Logits (B, num_labels) of the last real token, and the loss if there are labels.
-
-        Args:
-            labels: (B,) or (B, num_labels).
-            kwargs: those of `EXTRA_ARGUMENTS`. The other arguments are those of `DiJiangModel`.
+        Logits (B, num_labels) of the last real token, and the loss for labels (B,) or (B, num_labels). Other arguments as
+        `DiJiangModel`.
 
         Raises:
             ValueError: on several rows whose padding cannot be known: no attention_mask and no pad_token_id.

@@ -12,27 +12,22 @@ Result = TypeVar("Result")
 
 class OptionalKernel:
     """
-    A kernel that is not tried again after its first failure. It logs once that it runs, or why it does not.
-
-    Args:
-        name: of the kernel, for the log.
-        work: what the kernel does, for the log.
-        fallback: what does that work after a failure, for the log.
+    A kernel that is not tried again after its first failure. The log says once `running`, or `fallback` and the failure.
 
     Attributes:
         enabled: False keeps the kernel from being tried, for programs that measured something faster.
         failure: the first failure.
     """
 
-    def __init__(self, name: str, work: str, fallback: str):
-        self.name = name
-        self.work = work
+    def __init__(self, running: str, fallback: str):
+        self.running = running
         self.fallback = fallback
         self.enabled = True
         self.failure: Exception | None = None
 
     @property
     def usable(self) -> bool:
+        """Whether to try it."""
         return self.enabled and self.failure is None
 
     def run(self, function: Callable[[], Result | None]) -> Result | None:
@@ -43,8 +38,8 @@ class OptionalKernel:
             raise
         except Exception as error:
             self.failure = error
-            logger.warning_once(f"{self.work} {self.fallback}: {self.name} fails here ({type(error).__name__}: {error})")
+            logger.warning_once(f"{self.fallback} ({type(error).__name__}: {error})")
             return None
         if result is not None:
-            logger.info_once(f"{self.work} on {self.name}")
+            logger.info_once(self.running)
         return result

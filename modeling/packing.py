@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 
 @dataclass
@@ -22,21 +23,21 @@ class PackedGroup:
         valid: (n, L) bool, False beyond a sequence's end.
     """
 
-    sequences: torch.Tensor
-    index: torch.Tensor
-    valid: torch.Tensor
+    sequences: Tensor
+    index: Tensor
+    valid: Tensor
 
-    def unpack(self, x: torch.Tensor) -> torch.Tensor:
+    def unpack(self, x: Tensor) -> Tensor:
         """(T, ...) of the packed row -> (n, L, ...)."""
         return x[self.index]
 
-    def pack_into(self, packed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def pack_into(self, packed: Tensor, x: Tensor) -> Tensor:
         """`packed` (T, ...) with the tokens of x (n, L, ...) written to their rows."""
         return packed.index_put((self.index[self.valid],), x[self.valid])
 
 
 @torch.compiler.disable
-def group_sequences(cu_seqlens: torch.Tensor, tokens: int) -> list[PackedGroup]:
+def group_sequences(cu_seqlens: Tensor, tokens: int) -> list[PackedGroup]:
     """
     Groups of the sequences that `cu_seqlens` (N + 1,) marks in a row of `tokens`.
 
@@ -62,7 +63,7 @@ def group_sequences(cu_seqlens: torch.Tensor, tokens: int) -> list[PackedGroup]:
 
 
 @torch.compiler.disable
-def sequence_bounds(position_ids: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor | None:
+def sequence_bounds(position_ids: Tensor, real: Tensor | None = None) -> Tensor | None:
     """
     `cu_seqlens` of all rows of position_ids (B, T) laid end to end, or None if every row is one sequence. position_ids are
     ignored where `real` (B, T) is False.

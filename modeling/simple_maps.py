@@ -8,6 +8,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .configuration_dijiang import DiJiangConfig
 from .feature_map_base import FeatureMap, register_feature_map
@@ -27,7 +28,7 @@ class ELU(FeatureMap):
     def size(self) -> int:
         return self.head_dim
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None, scale: float = 1.0) -> Tensor:
         return 1.0 + F.elu(x.float() * scale)
 
 
@@ -48,10 +49,10 @@ class ReLU(FeatureMap):
     def size(self) -> int:
         return self.feature_dim
 
-    def initial_values(self) -> dict[str, torch.Tensor]:
+    def initial_values(self) -> dict[str, Tensor]:
         return {"W": orthogonal_rows(self.feature_dim, self.head_dim, self.seed), "b": torch.zeros(self.feature_dim)}
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None, scale: float = 1.0) -> Tensor:
         return self.project(x, self.weight("W"), self.weight("b"), scale).relu() + FLOOR
 
 
@@ -75,7 +76,7 @@ class CosFormer(FeatureMap):
     def size(self) -> int:
         return 2 * self.head_dim
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None, scale: float = 1.0) -> Tensor:
         if positions is None:
             raise ValueError("the feature map cosformer needs positions (B, T), the index of each token in its sequence")
         angle = positions.clamp(0, self.last_position).float() * (math.pi / 2 / self.last_position)
@@ -98,5 +99,5 @@ class Identity(FeatureMap):
     def size(self) -> int:
         return self.head_dim
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None, scale: float = 1.0) -> Tensor:
         return x.float() * scale

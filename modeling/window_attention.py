@@ -8,6 +8,7 @@ B batch, T new tokens, W window, S sinks, H query heads, G key/value heads, d he
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .linear_attention import TINY
 
@@ -28,9 +29,9 @@ class Sinks(NamedTuple):
         arrival: (B, S), the first query that sees the sink: -1 if all do, T if none does. None: all queries see all sinks.
     """
 
-    k: torch.Tensor
-    v: torch.Tensor
-    arrival: torch.Tensor | None
+    k: Tensor
+    v: Tensor
+    arrival: Tensor | None
 
 
 class Window(NamedTuple):
@@ -44,9 +45,9 @@ class Window(NamedTuple):
         sinks: the sinks.
     """
 
-    k: torch.Tensor
-    v: torch.Tensor
-    valid: torch.Tensor | None
+    k: Tensor
+    v: Tensor
+    valid: Tensor | None
     sinks: Sinks
 
 
@@ -60,11 +61,11 @@ class LinearBranch(NamedTuple):
         log_scale: (B, T, H), c: a weight of 1 counts as much as exp(c) in the softmax of the window.
     """
 
-    numerator: torch.Tensor
-    total: torch.Tensor
-    log_scale: torch.Tensor
+    numerator: Tensor
+    total: Tensor
+    log_scale: Tensor
 
-    def as_key(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def as_key(self) -> tuple[Tensor, Tensor]:
         """The sum of the weights and the score that the branch has as one more key, both finite where the branch is empty."""
         total = self.total.clamp_min(TINY)
         return total, torch.where(total > TINY, total.log() + self.log_scale, HIDDEN)
@@ -76,8 +77,8 @@ def queries_per_block(window: int) -> int:
 
 
 def block_window_attention(
-    q: torch.Tensor, window: Window, branch: LinearBranch, *, scale: float, block_size: int | None = None
-) -> torch.Tensor:
+    q: Tensor, window: Window, branch: LinearBranch, *, scale: float, block_size: int | None = None
+) -> Tensor:
     """
     Attention to the window, the sinks and, through the linear branch, to everything older, under one denominator:
 
@@ -108,16 +109,16 @@ def block_window_attention(
         q, k, v, branch_score = (torch.cat((x, x.new_zeros(B, pad, *x.shape[2:])), dim=1) for x in (q, k, v, branch_score))
         valid = valid if valid is None else torch.cat((valid, valid.new_zeros(B, pad)), dim=1)
 
-    def by_block(x: torch.Tensor) -> torch.Tensor:
+    def by_block(x: Tensor) -> Tensor:
         """(B, N * C, H, ...) -> (B, G, N, R * C, ...)."""
         return x.unflatten(2, (G, R)).unflatten(1, (N, C)).permute(0, 3, 1, 4, 2, *range(5, x.dim() + 2)).flatten(3, 4)
 
-    def by_token(x: torch.Tensor) -> torch.Tensor:
+    def by_token(x: Tensor) -> Tensor:
         """(B, G, N * R * C, ...) -> (B, T, H, ...)."""
         x = x.unflatten(2, (N, R, C)).permute(0, 2, 4, 1, 3, *range(5, x.dim() + 2))
         return x.flatten(3, 4).flatten(1, 2)[:, :T]
 
-    def windows(x: torch.Tensor) -> torch.Tensor:
+    def windows(x: Tensor) -> Tensor:
         """The W + C rows that the C queries of each block can see: (B, N * C + W, G, d) -> (B * G * N, W + C, d)."""
         return x.transpose(1, 2).unfold(2, W + C, C).transpose(-1, -2).float().reshape(B * G * N, W + C, d)
 
@@ -143,9 +144,7 @@ def block_window_attention(
     return torch.addcmul(by_token(o), branch.numerator, branch_weight.unsqueeze(-1))
 
 
-def window_attention_step(
-    q: torch.Tensor, window_k: torch.Tensor, window_v: torch.Tensor, branch: LinearBranch, *, scale: float
-) -> torch.Tensor:
+def window_attention_step(q: Tensor, window_k: Tensor, window_v: Tensor, branch: LinearBranch, *, scale: float) -> Tensor:
     """
     `block_window_attention` of one query that sees all of N keys: the step of decoding.
 

@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from .linear_attention import TINY
@@ -18,7 +19,7 @@ from .window_attention import BLOCK_SIZE, HIDDEN, LinearBranch, Window, block_wi
 # narrowest window that FlexAttention is used for: it computes tiles of 128 keys, whatever a query sees of them (by reading,
 # not measured)
 FLEX_FROM = 16
-kernel = OptionalKernel("FlexAttention", work="window attention runs", fallback="in blocks")
+kernel = OptionalKernel("window attention runs on FlexAttention", "window attention runs in blocks: FlexAttention fails here")
 
 
 @functools.cache
@@ -28,7 +29,7 @@ def flex_forms(compiled: bool) -> tuple[Any, Any]:
     return (torch.compile(forms[0]), torch.compile(forms[1])) if compiled else forms
 
 
-def window_attention(q: torch.Tensor, window: Window, branch: LinearBranch, *, scale: float) -> torch.Tensor:
+def window_attention(q: Tensor, window: Window, branch: LinearBranch, *, scale: float) -> Tensor:
     """`block_window_attention` by the form that suits q's device. The log says once if it is FlexAttention, or why not."""
     T = q.shape[1]
     W = window.k.shape[1] - T
@@ -42,9 +43,7 @@ def window_attention(q: torch.Tensor, window: Window, branch: LinearBranch, *, s
     return block_window_attention(q, window, branch, scale=scale)
 
 
-def flex_window_attention(
-    q: torch.Tensor, window: Window, branch: LinearBranch, *, scale: float, compiled: bool = True
-) -> torch.Tensor:
+def flex_window_attention(q: Tensor, window: Window, branch: LinearBranch, *, scale: float, compiled: bool = True) -> Tensor:
     """`block_window_attention`, whose arguments and result these are; `compiled=False` runs FlexAttention's eager form."""
     k, v, valid, sinks = window
     B, T, H, _ = q.shape
@@ -53,7 +52,7 @@ def flex_window_attention(
     seen_row = torch.ones(k.shape[:2], dtype=torch.bool, device=q.device) if valid is None else valid
     arrival = torch.full((B, S), -1, device=q.device) if sinks.arrival is None else sinks.arrival
 
-    def seen(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         age = query + W - (key - S)
         in_window = (key >= S) & (age >= 0) & (age < W) & seen_row[b, (key - S).clamp(min=0)]
         if not S:
@@ -73,7 +72,7 @@ def flex_window_attention(
     return merge_branches(o.masked_fill(unseeing.unsqueeze(-1), 0.0), log_sum.masked_fill(unseeing, HIDDEN), branch)
 
 
-def merge_branches(o: torch.Tensor, log_sum: torch.Tensor, branch: LinearBranch) -> torch.Tensor:
+def merge_branches(o: Tensor, log_sum: Tensor, branch: LinearBranch) -> Tensor:
     """
     One softmax-like average over both branches: (exp(l) o + exp(c) numerator) / (exp(l) + exp(c) total).
 
@@ -89,7 +88,7 @@ def merge_branches(o: torch.Tensor, log_sum: torch.Tensor, branch: LinearBranch)
     return (window_weight / total).unsqueeze(-1) * o + (branch_weight / total).unsqueeze(-1) * branch.numerator
 
 
-def own_key_attention(q: torch.Tensor, window: Window, branch: LinearBranch, *, scale: float) -> torch.Tensor:
+def own_key_attention(q: Tensor, window: Window, branch: LinearBranch, *, scale: float) -> Tensor:
     """
     `block_window_attention` for W = 1, whose arguments and result these are: the window holds a query's own key alone, one
     product of rows, for which neither blocks of keys nor tiles are worth it.

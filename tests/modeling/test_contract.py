@@ -8,7 +8,7 @@ from dijiang_testing.model_checks import EVERY, assert_close, random_ids, rows, 
 
 from dijiang.modeling.linear_attention_native import native_is_usable
 
-# one of each for checks whose code path depends on no map but cosformer, which is given positions
+# one of each for checks whose code path depends on no map but cosformer, which needs positions
 SOME = [
     ("wdcf", "none", (0, 0)),
     ("wdcf", "learned", (5, 2)),
@@ -68,7 +68,7 @@ def test_cache_equals_no_cache_in_pieces_and_token_by_token(case):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("case", EVERY, ids=str)
 def test_padding_leaves_no_trace(case, side, dtype):
-    """Rows of different lengths in one batch against each row alone, padding made of arbitrary tokens."""
+    """Rows of different lengths in one batch against each row alone, the padding being arbitrary tokens."""
     model, lengths, T = build(case).to(dtype), (3, 17, 29), 29
     ids, mask = random_ids(3, T, seed=1), padding_mask(lengths, T, side)
     with torch.no_grad():
@@ -223,13 +223,13 @@ def decode(layer, qkv, start: int, end: int, state):
     return torch.cat(outputs, dim=1), state
 
 
-def assert_same_state(found, expected, name: str, tolerance: float = 2e-5) -> None:
+def assert_same_state(state, expected, name: str, tolerance: float = 2e-5) -> None:
     for part in ("state", "window_k", "window_v"):
         if getattr(expected, part).numel():
-            assert_close(getattr(found, part), getattr(expected, part), f"{name}: {part}", tolerance)
+            assert_close(getattr(state, part), getattr(expected, part), f"{name}: {part}", tolerance)
     for part in ("tokens", "sink_filled", "seen", "settled"):
-        assert torch.equal(torch.as_tensor(getattr(found, part)), torch.as_tensor(getattr(expected, part))), f"{name}: {part}"
-    assert torch.equal(found.ranks(), expected.ranks()), f"{name}: ranks"
+        assert torch.equal(torch.as_tensor(getattr(state, part)), torch.as_tensor(getattr(expected, part))), f"{name}: {part}"
+    assert torch.equal(state.ranks(), expected.ranks()), f"{name}: ranks"
 
 
 @pytest.mark.parametrize("case", EVERY, ids=str)
@@ -240,17 +240,17 @@ def test_lean_step_equals_the_general_one(case):
     _, state = layer.attend(*between(qkv, 0, 23))
     assert state.settled
     for t in range(23, 40):
-        token, kept = between(qkv, t, t + 1), deepcopy(state)
+        token, before = between(qkv, t, t + 1), deepcopy(state)
         layer.mode = "recurrent"
         expected, expected_state = layer.attend(*token, None, state)
         layer.mode = None
-        found, found_state = layer.attend(*token, None, state)
+        o, new_state = layer.attend(*token, None, state)
         stepped, _ = layer.attend_step(*token, state)
-        assert torch.equal(found, stepped)
-        assert_close(found, expected, f"o at {t}")
-        assert_same_state(found_state, expected_state, f"state at {t}")
-        assert_same_state(state, kept, "the state given", tolerance=1e-9)
-        state = found_state
+        assert torch.equal(o, stepped)
+        assert_close(o, expected, f"o at {t}")
+        assert_same_state(new_state, expected_state, f"state at {t}")
+        assert_same_state(state, before, "the old state", tolerance=1e-9)
+        state = new_state
 
 
 @pytest.mark.parametrize("case", EVERY, ids=str)
@@ -281,12 +281,12 @@ def test_rows_that_settle_at_different_times_equal_each_row_alone(case):
     valid = torch.arange(T) >= T - torch.tensor(lengths)[:, None]
     _, state = layer.attend(*between(qkv, 0, T), valid)
     assert state.settled == (case[2][0] == 0 or case[2] == (1, 0))
-    found, state = decode(layer, qkv, T, T + steps, state)
+    o, state = decode(layer, qkv, T, T + steps, state)
     assert state.settled and state.tokens.tolist() == [length + steps for length in lengths]
     for row, length in enumerate(lengths):
         alone = [x[row : row + 1, T - length :] for x in qkv]
         expected, last = layer.attend(*alone)
-        assert_close(found[row : row + 1], expected[:, length:], f"length {length}", tolerance=1e-4)
+        assert_close(o[row : row + 1], expected[:, length:], f"length {length}", tolerance=1e-4)
         assert_close(state.state[row : row + 1], last.state, f"state of length {length}", tolerance=1e-4)
         assert torch.equal(state.ranks()[row : row + 1], last.ranks())
 
@@ -295,15 +295,15 @@ def test_rows_that_settle_at_different_times_equal_each_row_alone(case):
 @pytest.mark.parametrize("case", SOME, ids=str)
 @torch.no_grad()
 def test_padding_after_a_settled_state_leaves_no_trace(case, side):
-    """Turns of a chat that differ in length: padding may be anything, and left of a turn it shifts nothing but the window."""
+    """Messages of a chat that differ in length: padding is ignored, and left of a message it shifts only the window."""
     layer, qkv = layer_and_inputs(case, 2, 60, seed=9)
     _, state = layer.attend(*between(qkv, 0, 30))
     assert state.settled
     valid = padding_mask((7, 20), 20, side).bool()
     results = []
     for shift in (0.0, 2.0):
-        turn = [torch.where(valid[..., None, None], x, x + shift) for x in between(qkv, 30, 50)]
-        o, after = layer.attend(*turn, valid, state)
+        message = [torch.where(valid[..., None, None], x, x + shift) for x in between(qkv, 30, 50)]
+        o, after = layer.attend(*message, valid, state)
         steps, end = decode(layer, qkv, 50, 60, after)
         results.append({"o": o[valid], "steps": steps, "state": after.state, "state at the end": end.state})
         assert after.tokens.tolist() == [37, 50]
@@ -381,8 +381,8 @@ def test_autocast_is_near_full_precision_forward_and_backward(case):
             step = model(ids[:, 70:], past_key_values=cache).logits
         results.append((output.logits.detach(), inference, step, {name: p.grad for name, p in model.named_parameters()}))
         assert all(x is None or torch.isfinite(x).all() for x in results[-1][3].values())
-    for name, expected, found in zip(("logits", "inference", "step"), *results, strict=False):
-        assert_close(found.float(), expected, name, tolerance=0.1)
+    for name, expected, low in zip(("logits", "inference", "step"), *results, strict=False):
+        assert_close(low.float(), expected, name, tolerance=0.1)
 
 
 # head and feature sizes that the C kernels take; the tiny ones of the other tests go through torch
@@ -416,8 +416,8 @@ def test_native_layers_equal_torchs(case, dtype, monkeypatch):
         assert layer.runs_natively(q, k, v, None) == native_is_usable()[0]
     native = list(outputs())
     monkeypatch.setenv("DIJIANG_NATIVE", "0")
-    for name, found, expected in zip(("whole", "padded", "pieces"), native, outputs(), strict=True):
-        assert_close(found, expected, name, tolerance=1e-4 if dtype == torch.float32 else 4e-2)
+    for name, result, expected in zip(("whole", "padded", "pieces"), native, outputs(), strict=True):
+        assert_close(result, expected, name, tolerance=1e-4 if dtype == torch.float32 else 4e-2)
     assert_close(native[2], native[0], "pieces of the whole", tolerance=1e-4 if dtype == torch.float32 else 8e-2)
 
 

@@ -48,38 +48,38 @@ def settled_layer(*, dtype, B=2, seed=0, device="cpu", steps=1, heads=(4, 2), d=
 
 
 @torch.no_grad()
-def errors(*, reorder=None, tile=None, loud=False, **run) -> dict[str, float]:
+def errors(*, reorder=None, tile=None, large=False, **run) -> dict[str, float]:
     """
     Largest error of each result after some steps, relative to the largest value expected.
 
     Args:
         reorder: rows of the batch that a beam search keeps after each step.
         tile: of `triton_step`, so that small sizes take several blocks.
-        loud: tokens and weights of keys so large that exponents are clamped.
+        large: tokens and weights of keys so large that exponents are clamped.
     """
     layer, state, tokens = settled_layer(**run)
-    if loud:
+    if large:
         layer.key_scale.bias += 100.0
         tokens = [tuple(x * 40 for x in token) for token in tokens]
-    found_state = expected_state = state
-    found, expected = [], []
+    kernel_state = expected_state = state
+    outputs, expected = [], []
     with patch.object(decode_step_triton, "TILE", tile) if tile else nullcontext():
         for token in tokens:
-            before = [x.clone() for x in found_state.tensors()]
-            result = decode_step_triton.triton_step(layer.step_weights(), *token, found_state)
+            before = [x.clone() for x in kernel_state.tensors()]
+            result = decode_step_triton.triton_step(layer.step_weights(), *token, kernel_state)
             assert result is not None, decode_step_triton.kernel.failure
-            assert all(map(torch.equal, before, found_state.tensors())), "the old state has changed"
+            assert all(map(torch.equal, before, kernel_state.tensors())), "the old state has changed"
             with torch_only():
                 o, expected_state = layer.attend_step(*token, expected_state)
-            found_state = result[1]
-            found.append(result[0])
+            kernel_state = result[1]
+            outputs.append(result[0])
             expected.append(o)
             if reorder:
                 select = partial(torch.index_select, dim=0, index=torch.tensor(reorder, device=o.device))
-                found_state, expected_state = found_state.map(select), expected_state.map(select)
-    pairs = {"o": (torch.cat(found, 1), torch.cat(expected, 1))}
+                kernel_state, expected_state = kernel_state.map(select), expected_state.map(select)
+    pairs = {"o": (torch.cat(outputs, 1), torch.cat(expected, 1))}
     for name, x in vars(expected_state).items():
-        y = getattr(found_state, name)
+        y = getattr(kernel_state, name)
         if isinstance(x, torch.Tensor):
             assert x.dtype == y.dtype and x.shape == y.shape and y.is_contiguous() >= x.is_contiguous(), name
             pairs[name] = (y, x)
@@ -128,7 +128,7 @@ def make_runs() -> dict[str, dict]:
             steps=2,
             settings={"decay": "retnet", "normalize": False, "attention_window": 0, "attention_sinks": 0},
         ),
-        "clamped": dict(dtype=torch.float32, loud=True, settings={"feature_activation": "exp"}),
+        "clamped": dict(dtype=torch.float32, large=True, settings={"feature_activation": "exp"}),
     }
     return runs
 
@@ -137,8 +137,10 @@ RUNS = make_runs()
 LIMIT = 2e-5
 
 
-def check(found: dict[str, dict[str, float]], limit: float) -> None:
-    wrong = {f"{run}: {part}": f"{x:.1e}" for run, parts in found.items() for part, x in parts.items() if not x < limit}
+def check(errors_by_run: dict[str, dict[str, float]], limit: float) -> None:
+    wrong = {
+        f"{run}: {part}": f"{x:.1e}" for run, parts in errors_by_run.items() for part, x in parts.items() if not x < limit
+    }
     assert not wrong, f"relative errors above {limit}: {wrong}"
 
 
@@ -149,18 +151,18 @@ def generated(device: str = "cpu") -> dict[str, list]:
     ids = random_ids(2, 15).to(device)
     options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False}
     with patch.object(decode_step_triton, "launch", wraps=decode_step_triton.launch) as launch:
-        found = model.generate(ids, **options)
+        tokens = model.generate(ids, **options)
     with torch_only():
         expected = model.generate(ids, **options)
         cache = model(ids, use_cache=True).past_key_values
     copied = copy.deepcopy(cache)
     logits = [model(ids[:, :1], past_key_values=x).logits for x in (cache, copied)]
     same = torch.equal(*logits)
-    return {"found": found.tolist(), "expected": expected.tolist(), "launches": launch.call_count, "copies agree": same}
+    return {"tokens": tokens.tolist(), "expected": expected.tolist(), "launches": launch.call_count, "copies agree": same}
 
 
 def check_generated(result: dict) -> None:
-    assert result["found"] == result["expected"] and result["copies agree"]
+    assert result["tokens"] == result["expected"] and result["copies agree"]
     assert result["launches"] == 2 * 3  # layers, tokens after that of the prompt
 
 
@@ -185,28 +187,28 @@ def test_where_the_kernel_does_not_apply(monkeypatch):
     monkeypatch.setattr("dijiang.modeling.linear_attention_layer.native_step", lambda *args: None)
     monkeypatch.delenv("DIJIANG_NATIVE", raising=False)
 
-    def found(settings=None, change=lambda layer: None, **options):
+    def step(settings=None, change=lambda layer: None, **options):
         layer, state, (token,) = settled_layer(**{"dtype": torch.float32, "settings": settings} | options)
         change(layer)
         return layer.fused_step(*token, state)
 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with torch.no_grad():
-        assert found() is None  # no GPU
+        assert step() is None  # no GPU
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert found() is None  # gradients are wanted
+    assert step() is None  # gradients are wanted
     with torch.no_grad():
-        assert found() == "launched"
+        assert step() == "launched"
         for settings in (
             {"feature_map": "elu"},
             {"feature_map": "cosformer"},
             {"feature_map": "prf", "feature_activation": "exp"},
         ):
-            assert found(settings) is None, settings
-        assert found(d=258) is None
-        assert found({"feature_dim": 1025}) is None
+            assert step(settings) is None, settings
+        assert step(d=258) is None
+        assert step({"feature_dim": 1025}) is None
         with torch_only():
-            assert found() is None
+            assert step() is None
 
 
 def test_offloaded_weights_are_left_to_torch():
@@ -231,8 +233,8 @@ def test_a_failure_is_logged_once_and_torch_takes_over(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delenv("DIJIANG_NATIVE", raising=False)
     layer, state, (token,) = settled_layer(dtype=torch.float32)
-    found = [layer.attend_step(*token, state)[0] for _ in range(2)]
-    assert torch.equal(*found) and len(calls) == 1
+    outputs = [layer.attend_step(*token, state)[0] for _ in range(2)]
+    assert torch.equal(*outputs) and len(calls) == 1
     assert lines == ["decoding steps run on torch: the Triton kernel fails here (RuntimeError: no ptxas)"]
 
     def is_full(*args):
@@ -244,9 +246,9 @@ def test_a_failure_is_logged_once_and_torch_takes_over(monkeypatch):
         layer.attend_step(*token, state)
 
 
-@pytest.mark.parametrize("B, H", [(1, 1), (1, 9), (4, 16), (32, 16)])
+@pytest.mark.parametrize(("B", "H"), [(1, 1), (1, 9), (4, 16), (32, 16)])
 @pytest.mark.parametrize(
-    "d, m, N", [(8, 11, 0), (64, 64, 68), (80, 512, 1), (128, 128, 68), (256, 512, 68), (256, 1024, 2000)]
+    ("d", "m", "N"), [(8, 11, 0), (64, 64, 68), (80, 512, 1), (128, 128, 68), (256, 512, 68), (256, 1024, 2000)]
 )
 def test_launch_sizes_cover_everything(B, H, d, m, N):
     sizes = decode_step_triton.launch_sizes(B, H, d, m, N)

@@ -74,11 +74,9 @@ def test_a_model_with_the_new_map_trains_generates_saves_and_loads(tmp_path, set
 
 
 def test_configs_know_the_new_maps():
-    with pytest.raises(
-        Exception, match="feature_map='cubes' is unknown; choose one of wdcf, .*, identity, squares, projection"
-    ):
+    with pytest.raises(Exception, match=r"unknown; choose one of wdcf, .*, identity, squares, projection"):
         tiny_config(feature_map="cubes")
-    with pytest.raises(Exception, match="feature_map=projection has negative features, whose sum is no denominator"):
+    with pytest.raises(Exception, match=r"feature_map=projection has negative features, whose sum is no denominator"):
         tiny_config(feature_map="projection")
 
 
@@ -88,7 +86,7 @@ def test_a_config_that_was_made_before_the_maps_were_imported_is_checked_when_a_
     monkeypatch.setattr("dijiang.modeling.configuration_dijiang.FEATURE_MAPS", {})
     unknown, signed = tiny_config(feature_map="cubes"), tiny_config(feature_map="projection")
     monkeypatch.setattr("dijiang.modeling.configuration_dijiang.FEATURE_MAPS", known)
-    with pytest.raises(ValueError, match="^feature_map='cubes' is unknown"):
+    with pytest.raises(ValueError, match=r"^feature_map='cubes' is unknown"):
         build_feature_map(unknown, 3, 0)
-    with pytest.raises(ValueError, match="^feature_map=projection has negative features"):
+    with pytest.raises(ValueError, match=r"^feature_map=projection has negative features"):
         build_feature_map(signed, 3, 0)

@@ -37,7 +37,7 @@ def test_wdcf_projects_on_its_frequencies_at_any_size(head_dim, feature_dim, dir
     assert_close(feature_map.exponents(x, scale=0.3), torch.cat((expected, -expected), -1) * 0.3, "exponents of scaled x")
 
 
-def test_softmax_activation_normalises_pairs_with_their_weights():
+def test_softmax_activation_normalizes_pairs_with_their_weights():
     feature_map = build_map("wdcf")
     with torch.no_grad():
         feature_map.log_D += rows(3, 22, seed=1)
@@ -69,14 +69,14 @@ def test_wpff_weights_multiply_pff():
 @pytest.mark.parametrize(("head_dim", "feature_dim"), [(8, 8), (8, 20), (512, 600)])
 def test_ldcf_starts_as_wdcf_and_its_directions_are_its_own(head_dim, feature_dim, direction):
     settings = {"seed": 3, "head_dim": head_dim, "feature_dim": feature_dim, "dct_direction": direction}
-    fixed, learnt = build_map("wdcf", **settings), build_map("ldcf", **settings)
+    fixed, learned = build_map("wdcf", **settings), build_map("ldcf", **settings)
     x = rows(1, 30, 3, head_dim)
-    assert_close(learnt(x), fixed(x), "start")
+    assert_close(learned(x), fixed(x), "start")
     with torch.no_grad():
-        learnt.V[1] += rows(feature_dim, head_dim, seed=1)
-    assert_close(learnt(x)[:, :, ::2], fixed(x)[:, :, ::2], "other heads")
-    z = x[:, :, 1] @ (learnt.T[1, :, None] * learnt.V[1]).T
-    assert_close(learnt(x)[:, :, 1], torch.cat((z, -z), -1).softmax(-1), "its head")
+        learned.V[1] += rows(feature_dim, head_dim, seed=1)
+    assert_close(learned(x)[:, :, ::2], fixed(x)[:, :, ::2], "other heads")
+    z = x[:, :, 1] @ (learned.T[1, :, None] * learned.V[1]).T
+    assert_close(learned(x)[:, :, 1], torch.cat((z, -z), -1).softmax(-1), "its head")
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -96,15 +96,15 @@ def test_quasi_monte_carlo_directions_beat_random_ones():
     norms = ((q.square() + k.square()).sum(-1) / 2).exp()  # the map drops |x|^2, which belongs to the kernel
     error = {}
     for name in ("prf", "pff"):
-        found = []
+        errors = []
         for seed in range(20):
             feature_map = build_map(
                 name, heads=1, seed=seed, feature_activation="exp", feature_pairs=True, feature_dim=64, radial="chi"
             )
             kernel = (feature_map(q) * feature_map(k)).sum(-1)
             kernel = kernel / norms if name == "pff" else kernel
-            found.append((kernel - (q * k).sum(-1).exp()).square().mean().item())
-        error[name] = numpy.mean(found)
+            errors.append((kernel - (q * k).sum(-1).exp()).square().mean().item())
+        error[name] = numpy.mean(errors)
     assert error["pff"] < 0.8 * error["prf"], error
 
 
@@ -162,7 +162,7 @@ def test_query_and_key_maps_start_equal_for_any_number_of_heads(name):
 
 @pytest.mark.parametrize("activation", ["softmax", "exp"])
 @pytest.mark.parametrize("name", ["wdcf", "ldcf", "wpff"])
-def test_centring_equals_shifting_the_input(name, activation):
+def test_centering_equals_shifting_the_input(name, activation):
     feature_map = build_map(name, feature_activation=activation)
     x, mean = rows(1, 6, 3, 8, seed=1), rows(3, 8, seed=2)
     expected = feature_map(x - mean).detach()

@@ -40,13 +40,13 @@ def test_radii_are_quantiles(law, distribution):
 
 @pytest.mark.parametrize(("count", "dim"), [(5, 8), (8, 8), (19, 8), (3, 1)])
 def test_orthogonal_rows_are_orthonormal_in_blocks(count, dim):
-    found = orthogonal_rows(count, dim, 3)
-    assert found.shape == (count, dim)
+    matrix = orthogonal_rows(count, dim, 3)
+    assert matrix.shape == (count, dim)
     for start in range(0, count, dim):
-        block = found[start : start + dim]
+        block = matrix[start : start + dim]
         assert_close(block @ block.T, torch.eye(len(block)).double(), "block", tolerance=1e-12)
-    assert torch.equal(found, orthogonal_rows(count, dim, 3)) and (
-        dim == 1 or not torch.equal(found, orthogonal_rows(count, dim, 4))
+    assert torch.equal(matrix, orthogonal_rows(count, dim, 3)) and (
+        dim == 1 or not torch.equal(matrix, orthogonal_rows(count, dim, 4))
     )
 
 

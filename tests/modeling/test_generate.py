@@ -38,8 +38,8 @@ def generate(model, ids, **options) -> torch.Tensor:
 @each_case
 def test_cached_generation_equals_generation_without_cache(case, mode):
     model, ids = tiny_model(seed=3, **CASES[case]), random_ids(3, 11, seed=4)
-    found, expected = (generate(model, ids, use_cache=cached, **MODES[mode]) for cached in (True, False))
-    assert torch.equal(found, expected)
+    tokens, expected = (generate(model, ids, use_cache=cached, **MODES[mode]) for cached in (True, False))
+    assert torch.equal(tokens, expected)
     assert len(set(expected[0, 11:].tolist())) > 2  # one token over and over would hide a lost cache
 
 
@@ -58,14 +58,14 @@ def test_padded_batch_equals_each_prompt_alone(case):
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 @each_case
-def test_second_turn_goes_on_from_the_cache_of_the_first(case, name):
-    """The cache is given to generate by its old name or its new one, with any version."""
+def test_second_message_continues_from_the_cache_of_the_first(case, name):
+    """generate takes the cache by its old name or its new one, with any version."""
     model, first, more = tiny_model(seed=7, **CASES[case]), random_ids(2, 9, seed=8), random_ids(2, 5, seed=9)
     cache = DiJiangCache(model.config)
     ids = torch.cat((generate(model, first, **{name: cache}), more), dim=1)
     assert cache.get_seq_length() == 9 + 12
-    found = generate(model, ids, **{name: cache})
-    assert torch.equal(found, generate(model, ids, use_cache=False))
+    tokens = generate(model, ids, **{name: cache})
+    assert torch.equal(tokens, generate(model, ids, use_cache=False))
 
 
 def test_generate_returns_the_cache_it_used():

@@ -1,4 +1,4 @@
-"""Outputs, losses and training behaviour that transformers' users rely on, and clear refusals of what cannot work."""
+"""Outputs, losses and training behavior that users of transformers rely on, and clear refusals of what cannot work."""
 
 import pytest
 import torch
@@ -41,11 +41,11 @@ def test_inputs_embeds_equal_input_ids_and_both_or_neither_are_refused():
             model(**arguments)
 
 
-@pytest.mark.parametrize("kept", [1, 4, torch.tensor([0, 3, 10])], ids=str)
-def test_logits_to_keep(kept):
+@pytest.mark.parametrize("tokens", [1, 4, torch.tensor([0, 3, 10])], ids=str)
+def test_logits_to_keep(tokens):
     model, ids = tiny_model(), random_ids(2, 11)
-    rows = slice(-kept, None) if isinstance(kept, int) else kept
-    assert_close(model(ids, logits_to_keep=kept).logits, model(ids).logits[:, rows], "logits")
+    rows = slice(-tokens, None) if isinstance(tokens, int) else tokens
+    assert_close(model(ids, logits_to_keep=tokens).logits, model(ids).logits[:, rows], "logits")
 
 
 def test_loss_is_the_shifted_cross_entropy_over_wanted_tokens():
@@ -143,5 +143,5 @@ def test_modes_that_take_tokens_back_are_refused_with_linear_layers_only():
         cache.crop(-2)
     softmax = tiny_model(layer_types=["full_attention"] * 2)
     expected = softmax.generate(ids, max_new_tokens=12, do_sample=False)
-    found = softmax.generate(ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=2)
-    assert torch.equal(found, expected)
+    tokens = softmax.generate(ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=2)
+    assert torch.equal(tokens, expected)

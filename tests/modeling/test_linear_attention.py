@@ -42,9 +42,9 @@ def loop_oracle(q, k, v, log_decay=None, *, normalize, initial_state):
 def test_every_form_equals_the_definition(mode, decay, normalize):
     shape = (2, 37, 4, 2, 5, 3)
     tensors, state = op_inputs(shape, decay, seed=1), random_state(shape, normalize, seed=2)
-    found, _ = linear_attention(**tensors, normalize=normalize, initial_state=state, mode=mode, chunk_size=16)
+    o, _ = linear_attention(**tensors, normalize=normalize, initial_state=state, mode=mode, chunk_size=16)
     expected = loop_oracle(**tensors, normalize=normalize, initial_state=state)
-    assert_close(found, expected, "o")
+    assert_close(o, expected, "o")
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -99,12 +99,12 @@ def test_bfloat16_is_near_float32_on_the_same_inputs(mode, shape, decay, normali
     tensors["initial_state"] = random_state(shape, normalize, seed=3)
     rounded = {name: x.detach().float().requires_grad_() for name, x in tensors.items()}
     options = {"normalize": normalize, "output_final_state": True}
-    found = values_and_gradients(tensors, partial(linear_attention, mode=mode, **options))
+    results = values_and_gradients(tensors, partial(linear_attention, mode=mode, **options))
     expected = values_and_gradients(rounded, partial(linear_attention, mode="naive", **options))
     for name, x in expected.items():
         low = name in ("o", "dq", "dk", "dv")
-        assert found[name].dtype == (torch.bfloat16 if low else torch.float32)
-        assert_close(found[name], x, name, tolerance=BFLOAT16_LIMITS[mode].get(name, 2e-5))
+        assert results[name].dtype == (torch.bfloat16 if low else torch.float32)
+        assert_close(results[name], x, name, tolerance=BFLOAT16_LIMITS[mode].get(name, 2e-5))
 
 
 # lengths about the ends of blocks (64) and of pieces (512)
@@ -138,21 +138,21 @@ def test_calls_share_no_memory_and_leave_their_inputs_alone(T, mode, grad):
     shape = (1, T, 4, 2, 6, 3)
     for dtype in (torch.float32, torch.bfloat16):
         for packed in (None, torch.tensor([0, T // 3, T]) if T > 2 else None):
-            results, given = [], []
+            results, inputs = [], []
             for seed in range(2):
                 tensors = op_inputs(shape, "per_token", seed, dtype)
                 tensors["initial_state"] = random_state(shape, True, seed, None if packed is None else 2)
-                given.append((tensors, {name: x.detach().clone() for name, x in tensors.items()}))
+                inputs.append((tensors, {name: x.detach().clone() for name, x in tensors.items()}))
                 with torch.set_grad_enabled(grad):
                     o, state = linear_attention(**tensors, cu_seqlens=packed, output_final_state=True, mode=mode)
                 views = [x.detach() for x in (o, state, o[:, ::2, 1:], state[..., -1], o.transpose(1, 2))]
                 results.append((views, [x.clone() for x in views]))
             for views, copies in results:
                 assert all(torch.equal(x, y) for x, y in zip(views, copies, strict=True))
-            for tensors, copies in given:
+            for tensors, copies in inputs:
                 assert all(torch.equal(x, copies[name]) for name, x in tensors.items())
             owners = [{x.untyped_storage().data_ptr() for x in views} for views, _ in results]
-            owners += [{x.untyped_storage().data_ptr() for x in tensors.values()} for tensors, _ in given]
+            owners += [{x.untyped_storage().data_ptr() for x in tensors.values()} for tensors, _ in inputs]
             assert len(set.union(*owners)) == sum(map(len, owners))
             (o, state, *_), _ = results[0]
             assert o.untyped_storage().data_ptr() != state.untyped_storage().data_ptr()
@@ -252,7 +252,7 @@ def test_backends_that_do_not_exist_or_cannot_run_here_are_refused(monkeypatch):
 
 def test_automatic_choice_on_a_cpu_is_torch_and_says_so_once(caplog):
     tensors = op_inputs((1, 70, 4, 2, 5, 3), "constant", seed=11)
-    type(logging.getLogger()).info_once.cache_clear()  # of transformers: other tests have been told already
+    type(logging.getLogger()).info_once.cache_clear()  # of transformers: other tests may have logged it already
     with caplog.at_level(logging.INFO, logger="dijiang.modeling.linear_attention"):
         assert torch.equal(linear_attention(**tensors, backend="torch")[0], linear_attention(**tensors, backend="auto")[0])
         for mode in ("chunk", "recurrent", "naive"):
@@ -270,18 +270,18 @@ def test_autocast_leaves_sums_and_states_in_float32(mode, grad):
     with torch.set_grad_enabled(grad):
         expected = linear_attention(**tensors, **options)
         with torch.autocast("cpu", torch.bfloat16):
-            found = linear_attention(**tensors, **options)
-    for name, x, y in zip(("o", "final state"), found, expected, strict=True):
+            results = linear_attention(**tensors, **options)
+    for name, x, y in zip(("o", "final state"), results, expected, strict=True):
         assert x.dtype == torch.float32
         assert_close(x, y, name, tolerance=2e-2)
 
 
-def test_what_auto_stands_for_can_be_said(monkeypatch):
-    module, asked = sys.modules["dijiang.modeling.linear_attention"], []
-    monkeypatch.setattr(module, "choose_backend", lambda backend, *args: asked.append(backend) or "torch")
+def test_what_auto_stands_for_can_be_set(monkeypatch):
+    module, backends = sys.modules["dijiang.modeling.linear_attention"], []
+    monkeypatch.setattr(module, "choose_backend", lambda backend, *args: backends.append(backend) or "torch")
     x = torch.rand(1, 4, 1, 2)
     with module.prefer_backend("torch"):
         linear_attention(x, x, x)
         linear_attention(x, x, x, backend="fla")
     linear_attention(x, x, x)
-    assert asked == ["torch", "fla", "auto"]
+    assert backends == ["torch", "fla", "auto"]

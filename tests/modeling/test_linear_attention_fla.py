@@ -57,18 +57,18 @@ def errors(
     for form, packing in ((fla_linear_attention, starts), (definition, lengths)):
         with torch.set_grad_enabled(backward):
             o, final = form(*(tensors.get(name) for name in ARGUMENTS), packing)
-        values = {"o": o, "final state": final}
+        outputs = {"o": o, "final state": final}
         if backward:
             generator = torch.Generator().manual_seed(seed + 1)
             cotangents = [torch.randn(x.shape, generator=generator).to(dtype).to(x) for x in (o, final)]
             gradients = torch.autograd.grad((o, final), list(wanted.values()), cotangents)
-            values |= {f"d{name}": x for name, x in zip(wanted, gradients, strict=True)}
-        results.append(values)
-    found, expected = results
-    assert found["o"].dtype == (torch.float32 if dtype == torch.float16 else dtype)
-    assert found["final state"].dtype == torch.float32 and found["final state"].is_contiguous()
-    assert all(found[name].shape == x.shape for name, x in expected.items())
-    return {n: ((found[n].double() - x).abs().max() / x.double().abs().max()).item() for n, x in expected.items()}
+            outputs |= {f"d{name}": x for name, x in zip(wanted, gradients, strict=True)}
+        results.append(outputs)
+    outputs, expected = results
+    assert outputs["o"].dtype == (torch.float32 if dtype == torch.float16 else dtype)
+    assert outputs["final state"].dtype == torch.float32 and outputs["final state"].is_contiguous()
+    assert all(outputs[name].shape == x.shape for name, x in expected.items())
+    return {n: ((outputs[n].double() - x).abs().max() / x.double().abs().max()).item() for n, x in expected.items()}
 
 
 def make_runs() -> dict[str, dict]:
@@ -92,8 +92,8 @@ def make_runs() -> dict[str, dict]:
 RUNS = make_runs()
 
 
-def check(found: dict[str, float], tolerance: float) -> None:
-    wrong = {name: f"{error:.1e}" for name, error in found.items() if not error < tolerance}
+def check(errors_by_part: dict[str, float], tolerance: float) -> None:
+    wrong = {name: f"{error:.1e}" for name, error in errors_by_part.items() if not error < tolerance}
     assert not wrong, f"relative errors above {tolerance}: {wrong}"
 
 
@@ -159,7 +159,9 @@ def test_which_kernel_is_chosen(expected, T, decay, options, monkeypatch):
         calls.append(" ".join([name, *decays]))
         return torch.zeros_like(v), torch.zeros_like(initial_state)
 
-    monkeypatch.setattr(linear_attention_fla, "load_ops", lambda: (partial(fake_op, "chunk"), partial(fake_op, "recurrent"), ""))
+    monkeypatch.setattr(
+        linear_attention_fla, "load_ops", lambda: (partial(fake_op, "chunk"), partial(fake_op, "recurrent"), "")
+    )
     monkeypatch.setattr(linear_attention_fla, "gated_backward_is_refused", lambda device: options.get("refused", False))
     lengths = options.get("lengths")
     tensors = make_inputs((1, T, 4, 2, 11, 17), decay, lengths, seed=0, dtype=torch.float16)

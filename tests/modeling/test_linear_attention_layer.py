@@ -16,7 +16,7 @@ def random_qkv(B, T, H=6, G=2, d=8, seed=0):
 def loop_oracle(layer, q, k, v):
     """
     The layer's definition, query by query: exact softmax weights on window and sinks, feature weights on what lies between,
-    in the unit c(q), all under one sum if the layer normalises.
+    in the unit c(q), all under one sum if the layer normalizes.
     """
     B, T, H, d = q.shape
     W, S = layer.window, layer.sinks
@@ -30,16 +30,16 @@ def loop_oracle(layer, q, k, v):
         for t in range(T):
             for h in range(H):
                 g = h // layer.num_key_value_groups
-                near = [j for j in range(t + 1) if t - j < W or j < S]
-                far = [j for j in range(t + 1) if t - j >= W and j >= S]
+                exact = [j for j in range(t + 1) if t - j < W or j < S]
+                old = [j for j in range(t + 1) if t - j >= W and j >= S]
                 weights = torch.zeros(T)
-                weights[near] = (k[b, near, g] @ q[b, t, h] * d**-0.5).exp()
+                weights[exact] = (k[b, exact, g] @ q[b, t, h] * d**-0.5).exp()
                 # a key that left the window at step j + W has decayed once for every step since
-                ages = torch.tensor([t - (j + W) for j in far])
-                far_weights = phi_k[b, far, g] @ phi_q[b, t, h] * (log_decay[g] * ages).exp()
+                ages = torch.tensor([t - (j + W) for j in old])
+                old_weights = phi_k[b, old, g] @ phi_q[b, t, h] * (log_decay[g] * ages).exp()
                 if W:
-                    far_weights = far_weights * layer.branch_scale(q * scale)[b, t, h].exp()
-                weights[far] = far_weights
+                    old_weights = old_weights * layer.branch_scale(q * scale)[b, t, h].exp()
+                weights[old] = old_weights
                 o[b, t, h] = weights @ v[b, :, g] / (weights.sum() if layer.normalize else 1.0)
     return o
 
@@ -105,8 +105,8 @@ def test_long_inputs_in_pieces_equal_one_piece(monkeypatch, window):
     valid = torch.arange(50) >= torch.tensor([[0], [17]])
     expected, _ = layer.attend(q, k, v, valid)
     monkeypatch.setattr("dijiang.modeling.linear_attention_layer.PIECE", 7)
-    found, _ = layer.attend(q, k, v, valid)
-    assert_close(found[valid], expected[valid], "o")
+    o, _ = layer.attend(q, k, v, valid)
+    assert_close(o[valid], expected[valid], "o")
 
 
 def test_memory_of_the_forward_pass_grows_linearly():

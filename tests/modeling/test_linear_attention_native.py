@@ -27,11 +27,11 @@ def threads():
 
 
 def inputs(
-    B=1, T=130, G=2, R=1, sizes=(64, 32, 32), *, seed=0, activation="softmax", dtype=torch.float32,
-    weighted=False, decay=False, sums=True,
-):  # fmt: skip
-    """Arguments of native_linear_attention, `sizes` being M, d and e; q, k and v are slices of one projection."""
+    *shape, sizes=(64, 32, 32), seed=0, activation="softmax", dtype=torch.float32, weighted=False, decay=False, sums=True
+):
+    """Arguments of native_linear_attention, `shape` being B, T, G, R and `sizes` M, d, e; q, k, v are slices of one tensor."""
     generator = torch.Generator().manual_seed(seed)
+    B, T, G, R = (*shape, *(1, 130, 2, 1)[len(shape) :])
     M, d, e = sizes
     H = G * R
 
@@ -121,7 +121,7 @@ def test_equals_the_definition_at_every_length(T, activation):
 @pytest.mark.parametrize("sums", [True, False])
 def test_equals_the_definition_at_every_size(sizes, options, sums):
     for seed, activation in enumerate(["softmax", "exp"]):
-        compare(inputs(2, 75, 2, 1 + 2 * seed, sizes, seed=seed, activation=activation, sums=sums, **options), oracle)
+        compare(inputs(2, 75, 2, 1 + 2 * seed, sizes=sizes, seed=seed, activation=activation, sums=sums, **options), oracle)
 
 
 @needs_compiler
@@ -135,7 +135,9 @@ def test_equals_the_torch_form(activation):
 @needs_compiler
 @pytest.mark.parametrize("activation", ["softmax", "exp"])
 def test_bfloat16(activation):
-    arguments = inputs(2, 200, 2, 3, (64, 64, 48), activation=activation, dtype=torch.bfloat16, weighted=True, decay=True)
+    arguments = inputs(
+        2, 200, 2, 3, sizes=(64, 64, 48), activation=activation, dtype=torch.bfloat16, weighted=True, decay=True
+    )
     compare(arguments, oracle)  # the inputs are exact, and so is what follows
     compare(arguments, torch_form, 1e-2)
     o, total, _ = native_linear_attention(**arguments, normalize=True)

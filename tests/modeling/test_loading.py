@@ -22,12 +22,12 @@ def tensors_of(model) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def assert_same_tensors(found, expected):
-    found, expected = tensors_of(found), tensors_of(expected)
-    assert found.keys() == expected.keys()
+def assert_same_tensors(loaded, expected):
+    loaded, expected = tensors_of(loaded), tensors_of(expected)
+    assert loaded.keys() == expected.keys()
     for name in expected:
-        assert found[name].dtype == expected[name].dtype, name
-        assert torch.equal(found[name], expected[name]), name
+        assert loaded[name].dtype == expected[name].dtype, name
+        assert torch.equal(loaded[name], expected[name]), name
 
 
 @pytest.mark.parametrize("overrides", [{"feature_map": name} for name in MAPS] + [

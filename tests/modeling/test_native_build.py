@@ -1,4 +1,4 @@
-"""Where and how C code is compiled, and what is said where it cannot be."""
+"""Where and how C code is compiled, and the reason that is given where it cannot be."""
 
 import os
 import subprocess

@@ -69,9 +69,9 @@ def test_op_equals_one_call_per_sequence(mode, lengths, decay, normalize):
     tensors = op_inputs(shape, decay, seed=1)
     tensors["initial_state"] = random_state(shape, normalize, seed=2, sequences=len(lengths))
     options = {"normalize": normalize, "output_final_state": True, "mode": mode}
-    found = values_and_gradients(tensors, partial(linear_attention, cu_seqlens=cu_seqlens(lengths), **options))
+    results = values_and_gradients(tensors, partial(linear_attention, cu_seqlens=cu_seqlens(lengths), **options))
     for name, expected in values_and_gradients(tensors, partial(apart, lengths, **options)).items():
-        assert_close(found[name], expected, name, tolerance=1e-4)
+        assert_close(results[name], expected, name, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("lengths", [UNEVEN, ONE_LONG], ids=str)
@@ -88,8 +88,8 @@ def test_op_without_gradients_or_states_and_in_bfloat16(lengths):
 def test_one_sequence_is_a_plain_row():
     tensors = op_inputs((1, 70, 2, 1, 5, 3), "constant", seed=4)
     expected = linear_attention(**tensors, output_final_state=True)
-    found = linear_attention(**tensors, cu_seqlens=torch.tensor([0, 70]), output_final_state=True)
-    for name, x, y in zip(("o", "final state"), found, expected, strict=True):
+    results = linear_attention(**tensors, cu_seqlens=torch.tensor([0, 70]), output_final_state=True)
+    for name, x, y in zip(("o", "final state"), results, expected, strict=True):
         assert_close(x, y, name)
 
 
@@ -114,7 +114,7 @@ def test_other_wrong_arguments_are_refused():
         linear_attention(q, q, q, cu_seqlens=bounds, initial_state=torch.zeros(1, 2, 4, 5))
 
 
-# how rows are told apart and grouped
+# how sequences are separated and grouped
 
 
 @pytest.mark.parametrize("lengths", [UNEVEN, ONE_LONG, (1,), (1, 1, 1), (2, 3), (1000,) + (1,) * 500, tuple(range(1, 130))])
@@ -167,12 +167,12 @@ def test_packed_row_equals_separate_rows_forward_and_backward(case):
         lambda: separate_logits(model, ids, LENGTHS),
     ):
         model.zero_grad()
-        found = logits()
-        F.cross_entropy(found[0], targets[0], reduction="sum").backward()
-        results.append((found.detach(), gradients(model)))
-    (found, found_gradients), (expected, expected_gradients) = results
-    assert_close(found, expected, "logits", tolerance=1e-4)
-    assert_same_gradients(found_gradients, expected_gradients, tolerance=1e-3)
+        packed = logits()
+        F.cross_entropy(packed[0], targets[0], reduction="sum").backward()
+        results.append((packed.detach(), gradients(model)))
+    (packed, packed_gradients), (expected, expected_gradients) = results
+    assert_close(packed, expected, "logits", tolerance=1e-4)
+    assert_same_gradients(packed_gradients, expected_gradients, tolerance=1e-3)
     with torch.no_grad():
         assert_close(model(ids, position_ids=restarts(LENGTHS)).logits, expected, "without gradients", tolerance=1e-4)
         assert (model(ids).logits - expected).abs().max() > 1e-2 * expected.abs().max()  # what mixing them would show
@@ -183,8 +183,8 @@ def test_packed_row_equals_separate_rows_forward_and_backward(case):
 def test_sequences_longer_than_a_piece(dtype):
     lengths = (600, 5, 1100, 40)
     model, ids = tiny_model(decay="learned").to(dtype), random_ids(1, sum(lengths))
-    found = model(ids, position_ids=restarts(lengths)).logits
-    assert_close(found, separate_logits(model, ids, lengths), "logits", tolerance=1e-4 if dtype == torch.float32 else 4e-2)
+    packed = model(ids, position_ids=restarts(lengths)).logits
+    assert_close(packed, separate_logits(model, ids, lengths), "logits", tolerance=1e-4 if dtype == torch.float32 else 4e-2)
 
 
 @pytest.mark.parametrize("settings", [{}, MIXED], ids=["linear", "mixed"])
@@ -192,30 +192,30 @@ def test_sequences_longer_than_a_piece(dtype):
 def test_several_packed_rows_at_once(settings):
     model, ids = tiny_model(**settings), random_ids(3, 24)
     rows = ((10, 14), (24,), (1, 3, 20))
-    found = model(ids, position_ids=torch.cat([restarts(lengths) for lengths in rows]))
-    assert found.past_key_values is None
+    packed = model(ids, position_ids=torch.cat([restarts(lengths) for lengths in rows]))
+    assert packed.past_key_values is None
     for row, lengths in enumerate(rows):
         expected = separate_logits(model, ids[row : row + 1], lengths)
-        assert_close(found.logits[row : row + 1], expected, f"row {row}", tolerance=1e-4)
+        assert_close(packed.logits[row : row + 1], expected, f"row {row}", tolerance=1e-4)
     # one list of positions stands for all rows
-    found = model(ids, position_ids=restarts((10, 14))).logits
+    packed = model(ids, position_ids=restarts((10, 14))).logits
     expected = torch.cat([separate_logits(model, row[None], (10, 14)) for row in ids])
-    assert_close(found, expected, "shared positions", tolerance=1e-4)
+    assert_close(packed, expected, "shared positions", tolerance=1e-4)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens_q", "both"])
-def test_all_layer_types_keep_packed_sequences_apart(given, implementation):
+@pytest.mark.parametrize("argument", ["position_ids", "cu_seq_lens_q", "both"])
+def test_all_layer_types_keep_packed_sequences_apart(argument, implementation):
     model, ids = tiny_model(**MIXED), random_ids(1, sum(LENGTHS))
     model.set_attn_implementation(implementation)
     arguments = {"position_ids": restarts(LENGTHS), "cu_seq_lens_q": cu_seqlens(LENGTHS, torch.int32)}
-    arguments = arguments if given == "both" else {given: arguments[given]}
+    arguments = arguments if argument == "both" else {argument: arguments[argument]}
     results = []
     for logits in (lambda: model(ids, **arguments, use_cache=False).logits, lambda: separate_logits(model, ids, LENGTHS)):
         model.zero_grad()
-        found = logits()
-        F.cross_entropy(found[0], ids[0], reduction="sum").backward()
-        results.append((found.detach(), gradients(model)))
+        packed = logits()
+        F.cross_entropy(packed[0], ids[0], reduction="sum").backward()
+        results.append((packed.detach(), gradients(model)))
     assert_close(results[0][0], results[1][0], "logits", tolerance=1e-4)
     assert_same_gradients(results[0][1], results[1][1], tolerance=1e-3)
 
@@ -264,10 +264,10 @@ def test_gradient_checkpointing(settings, use_reentrant):
     assert_same_gradients(results[1], results[0])
 
 
-@pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens_q"])
+@pytest.mark.parametrize("argument", ["position_ids", "cu_seq_lens_q"])
 @pytest.mark.parametrize("types", [["linear_attention"], ["linear_attention", "full_attention"]], ids=["linear", "mixed"])
 @torch.no_grad()
-def test_compiled_models_keep_packed_sequences_apart(types, given):
+def test_compiled_models_keep_packed_sequences_apart(types, argument):
     """Also where a row that is one sequence came first, and where the next one is packed otherwise."""
     torch._dynamo.reset()
     model, ids = tiny_model(num_hidden_layers=len(types), layer_types=types), random_ids(1, 14)
@@ -275,8 +275,8 @@ def test_compiled_models_keep_packed_sequences_apart(types, given):
     assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, "one sequence", 1e-4)
     for lengths in ((9, 5), (2, 12)):
         arguments = {"position_ids": restarts(lengths), "cu_seq_lens_q": cu_seqlens(lengths)}
-        found = compiled(ids, **{given: arguments[given]}, use_cache=False).logits
-        assert_close(found, separate_logits(model, ids, lengths), f"{lengths}", tolerance=1e-4)
+        packed = compiled(ids, **{argument: arguments[argument]}, use_cache=False).logits
+        assert_close(packed, separate_logits(model, ids, lengths), f"{lengths}", tolerance=1e-4)
     torch._dynamo.reset()
 
 
@@ -317,8 +317,8 @@ def test_positions_of_padding_and_of_a_continued_row_do_not_restart_it():
     right_padded = {"position_ids": torch.tensor([[0, 1, 2, 3, 4, 1, 1, 1]]), "attention_mask": torch.arange(8)[None] < 5}
     assert_close(model(ids, **right_padded).logits[:, :5], model(ids[:, :5]).logits, "right-padded", tolerance=1e-4)
     cache = model(ids[:, :5]).past_key_values
-    found = model(ids[:, 5:], position_ids=torch.arange(5, 8)[None], past_key_values=cache).logits
-    assert_close(found, model(ids).logits[:, 5:], "continued", tolerance=1e-4)
+    packed = model(ids[:, 5:], position_ids=torch.arange(5, 8)[None], past_key_values=cache).logits
+    assert_close(packed, model(ids).logits[:, 5:], "continued", tolerance=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -358,8 +358,8 @@ def test_bounds_that_do_not_fit_the_rows_are_refused():
 
 def test_softmax_layers_alone_take_packed_rows_as_transformers_does():
     model, ids = tiny_model(layer_types=["full_attention"] * 2), random_ids(1, sum(LENGTHS))
-    found = model(ids, position_ids=restarts(LENGTHS), use_cache=False).logits
-    assert_close(found, separate_logits(model, ids, LENGTHS), "logits", tolerance=1e-4)
+    packed = model(ids, position_ids=restarts(LENGTHS), use_cache=False).logits
+    assert_close(packed, separate_logits(model, ids, LENGTHS), "logits", tolerance=1e-4)
 
 
 def test_float16_sums_beyond_its_range_stay_finite_in_packed_rows():

@@ -1,4 +1,4 @@
-"""The `paper` preset against the released code of arXiv 2403.19928, written anew from its formulas in float64."""
+"""The `paper` preset against the released code of arXiv 2403.19928, written from its formulas in float64."""
 
 import math
 from copy import deepcopy
@@ -21,7 +21,7 @@ HEADS = (3, 4)  # the decay tables of an odd and an even number
 
 class ReleasedAttention(nn.Module):
     """
-    One GPT-NeoX layer as released: decay tables for every position up to T, a quadratic mask, no normaliser. The fused
+    One GPT-NeoX layer as released: decay tables for every position up to T, a quadratic mask, no normalizer. The fused
     projections and `dense` are the source's; u (d,) are the uniform points of T, t (d,) their quantiles; one of them is given.
     """
 
@@ -83,7 +83,7 @@ def neox_like(num_heads: int, head_dim: int = 8, **overrides) -> DiJiangConfig:
 
 
 def random_layer(num_heads: int, seed: int, **overrides) -> DiJiangLinearAttention:
-    """A layer of the preset, its T as drawn, all that a checkpoint or training fills made random."""
+    """A layer of the preset, its T as drawn, random values for all that a checkpoint or training fills."""
     torch.manual_seed(seed)
     layer = DiJiangLinearAttention(neox_like(num_heads, feature_seed=seed, **overrides), layer_idx=0)
     hidden = layer.o_proj.in_features
@@ -164,8 +164,8 @@ def test_gradients_equal_those_of_the_released_code(num_heads, seed):
     ours = x.clone().requires_grad_()
     layer(ours, positions)[0].backward(cotangent)
     for name, gradient in expected.items():
-        found = ours.grad if name == "input" else layer.get_parameter(name).grad
-        assert_close(found, gradient, name, tolerance=TOLERANCE + 2 * rounding)
+        layer_gradient = ours.grad if name == "input" else layer.get_parameter(name).grad
+        assert_close(layer_gradient, gradient, name, tolerance=TOLERANCE + 2 * rounding)
     # the released features are not trained
     assert all(p.grad is None for part in (layer.feature_map_q, layer.feature_map_k) for p in part.parameters())
 
@@ -179,7 +179,7 @@ def test_features_are_the_softmax_of_x_P():
     for part in (layer.feature_map_q, layer.feature_map_k):
         assert_close(part(x), (x.double() @ P).softmax(-1), "features", tolerance=1e-6)
     forward = random_layer(3, seed=4, dct_direction="forward").feature_map_q
-    assert (forward(x) - layer.feature_map_q(x)).abs().max() > 0.05  # the two directions can be told apart
+    assert (forward(x) - layer.feature_map_q(x)).abs().max() > 0.05  # the two directions differ
 
 
 def test_initial_T_are_normal_quantiles_of_uniforms_one_matrix_for_all_heads():
@@ -226,14 +226,14 @@ def test_gate_and_norm_start_as_in_the_released_code():
 def test_finite_where_the_released_tables_overflow(T, dtype):
     layer = random_layer(2, seed=5, head_dim=4).to(dtype)
     x, positions = inputs(layer, 1, T)
-    found, _ = layer(x.to(dtype), tuple(y.to(dtype) for y in positions))
-    assert torch.isfinite(found).all()
+    o, _ = layer(x.to(dtype), tuple(y.to(dtype) for y in positions))
+    assert torch.isfinite(o).all()
     table = released(layer, T).D2[0].to(torch.float16 if dtype == torch.float16 else torch.float32)
     assert torch.isinf(table[-1])
     if T == 8192:  # where float64 still holds the tables
         expected, _ = released(layer, T)(x.to(dtype).float(), positions, rows=slice(-64, None))
         tolerance = TOLERANCE if dtype == torch.float32 else 0.1
-        assert_close(found[:, -64:], expected, "last tokens", tolerance=tolerance)
+        assert_close(o[:, -64:], expected, "last tokens", tolerance=tolerance)
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ def test_identitys_kernel_is_the_product(seed):
     ids=str,
 )
 def test_identity_has_no_denominator(settings):
-    with pytest.raises(Exception) as caught:
+    with pytest.raises(Exception, match="negative features") as caught:
         tiny_config(feature_map="identity", **settings)
     message = str(caught.value.__cause__ or caught.value)
     assert message == (

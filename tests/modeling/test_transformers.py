@@ -44,10 +44,10 @@ def build(case: str, seed: int = 0, **overrides) -> DiJiangForCausalLM:
 
 def cache_tensors(cache) -> list[torch.Tensor]:
     """Every tensor of every layer, rows first."""
-    found = []
+    tensors = []
     for layer in cache.layers:
-        found += layer.state.tensors() if hasattr(layer, "state") else [layer.keys, layer.values]
-    return found
+        tensors += layer.state.tensors() if hasattr(layer, "state") else [layer.keys, layer.values]
+    return tensors
 
 
 @pytest.fixture(autouse=True)
@@ -87,8 +87,8 @@ def test_cache_rows_are_permuted_selected_and_repeated_exactly(case, seed):
     ):
         changed = deepcopy(cache)
         operation(changed)
-        for found, expected in zip(cache_tensors(changed), before, strict=True):
-            assert torch.equal(found, expected[rows])
+        for result, expected in zip(cache_tensors(changed), before, strict=True):
+            assert torch.equal(result, expected[rows])
         expected = model(torch.cat((ids, more), 1)[rows], use_cache=False).logits[:, -1:]
         assert_close(model(more[rows], past_key_values=changed).logits, expected, "logits", tolerance=1e-4)
     assert all(torch.equal(x, y) for x, y in zip(cache_tensors(cache), before, strict=True))
@@ -144,8 +144,8 @@ def test_modes_that_roll_back_are_refused_before_they_write_or_work_exactly():
                 cache.crop(tokens)
     softmax = tiny_model(layer_types=["full_attention"] * 2)
     expected = softmax.generate(ids, max_new_tokens=12, do_sample=False)
-    found = softmax.generate(ids, max_new_tokens=12, do_sample=False, assistant_model=assistant)
-    assert torch.equal(found, expected)
+    result = softmax.generate(ids, max_new_tokens=12, do_sample=False, assistant_model=assistant)
+    assert torch.equal(result, expected)
 
 
 @each_case
@@ -317,11 +317,11 @@ def test_classifier_losses_and_gradients(problem):
     expected = loss(output.logits, labels)
     assert_close(output.loss, expected, "loss")
     output.loss.backward(retain_graph=True)
-    found = gradients(model)
-    assert all(gradient.any() for name, gradient in found.items() if not name.endswith("embed_tokens.weight"))
+    result = gradients(model)
+    assert all(gradient.any() for name, gradient in result.items() if not name.endswith("embed_tokens.weight"))
     model.zero_grad()
     expected.backward()
-    assert_same_gradients(found, gradients(model))
+    assert_same_gradients(result, gradients(model))
 
 
 # placement
@@ -355,8 +355,8 @@ def test_one_graph_without_cache_equals_eager(case):
     mask = torch.ones(2, 21, dtype=torch.long)
     mask[0, :6] = 0
     for arguments in ({}, {"attention_mask": mask}):
-        found, expected = (forward(ids, use_cache=False, **arguments).logits for forward in (compiled, model))
-        assert_close(found[mask.bool()], expected[mask.bool()], "logits")
+        result, expected = (forward(ids, use_cache=False, **arguments).logits for forward in (compiled, model))
+        assert_close(result[mask.bool()], expected[mask.bool()], "logits")
 
 
 @pytest.mark.parametrize("feature_map", MAPS)
@@ -372,15 +372,15 @@ def test_a_linear_layer_is_one_graph_with_masks_and_in_decoding(feature_map):
         arguments = {"position_embeddings": positions, "attention_mask": valid}
         explained = torch._dynamo.explain(layer)(x, **arguments)
         assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
-        found = torch.compile(layer, backend="eager", fullgraph=True)(x, **arguments)
-        assert_close(found, layer(x, **arguments), "prompt")
+        result = torch.compile(layer, backend="eager", fullgraph=True)(x, **arguments)
+        assert_close(result, layer(x, **arguments), "prompt")
 
         attend = layer.self_attn.attend
         _, state = attend(q[:, :21], k[:, :21], v[:, :21], valid)
         last = (q[:, 21:], k[:, 21:], v[:, 21:], None)
-        found, after = torch.compile(attend, backend="eager", fullgraph=True)(*last, deepcopy(state))
+        result, after = torch.compile(attend, backend="eager", fullgraph=True)(*last, deepcopy(state))
         expected, expected_after = attend(*last, state)
-        assert_close(found, expected, "step")
+        assert_close(result, expected, "step")
         for new, expected_new in zip(after.tensors(), expected_after.tensors(), strict=True):
             torch.testing.assert_close(new, expected_new, atol=1e-5, rtol=1e-4)
 
@@ -422,8 +422,8 @@ def test_compiled_window_takes_a_second_length():
             o = forward(q, flat)
             o.square().sum().backward()
             results.append((o, q.grad, flat.grad))
-        for name, found, expected in zip(("o", "dq", "dk + dv"), results[1], results[0], strict=True):
-            assert_close(found, expected, f"{name} at {T} tokens")
+        for name, result, expected in zip(("o", "dq", "dk + dv"), results[1], results[0], strict=True):
+            assert_close(result, expected, f"{name} at {T} tokens")
 
 
 @pytest.mark.slow

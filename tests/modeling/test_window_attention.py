@@ -43,7 +43,7 @@ def test_step_equals_the_definition_and_window_and_merge(H, G, W, S):
 
 
 def test_step_is_a_softmax_over_all_keys():
-    """A linear branch with the sums of exp(score) v and of exp(score) over the old keys cannot be told from the window."""
+    """A linear branch with the sums of exp(score) v and of exp(score) over the old keys equals a longer window."""
     B, H, G, d, N, old = 2, 4, 2, 5, 6, 9
     generator = torch.Generator().manual_seed(8)
     q, k, v = (torch.randn(B, length, heads, d, generator=generator) for length, heads in ((1, H), (N + old, G), (N + old, G)))

@@ -19,13 +19,13 @@ def random_window(B, T, H, G, d, W, S, seed) -> tuple[torch.Tensor, Window]:
 
 
 def all_seen(window: Window) -> Window:
-    """`window` without padding, all sinks seen by all queries, said by tensors."""
+    """`window` without padding, all its sinks seen by all queries, as tensors say it."""
     arrival = torch.full_like(window.sinks.arrival, -1)
     return window._replace(valid=torch.ones_like(window.valid), sinks=window.sinks._replace(arrival=arrival))
 
 
 def without_masks(window: Window) -> Window:
-    """The same as `all_seen`, said by None."""
+    """The same as `all_seen`, as None says it."""
     return window._replace(valid=None, sinks=window.sinks._replace(arrival=None))
 
 
