@@ -1,6 +1,6 @@
 """
-Sparse checkpoints as smaller files: of each sparse matrix the values that are not zero, and one bit per weight that says where
-they belong. The fields are those of compressed-tensors' former format `sparse-bitmask`.
+Sparse checkpoints as smaller files: the nonzero values of each sparse matrix, and one bit per weight that says where they
+belong. The fields are those of compressed-tensors' former format `sparse-bitmask`.
 """
 
 import json
@@ -21,7 +21,7 @@ from dijiang.common.progress import progress_bar
 
 from .oneshot.config import parse_pattern
 
-KEY = "dijiang_compression"  # in config.json; a name that no loader takes for a quantiser it knows
+KEY = "dijiang_compression"  # in config.json; no loader takes this name for a quantizer that it knows
 FORMAT = "sparse-bitmask"
 PARTS = ("shape", "compressed", "bitmask", "row_offsets")
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -29,7 +29,7 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def compress_tensor(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """
-    The parts of a matrix (R, C), on the CPU. All that is not +0 bit by bit counts as a value: -0 and NaN survive.
+    Split a matrix (R, C) into its parts, on the CPU. All that is not +0 bit by bit counts as a value: -0 and NaN survive.
 
     Returns:
         shape: (2,) int64.
@@ -41,8 +41,8 @@ def compress_tensor(weight: torch.Tensor) -> dict[str, torch.Tensor]:
         ValueError: if it is no matrix, or its dtype has more than 8 bytes.
     """
     if weight.dim() != 2 or weight.itemsize not in INTEGERS:
-        found = f"{weight.dtype} {list(weight.shape)}"
-        raise ValueError(f"{found} cannot have a bitmask; give a matrix of at most 8 bytes an element")
+        kind = f"{weight.dtype} {list(weight.shape)}"
+        raise ValueError(f"{kind} cannot have a bitmask; give a matrix of at most 8 bytes an element")
     bits = weight.cpu().view(INTEGERS[weight.itemsize]).numpy()
     mask = bits != 0
     return {
@@ -55,7 +55,7 @@ def compress_tensor(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def decompress_tensor(parts: dict[str, torch.Tensor], name: str = "the weight") -> torch.Tensor:
     """
-    The matrix (R, C) of which `compress_tensor` made the parts, on the CPU; `name` is for messages.
+    Put a matrix (R, C) together from the parts of `compress_tensor`, on the CPU; `name` is for messages.
 
     Raises:
         ValueError: if a part is missing or they do not agree with one another.
@@ -85,7 +85,7 @@ def decompress_tensor(parts: dict[str, torch.Tensor], name: str = "the weight") 
 
 
 def row_offsets(mask: np.ndarray) -> np.ndarray:
-    """How many are True in the rows above each row of (R, C): (R,) int64."""
+    """Number of True entries in the rows above each row of (R, C): (R,) int64."""
     counts = np.count_nonzero(mask, axis=1)
     return (np.cumsum(counts) - counts).astype(np.int64)
 
@@ -98,14 +98,14 @@ def write_bitmask(
     progress: bool = True,
 ) -> Path:
     """
-    Write a checkpoint with its sparse matrices compressed. Files of the folder that hold no weights are copied, subfolders
-    are not. One shard is in memory at a time.
+    Write a checkpoint with its sparse matrices compressed. Files of the folder without weights are copied, subfolders are not.
+    One shard is in memory at a time.
 
     Args:
         model_folder: a checkpoint of transformers in safetensors.
         output: a folder that does not exist yet, or is empty. It appears only when it is complete.
-        names: of the float matrices to compress; by default each that gets smaller, which at C columns and b bits an element
-            takes more than (1 + 64 / C) / b of zeros.
+        names: of the float matrices to compress; by default each that gets smaller, which at C columns and b bits per element
+            needs a share of zeros above (1 + 64 / C) / b.
         structure: of the zeros, for the config: "unstructured", or "N:M" for N zeros in every M weights of a row.
         progress: show a progress bar on stderr.
 
@@ -129,7 +129,7 @@ def write_bitmask(
 
     weights = zeros = 0
     with new_folder(output) as folder:
-        writer = ShardWriter(folder, FORMAT)  # under another name, or transformers would load it and fill in noise
+        writer = ShardWriter(folder, FORMAT)  # named unlike a model, which transformers would load, filling in noise
         with progress_bar(
             "Compressing", sum(header.nbytes for header in headers.values()), shown=progress, unit="bytes"
         ) as advance:
@@ -140,7 +140,8 @@ def write_bitmask(
                         raise ValueError(f"{name} does not have {structure} zeros; name others, or no structure")
                     for part, value in parts.items():
                         writer.add(f"{name}.{part}", value)
-                    weights, zeros = weights + tensor.numel(), zeros + tensor.numel() - parts["compressed"].numel()
+                    weights += tensor.numel()
+                    zeros += tensor.numel() - parts["compressed"].numel()
                 else:
                     writer.add(name, tensor)
                 advance(headers[name].nbytes)
@@ -154,21 +155,21 @@ def write_bitmask(
 
 def read_bitmask(folder: str | Path, output: str | Path, progress: bool = True) -> Path:
     """
-    Write the dense checkpoint of which `write_bitmask` made the one in `folder`: every tensor has its bits back.
+    Write the dense checkpoint from which `write_bitmask` made the container in `folder`, bit for bit.
 
     Raises:
-        ValueError: if the folder is none of ours or damaged, or the output is occupied; nothing is left on disk then.
+        ValueError: if the folder is no container or damaged, or the output is occupied; nothing is left on disk then.
     """
     source = Path(folder).expanduser()
-    config, places = open_container(source)
-    with new_folder(output) as made:
-        writer = ShardWriter(made)
-        total = sum(path.stat().st_size for path in {file.path for file in places.values()})
+    config, files = open_container(source)
+    with new_folder(output) as dense:
+        writer = ShardWriter(dense)
+        total = sum(path.stat().st_size for path in {file.path for file in files.values()})
         with progress_bar("Reading", total, shown=progress, unit="bytes") as advance:
-            for name, file in places.items():
+            for name, file in files.items():
                 weight, part = split(name)
                 if part == "compressed":
-                    parts = read_parts(places, weight)
+                    parts = read_parts(files, weight)
                     writer.add(weight, decompress_tensor(parts, f"{weight} in {source}"))
                     advance(n_bytes(parts))
                 elif not part:
@@ -177,28 +178,31 @@ def read_bitmask(folder: str | Path, output: str | Path, progress: bool = True) 
                     advance(tensor.nbytes)
             facts, stated = container_facts(source), config.pop(KEY).get("global_sparsity")
             if stated != facts["zeros"] / max(facts["weights"], 1):
-                found = f"{facts['zeros']} of {facts['weights']} compressed weights in {source} are zero"
-                raise ValueError(f"{found}, but its config.json says a share of {stated}; files are missing or mixed up")
+                raise ValueError(
+                    f"{facts['zeros']} of {facts['weights']} compressed weights in {source} are zero, but its config.json "
+                    f"says a share of {stated}; files are missing or mixed up"
+                )
             writer.finish()
-        write_companions(source, made, config)
+        write_companions(source, dense, config)
     return Path(output)
 
 
 def container_facts(folder: str | Path) -> dict:
     """
-    What the compressed matrices of a container come to: `weights`, `zeros`, `bytes_dense`, `bytes_compressed` (all four parts)
-    and `bits_per_weight`, for a big matrix of C columns b * (1 - sparsity) + 1 + 64 / C at b bits an element. Tensors that are
-    stored as they are do not count.
+    Sum up the compressed matrices of a container: `weights`, `zeros`, `bytes_dense`, `bytes_compressed` (all four parts) and
+    `bits_per_weight`, for a big matrix of C columns b * (1 - sparsity) + 1 + 64 / C at b bits per element. Tensors that are
+    stored dense do not count.
 
     Raises:
-        ValueError: if the folder is none of ours, or a weight lacks a part.
+        ValueError: if the folder is no container, or a weight lacks a part.
     """
-    _, places = open_container(Path(folder).expanduser())
+    _, files = open_container(Path(folder).expanduser())
     facts = dict.fromkeys(("weights", "zeros", "bytes_dense", "bytes_compressed"), 0)
-    for weight, part in map(split, places):
+    for weight, part in map(split, files):
         if part == "compressed":
-            parts = read_parts(places, weight)
-            values, weights = parts["compressed"], math.prod(parts["shape"].tolist())
+            parts = read_parts(files, weight)
+            values = parts["compressed"]
+            weights = math.prod(parts["shape"].tolist())
             facts["weights"] += weights
             facts["zeros"] += weights - values.numel()
             facts["bytes_dense"] += weights * values.itemsize
@@ -213,38 +217,38 @@ def read_folder_config(folder: Path) -> dict:
 
 
 def open_checkpoint(folder: Path) -> tuple[dict, list[SafetensorsFile]]:
-    """A dense folder's config.json and its weight files, or ValueError."""
+    """Config.json of a dense checkpoint and its weight files, or ValueError."""
     config = read_folder_config(folder)
     if KEY in config:
         raise ValueError(f"{folder} is compressed already ({KEY} in its config.json); give the dense checkpoint")
     paths = weight_paths(folder, "model.safetensors")
     if not paths:
-        raise ValueError(f"{folder} holds no model.safetensors; save the model anew with transformers 5")
+        raise ValueError(f"{folder} holds no model.safetensors; save the model again with transformers 5")
     return config, [SafetensorsFile(path) for path in paths]
 
 
 def open_container(folder: Path) -> tuple[dict, dict[str, SafetensorsFile]]:
-    """A container's config.json and the file of each tensor, or ValueError if it is none of ours or lacks a part."""
+    """Config.json of a container and the file of each tensor by its name, or ValueError if it is none or lacks a part."""
     config = read_folder_config(folder)
-    found = config.get(KEY)
-    if not isinstance(found, dict):
-        raise ValueError(f"{folder} is not compressed (no {KEY} in its config.json); give what a compression wrote")
-    if found.get("format") != FORMAT:
-        raise ValueError(f"{folder} is compressed as {found.get('format')!r}, only {FORMAT} can be read; update dijiang")
-    files = [SafetensorsFile(path) for path in weight_paths(folder, f"{FORMAT}.safetensors")]
-    if not files:
+    description = config.get(KEY)
+    if not isinstance(description, dict):
+        raise ValueError(f"{folder} is not compressed (no {KEY} in its config.json); give the folder of a container")
+    if description.get("format") != FORMAT:
+        raise ValueError(f"{folder} is compressed as {description.get('format')!r}, only {FORMAT} can be read; update dijiang")
+    paths = weight_paths(folder, f"{FORMAT}.safetensors")
+    if not paths:
         raise ValueError(f"{folder} holds no {FORMAT}.safetensors; copy the container again, with all of its files")
-    places = {name: file for file in files for name in file.headers}
-    for weight in sorted({weight for weight, part in map(split, places) if part}):
-        if missing := [part for part in PARTS if f"{weight}.{part}" not in places]:
+    files = {name: file for file in map(SafetensorsFile, paths) for name in file.headers}
+    for weight in sorted({weight for weight, part in map(split, files) if part}):
+        if missing := [part for part in PARTS if f"{weight}.{part}" not in files]:
             raise broken(f"{weight} in {folder}", f"{', '.join(missing)} missing")
-        if weight in places:
+        if weight in files:
             raise broken(f"{weight} in {folder}", "it is stored dense as well")
-    return config, places
+    return config, files
 
 
 def split(name: str) -> tuple[str, str]:
-    """A weight's name and the part of it that a tensor is by its name; the tensor's own name and "" if it is none."""
+    """Split a tensor's name into a weight's name and its part; into the whole name and "" if it is no part."""
     weight, dot, part = name.rpartition(".")
     return (weight, part) if dot and part in PARTS else (name, "")
 
@@ -254,8 +258,8 @@ def read_tensor(file: SafetensorsFile, name: str) -> torch.Tensor:
     return tensor
 
 
-def read_parts(places: dict[str, SafetensorsFile], weight: str) -> dict[str, torch.Tensor]:
-    return {part: read_tensor(places[f"{weight}.{part}"], f"{weight}.{part}") for part in PARTS}
+def read_parts(files: dict[str, SafetensorsFile], weight: str) -> dict[str, torch.Tensor]:
+    return {part: read_tensor(files[f"{weight}.{part}"], f"{weight}.{part}") for part in PARTS}
 
 
 def n_bytes(parts: dict[str, torch.Tensor]) -> int:
@@ -263,14 +267,14 @@ def n_bytes(parts: dict[str, torch.Tensor]) -> int:
 
 
 def has_pattern(weight: torch.Tensor, zeros: int, group: int) -> bool:
-    """Whether every `group` neighbours of a row have so many zeros at least."""
+    """Whether every `group` consecutive weights of a row have at least this many zeros."""
     if weight.shape[1] % group:
         return False
     return bool(((weight == 0).view(weight.numel() // group, group).sum(1) >= zeros).all())
 
 
 def write_companions(source: Path, folder: Path, config: dict) -> None:
-    """Copy what lies beside the weights, with `config` in place of the source's."""
+    """Copy the files that hold no weights, with `config` in place of the source's."""
     for path in companions(source):
         shutil.copyfile(path, folder / path.name)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The token blocks that tell a pruning method what layers see."""
+"""Token blocks from text: calibration sequences for pruning, and held-out windows to measure on."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,12 +12,15 @@ from dijiang.common.text import read_tokens
 
 def calibration_blocks(tokenizer, texts: Sequence[Path], *, samples: int, length: int, seed: int) -> torch.Tensor:
     """
-    Stretches of text at random places, each within one file, files taken by their length. They overlap only where the text has
-    fewer tokens than they need.
+    Draw sequences at random positions, each within one file, and files in proportion to their length. They overlap only if the
+    text has fewer tokens than they need.
 
     Args:
+        tokenizer: of the model.
         texts: UTF-8 files.
-        samples: N; length: tokens T of each.
+        samples: number of sequences N.
+        length: tokens T of each.
+        seed: of the draw.
 
     Returns:
         Token ids (N, T).
@@ -35,22 +38,22 @@ def calibration_blocks(tokenizer, texts: Sequence[Path], *, samples: int, length
         )
     generator = torch.Generator().manual_seed(seed)
     slots = [len(tokens) // length for tokens in long_enough]
-    if sum(slots) >= samples:  # a random shift in each file, then blocks side by side, so that none overlap
+    if sum(slots) >= samples:  # consecutive blocks after a random shift in each file do not overlap
         shifts = [int(torch.randint(len(tokens) % length + 1, (), generator=generator)) for tokens in long_enough]
-        places = [(file, shift + i * length) for file, shift in enumerate(shifts) for i in range(slots[file])]
-        chosen = [places[i] for i in torch.randperm(len(places), generator=generator)[:samples].tolist()]
+        starts = [(file, shift + i * length) for file, shift in enumerate(shifts) for i in range(slots[file])]
+        chosen = [starts[i] for i in torch.randperm(len(starts), generator=generator)[:samples].tolist()]
     else:
-        starts = torch.tensor([len(tokens) - length + 1 for tokens in long_enough])
-        drawn = torch.randint(int(starts.sum()), (samples,), generator=generator)
-        ends = starts.cumsum(0)
-        which = torch.bucketize(drawn, ends, right=True)
-        chosen = [(int(file), int(place - (ends - starts)[file])) for file, place in zip(which, drawn, strict=True)]
+        counts = torch.tensor([len(tokens) - length + 1 for tokens in long_enough])
+        drawn = torch.randint(int(counts.sum()), (samples,), generator=generator)
+        ends = counts.cumsum(0)
+        files_drawn = torch.bucketize(drawn, ends, right=True)
+        chosen = [(int(file), int(index - (ends - counts)[file])) for file, index in zip(files_drawn, drawn, strict=True)]
     return torch.stack([long_enough[file][start : start + length] for file, start in chosen])
 
 
 def held_out_windows(tokenizer, text: Path, *, tokens: int, length: int) -> list[torch.Tensor]:
     """
-    The first `tokens` tokens of a text, cut into windows of `length` as `dijiang evaluate` cuts it; the last may be shorter.
+    Cut the first `tokens` tokens of a text into windows of `length`, as `dijiang evaluate` does; the last may be shorter.
 
     Raises:
         ValueError: if it cannot be read or has less than one window.
@@ -62,6 +65,6 @@ def held_out_windows(tokenizer, text: Path, *, tokens: int, length: int) -> list
 
 
 def hash_of_blocks(blocks: Sequence[torch.Tensor]) -> str:
-    """SHA-256 of the token ids of blocks or windows, their number and their length, which the last may lack."""
+    """SHA-256 of blocks or windows: their number, the length of the first, and all token ids."""
     shape = (len(blocks), len(blocks[0]))
     return hashlib.sha256(f"{shape}".encode() + torch.cat(tuple(blocks)).long().numpy().tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""A causal language model of which one decoder layer at a time is in memory; its weights stay on disk."""
+"""A causal language model with one decoder layer at a time in memory; its weights stay on disk."""
 
 import math
 from collections.abc import Iterator
@@ -17,15 +17,15 @@ from dijiang.common.perplexity import target_losses
 from .prunable_layers import find_layers, layer_targets
 
 COMPUTE = torch.float32  # Hessians, their inverses and the updates need it
-OTHER_NAMES = {"lm_head.weight": "embed_out.weight"}  # of GPT-NeoX in files, and up to transformers 5.16 in the model too
+OTHER_NAMES = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX's in files, and up to transformers 5.16 in the model too
 
 
 class Recorded(Exception):
-    """All layers' arguments are known; there is no need to go on."""
+    """All layers' arguments are recorded, so that the forward pass can stop."""
 
 
 def refuse_encoder(config: PreTrainedConfig, name: str) -> None:
-    """Raise ValueError on what transformers would build a decoder from, though it is not one."""
+    """Raise ValueError on the config of an encoder, from which transformers would build a decoder all the same."""
     kinds = config.architectures or []
     masked = [kind for kind in kinds if kind.endswith(("ForMaskedLM", "ForPreTraining"))]
     if masked or getattr(config, "is_encoder_decoder", False):
@@ -35,25 +35,29 @@ def refuse_encoder(config: PreTrainedConfig, name: str) -> None:
 
 class StreamedDecoder:
     """
-    A model built without its decoder layers' weights. It computes in float32 whatever is stored.
+    A model built without its decoder layers' weights. It computes in float32 whatever dtype is stored.
 
     Args:
         config: of a causal language model.
         files: its weights.
-        name: what the user calls it, for messages.
+        name: the user's name for it, for messages.
         device: where layers are computed.
 
     Attributes:
-        layers: the decoder layers, empty but within `layer`; prefix: the name of their list.
+        layers: the decoder layers, without weights except within `layer`.
+        prefix: the name of their list.
         targets: names in the model of the linear layers that are pruned, layer by layer.
-        files: as given; dense_places: by the tensor's name in the model, its file and its name there.
+        files: the weight files.
+        dense_places: file of each tensor and its name there, by its name in the model.
 
     Raises:
         ValueError: if transformers cannot build it, its weights are not those of the config, or it is no plain decoder.
     """
 
     def __init__(self, config: PreTrainedConfig, files: list[WeightFile], name: str, device: torch.device | str = "cpu"):
-        self.name, self.device, self.files = name, torch.device(device), files
+        self.name = name
+        self.device = torch.device(device)
+        self.files = files
         refuse_encoder(config, name)
         try:
             with init_empty_weights(include_buffers=False):  # buffers such as rotary tables are computed, not stored
@@ -62,25 +66,26 @@ class StreamedDecoder:
             raise ValueError(f"transformers cannot build {name}: {one_line(error)}") from None
         self.model.requires_grad_(False)
         self.prefix, self.layers = find_layers(self.model)
-        kept = tuple(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())  # of DiJiang: its kernel's parameters
+        # the parameters that linear attention adds are not pruned
+        excluded = tuple(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
         self.targets = [
-            [f"{self.prefix}.{i}.{part}" for part in layer_targets(layer, f"{self.prefix}.{i}", kept)]
+            [f"{self.prefix}.{i}.{part}" for part in layer_targets(layer, f"{self.prefix}.{i}", excluded)]
             for i, layer in enumerate(self.layers)
         ]
         self.places = self.find_tensors(files)
         outside = [key for key in self.places if not key.startswith(f"{self.prefix}.")]
         self.fill(outside)
-        self.settle_tying()
+        self.tie_weights()
         self.dense_places = dict(self.places)
         for _, buffer_owner in self.model.named_modules():
             for key, buffer in buffer_owner._buffers.items():
                 if buffer is not None:
                     buffer_owner._buffers[key] = buffer.to(self.device)
         self.contexts: dict[tuple[int, int], list[tuple[tuple, dict]]] = {}
-        self.gives_tuples = False  # as layers of some families do
+        self.gives_tuples = False  # whether layers return tuples, as those of some families do
 
     def find_tensors(self, files: list[WeightFile]) -> dict[str, tuple[WeightFile, str]]:
-        """Where each tensor of the model lies: file and name there."""
+        """File of each tensor of the model and its name there, by its name in the model."""
         stored = {name: (file, name) for file in files for name in file.headers}
         wanted = dict(self.model.state_dict())
         base = f"{self.model.base_model_prefix}."
@@ -98,17 +103,17 @@ class StreamedDecoder:
             if shape != tuple(tensor.shape):
                 raise ValueError(f"{self.name}: {key} has shape {shape}, its config says {tuple(tensor.shape)}")
             if not place[0].headers[place[1]].dtype.is_floating_point:
-                raise ValueError(f"{self.name}: {key} is not a float tensor, so the model is quantised; prune the original")
+                raise ValueError(f"{self.name}: {key} is not a float tensor, so the model is quantized; prune the original")
             places[key] = place
         if missing:
             raise ValueError(
                 f"{self.name} lacks {len(missing)} tensors of its architecture, such as {missing[0]}; load it with "
-                "transformers and save it anew, then prune that"
+                "transformers and save it again, then prune that"
             )
         return places
 
-    def settle_tying(self) -> None:
-        """Share what the config ties, unless the files hold two different tensors: then these count, as in transformers."""
+    def tie_weights(self) -> None:
+        """Share tensors that the config ties, unless the files hold two different ones: transformers loads both then."""
         tied = self.model.all_tied_weights_keys
         stored = {key: other for key, other in tied.items() if key in self.places and other in self.places}
         if any(not torch.equal(self.model.get_parameter(key), self.model.get_parameter(x)) for key, x in stored.items()):
@@ -119,13 +124,14 @@ class StreamedDecoder:
         self.model.tie_weights()
 
     def read(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Tensors by their names in the model, as stored."""
+        """Yield tensors by their names in the model, as stored."""
         for name in names:
             file, stored = self.places[name]
             for _, tensor in file.tensors([stored]):
                 yield name, tensor
 
     def fill(self, names: list[str]) -> None:
+        """Load tensors into the model, by their names in it."""
         for name, tensor in self.read(names):
             module, _, leaf = name.rpartition(".")
             owner = self.model.get_submodule(module)
@@ -137,18 +143,18 @@ class StreamedDecoder:
                 owner._buffers[leaf] = value
 
     def replace(self, path: Path) -> None:
-        """From now on, read the tensors in this safetensors file in place of the stored ones."""
+        """Read the tensors of this safetensors file from now on in place of the stored ones."""
         file = SafetensorsFile(path)
         self.places |= {name: (file, name) for name in file.headers}
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """Of a tensor by its name in the model."""
+        """Dtype of a tensor on disk, by its name in the model."""
         file, stored = self.dense_places[name]
         return file.headers[stored].dtype
 
     @property
     def n_parameters(self) -> int:
-        """Of the whole model, tied ones once."""
+        """Parameters of the whole model, tied ones counted once."""
         return sum(math.prod(file.headers[stored].shape) for file, stored in self.dense_places.values())
 
     @property
@@ -162,7 +168,7 @@ class StreamedDecoder:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """One layer with its weights, until the block ends."""
+        """Yield a layer with its weights, which are dropped when the block ends."""
         self.fill(self.names_of(index))
         try:
             yield self.layers[index]
@@ -175,7 +181,7 @@ class StreamedDecoder:
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
-        """The whole model in memory, with attention that can be differentiated twice, until the block ends."""
+        """Yield the model with all weights in memory and attention that can be differentiated twice."""
         attention = self.model.config._attn_implementation
         self.model.set_attn_implementation("eager")
         try:
@@ -188,7 +194,7 @@ class StreamedDecoder:
 
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the first layer is given for tokens (B, T): (B, T, hidden)."""
+        """Input of the first layer, (B, T, hidden), for tokens (B, T)."""
         hidden = self.trace(tokens)
         if len({tuple(x.shape) for x in hidden}) > 1:  # the model took the first row for the first of a tuple
             self.gives_tuples = True
@@ -196,8 +202,9 @@ class StreamedDecoder:
         return hidden[0]
 
     def trace(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """Pass tokens by all layers, which do nothing but note their arguments; returns what each would have been given."""
-        seen, arguments = [], []
+        """Record the arguments of all layers, which compute nothing meanwhile; returns the input of each."""
+        seen = []
+        arguments = []
 
         def stub(hidden, *args, **kwargs):
             seen.append(hidden)
@@ -219,7 +226,7 @@ class StreamedDecoder:
 
     @contextmanager
     def stubs(self, stub) -> Iterator[None]:
-        """All layers replaced by `stub`, until the block ends."""
+        """Replace all layers by `stub` within the block."""
         for layer in self.layers:
             layer.forward = stub
         try:
@@ -229,22 +236,22 @@ class StreamedDecoder:
                 del layer.forward
 
     def run(self, layer: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Layer `index`, within its block, on (B, T, hidden) from `embed` or the layer before."""
+        """Output of layer `index`, loaded as `layer`, for (B, T, hidden) from `embed` or the layer before."""
         args, kwargs = self.contexts[tuple(hidden.shape[:2])][index]
         output = layer(hidden, *args, **kwargs)
         if isinstance(output, tuple):
-            self.gives_tuples = True  # which `embed` cannot tell where there is one layer alone
+            self.gives_tuples = True  # `embed` cannot tell if there is one layer alone
             return output[0]
         return output
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (B, T, V) of what the last layer gave, (B, T, hidden); gradients reach it."""
+        """Logits (B, T, V) for the last layer's output (B, T, hidden), to which gradients flow."""
         calls = 0
 
-        def stub(given, *args, **kwargs):
+        def stub(unused, *args, **kwargs):
             nonlocal calls
             calls += 1
-            result = hidden if calls == len(self.layers) else given
+            result = hidden if calls == len(self.layers) else unused
             return (result,) if self.gives_tuples else result
 
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)

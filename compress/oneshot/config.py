@@ -124,7 +124,7 @@ class PruneConfig:
         require_between(2, 8, self, "bits")
         self.apply_pattern()
         require(0 < self.sparsity < 1, f"sparsity={self.sparsity} must lie between 0 and 1, both left out")
-        refuse_idle(self.changed(), self.idle())
+        refuse_idle((x.name for x in fields(self) if getattr(self, x.name) != x.default), self.idle())
         self.choose_alpha()
         require(self.calibration or not self.needs_text, "no calibration text given; name at least one text file")
 
@@ -168,10 +168,6 @@ class PruneConfig:
                 f"sparsity={self.sparsity:g} and alpha={self.alpha:g} allow a matrix {self.sparsity + self.alpha:g}, but "
                 f"allocation by loss goes up to {highest:g}"
             )
-
-    def changed(self) -> list[str]:
-        """Names of the settings that differ from their defaults."""
-        return [setting.name for setting in fields(self) if getattr(self, setting.name) != setting.default]
 
     def idle(self) -> dict[str, str]:
         """Settings that have no effect, each with the setting that is the reason."""

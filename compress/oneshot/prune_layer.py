@@ -1,7 +1,6 @@
 """Pruning the matrices of one decoder layer with the inputs that calibration sequences give them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -10,21 +9,6 @@ from ..streamed_decoder import StreamedDecoder
 from .config import PruneConfig
 from .hessian import LocalHessian, gather_hessians, input_groups
 from .prune_matrix import prune_matrix
-
-
-@dataclass(frozen=True, slots=True)
-class PrunedMatrix:
-    """
-    The result for one matrix.
-
-    Attributes:
-        weight: as it is stored, (R, C).
-        facts: `rows`, `columns`, `target`, `pruned` (weights removed), `zeros` (in the end), `damping` (of its Hessian),
-            `relative_error` (of its output on the calibration text, sum of squares over that of the dense output).
-    """
-
-    weight: torch.Tensor
-    facts: dict
 
 
 @torch.no_grad()
@@ -36,7 +20,7 @@ def prune_layer(
     sparsities: dict[str, float],
     row_weights: dict[str, torch.Tensor],
     config: PruneConfig,
-) -> dict[str, PrunedMatrix]:
+) -> dict[str, tuple[torch.Tensor, dict]]:
     """
     Prune the matrices of a loaded layer, in place.
 
@@ -46,7 +30,9 @@ def prune_layer(
         row_weights: factors of the scores in each row, by name; empty if they are all 1.
 
     Returns:
-        Results by name in the model.
+        By name in the model, the weight as it is stored, and facts of it: `rows`, `columns`, `target`, `pruned` (weights
+        removed), `zeros` (in the end), `damping` (of its Hessian), and `relative_error` of its output on the calibration text,
+        the sum of squares over that of the dense output.
     """
     modules = {name: decoder.model.get_submodule(name) for name in decoder.targets[index]}
     results = {}
@@ -78,8 +64,8 @@ def prune_module(
     dtype: torch.dtype,
     row_weights: torch.Tensor | None,
     config: PruneConfig,
-) -> PrunedMatrix:
-    """Prune the weight of a module in place, rounded to the dtype it is stored in."""
+) -> tuple[torch.Tensor, dict]:
+    """Prune the weight of a module in place, rounded to the dtype it is stored in; returns it with its facts."""
     dense = module.weight.detach()
     if not torch.isfinite(dense).all():
         raise ValueError(f"{name} holds NaN or infinite weights, so it cannot be pruned; check the model")
@@ -97,7 +83,7 @@ def prune_module(
         "relative_error": error,
         "damping": factor.damping if factor else None,
     }
-    return PrunedMatrix(stored.cpu(), facts)
+    return stored.cpu(), facts
 
 
 def relative_error(dense: torch.Tensor, change: torch.Tensor, hessian: LocalHessian) -> float | None:

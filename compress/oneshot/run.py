@@ -6,16 +6,15 @@ One-shot pruning of a language model, decoder layer by decoder layer: sensitivit
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dijiang.checkpoint.provenance import hash_files, public_name, versions
-from dijiang.checkpoint.source import Source, load_tokenizer, open_source
+from dijiang.checkpoint.source import load_tokenizer, open_source
 from dijiang.checkpoint.weights import SafetensorsFile, open_weights
 from dijiang.common.device import device_named
 from dijiang.common.memory import peak_bytes
@@ -65,29 +64,30 @@ def prune(
     """
     output = Path(output).expanduser().absolute()
     refuse_occupied(output)
-    job = prepare(model, config, cache=cache, progress=progress)
+    inputs = RunInputs(model, config, cache=cache, progress=progress)
     started = time.perf_counter()
-    work = WorkFolder(output, facts_of(job), renamed=PruneConfig.RENAMED)
-    gradients = gradients_of(job) if config.ranked_by_gradients or config.by_row else None
-    pruning_plan = plan_of(job, gradients)
+    facts = inputs.facts()
+    work = WorkFolder(output, facts, renamed=PruneConfig.RENAMED)
+    gradients = gradients_of(inputs) if config.ranked_by_gradients or config.by_row else None
+    pruning_plan = plan_of(inputs, gradients)
     row_weights = gradients.row_weights(config.row_weights, config.seed) if gradients else {}
     work.begin()
     try:
-        layers, perplexity = prune_layers(job, pruning_plan, row_weights, work)
+        layers, perplexity = prune_layers(inputs, pruning_plan, row_weights, work)
     except ValueError:  # the next call would end with the same error
         work.remove()
         raise
     with new_folder(output) as folder:
-        matrices = {name: facts for layer in layers for name, facts in layer["matrices"].items()}
-        write_model(folder, job, work, matrices)
+        matrices = {name: numbers for layer in layers for name, numbers in layer["matrices"].items()}
+        write_model(folder, inputs, work, matrices)
         seconds = {"layers": sum(layer["seconds"] for layer in layers), "this_call": time.perf_counter() - started}
-        metrics = metrics_of(job, matrices, perplexity) | {"seconds": seconds}
-        write_json(folder / PLAN, facts_of(job) | pruning_plan.as_json() | {"realised": realized(pruning_plan, matrices)})
+        metrics = metrics_of(inputs, matrices, perplexity) | {"seconds": seconds}
+        write_json(folder / PLAN, facts | pruning_plan.as_json() | {"realised": realized(pruning_plan, matrices)})
         write_json(folder / METRICS, metrics)
         if find_spec("matplotlib"):
             draw_plan(pruning_plan, folder / FIGURE)
         if config.bitmask:
-            names = [job.decoder.dense_places[f"{name}.weight"][1] for name in matrices]
+            names = [inputs.decoder.dense_places[f"{name}.weight"][1] for name in matrices]
             write_bitmask(folder, folder / CONTAINER, names, config.pattern or "unstructured", progress)
             write_json(folder / METRICS, metrics | {"container": container_facts(folder / CONTAINER)})
     work.remove()
@@ -96,86 +96,64 @@ def prune(
 
 def plan(model: str | Path, config: PruneConfig, *, cache: str | Path | None = None, progress: bool = True) -> PruningPlan:
     """Plan what `prune` would remove; writes nothing but the cache of sensitivities. Takes and raises what `prune` does."""
-    job = prepare(model, config, cache=cache, progress=progress)
-    return plan_of(job, gradients_of(job) if config.ranked_by_gradients else None)
+    inputs = RunInputs(model, config, cache=cache, progress=progress)
+    return plan_of(inputs, gradients_of(inputs) if config.ranked_by_gradients else None)
 
 
-# --- before any work ---
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class RunInputs:
     """
-    What a run works with.
+    Model, texts and settings of a run; what can be refused before any work is refused by the constructor.
 
     Attributes:
-        config: settings.
-        source: the model's folder or file.
-        tokenizer: of the model.
         decoder: the dense model.
         shapes: (R, C) of each matrix that is pruned, by name.
-        length: tokens of a calibration sequence.
         blocks: calibration sequences (N, T); None if no text is needed.
         windows: windows of the held-out text; None if nothing is measured.
         hashes: SHA-256 of each weight file, by its name.
-        cache: where sensitivities are kept.
-        progress: show bars on stderr.
+        identity: hash of the model.
     """
 
-    config: PruneConfig
-    source: Source
-    tokenizer: Any
-    decoder: StreamedDecoder
-    shapes: dict[str, tuple[int, int]]
-    length: int
-    blocks: torch.Tensor | None
-    windows: list[torch.Tensor] | None
-    hashes: dict[str, str]
-    cache: ResultCache
-    progress: bool
-
-    @property
-    def identity(self) -> str:
-        """Hash of the model."""
+    def __init__(self, model: str | Path, config: PruneConfig, *, cache: str | Path | None, progress: bool):
+        self.config = config
+        self.progress = progress
+        self.source = open_source(model)
+        self.tokenizer = load_tokenizer(self.source)
+        files = open_weights(self.source, progress=progress)
+        self.decoder = StreamedDecoder(self.source.config, files, str(model), device_named(config.device))
+        modules = {name: self.decoder.model.get_submodule(name) for layer in self.decoder.targets for name in layer}
+        self.shapes = {name: (module.out_features, module.in_features) for name, module in modules.items()}
+        refuse_ragged(self.shapes, config)
+        context = getattr(self.source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
+        self.length = min(LENGTH, context) if config.length is None else config.length
+        if self.length > context:
+            raise ValueError(f"length={self.length} is more than the {context} tokens that the model was made for")
+        self.blocks = self.windows = None
+        if config.needs_text:
+            sizes = {"samples": config.samples, "length": self.length, "seed": config.seed}
+            self.blocks = calibration_blocks(self.tokenizer, config.calibration, **sizes)
+        if config.held_out:
+            sizes = {"tokens": config.held_out_tokens, "length": self.length}
+            self.windows = held_out_windows(self.tokenizer, config.held_out, **sizes)
+        size = sum(file.path.stat().st_size for file in files)
+        with progress_bar("Hashing the source", size, shown=progress, unit="bytes") as advance:
+            self.hashes = hash_files([file.path for file in files], advance)
         description = json.dumps([self.hashes, self.source.config.to_diff_dict()], sort_keys=True, default=str)
-        return hash_of(description.encode())
+        self.identity = hash_of(description.encode())
+        self.cache = ResultCache(Path(cache) if cache else cache_folder("sensitivities"))
 
-
-def prepare(model: str | Path, config: PruneConfig, *, cache: str | Path | None, progress: bool) -> Job:
-    """Read all but the layers' weights, and refuse what can be refused before any work."""
-    source = open_source(model)
-    tokenizer = load_tokenizer(source)
-    files = open_weights(source, progress=progress)
-    decoder = StreamedDecoder(source.config, files, str(model), device_named(config.device))
-    modules = {name: decoder.model.get_submodule(name) for layer in decoder.targets for name in layer}
-    shapes = {name: (module.out_features, module.in_features) for name, module in modules.items()}
-    refuse_ragged(shapes, config)
-    context = getattr(source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-    length = min(LENGTH, context) if config.length is None else config.length
-    if length > context:
-        raise ValueError(f"length={length} is more than the {context} tokens that the model was made for")
-    blocks = windows = None
-    if config.needs_text:
-        sizes = {"samples": config.samples, "length": length, "seed": config.seed}
-        blocks = calibration_blocks(tokenizer, config.calibration, **sizes)
-    if config.held_out:
-        windows = held_out_windows(tokenizer, config.held_out, tokens=config.held_out_tokens, length=length)
-    size = sum(file.path.stat().st_size for file in files)
-    with progress_bar("Hashing the source", size, shown=progress, unit="bytes") as advance:
-        hashes = hash_files([file.path for file in files], advance)
-    return Job(
-        config=config,
-        source=source,
-        tokenizer=tokenizer,
-        decoder=decoder,
-        shapes=shapes,
-        length=length,
-        blocks=blocks,
-        windows=windows,
-        hashes=hashes,
-        cache=ResultCache(Path(cache) if cache else cache_folder("sensitivities")),
-        progress=progress,
-    )
+    def facts(self) -> dict:
+        """All that the result depends on, and where the model comes from, without paths."""
+        settings = {name: value for name, value in asdict(self.config).items() if name != "bitmask"}
+        settings |= {"calibration": [path.name for path in self.config.calibration], "length": self.length}
+        settings["held_out"] = self.config.held_out and self.config.held_out.name
+        return {
+            "settings": settings,
+            "source": public_name(self.source.name),
+            "source_files": self.hashes,
+            "calibration_hash": None if self.blocks is None else hash_of_blocks(self.blocks),
+            "held_out_hash": None if self.windows is None else hash_of_blocks(self.windows),
+            "versions": versions(),
+        }
 
 
 def refuse_ragged(shapes: dict[str, tuple[int, int]], config: PruneConfig) -> None:
@@ -186,78 +164,61 @@ def refuse_ragged(shapes: dict[str, tuple[int, int]], config: PruneConfig) -> No
             raise ValueError(f"pattern {config.pattern} does not fit {name}: its {columns} columns are no multiple of {group}")
 
 
-def facts_of(job: Job) -> dict:
-    """All that the result depends on, and where the model comes from, without paths; for records, and to resume."""
-    config = job.config
-    settings = {name: value for name, value in asdict(config).items() if name != "bitmask"}
-    settings |= {"calibration": [path.name for path in config.calibration], "length": job.length}
-    settings["held_out"] = config.held_out and config.held_out.name
-    return {
-        "settings": settings,
-        "source": public_name(job.source.name),
-        "source_files": job.hashes,
-        "calibration_hash": None if job.blocks is None else hash_of_blocks(job.blocks),
-        "held_out_hash": None if job.windows is None else hash_of_blocks(job.windows),
-        "versions": versions(),
-    }
-
-
 # --- sensitivities and layers ---
 
 
-def gradients_of(job: Job) -> Gradients:
+def gradients_of(inputs: RunInputs) -> Gradients:
     """Gradients of the dense model's loss on the first calibration sequences."""
-    blocks = job.blocks[: job.config.sensitivity_samples]
-    settings = {"by_row": job.config.by_row, "cache": job.cache}
-    with progress_bar("Gradients", 1.0, shown=job.progress) as advance:
-        return measure_gradients(job.decoder, blocks, base_facts(job.identity), **settings, advance=advance)
+    blocks = inputs.blocks[: inputs.config.sensitivity_samples]
+    settings = {"by_row": inputs.config.by_row, "cache": inputs.cache}
+    with progress_bar("Gradients", 1.0, shown=inputs.progress) as advance:
+        return measure_gradients(inputs.decoder, blocks, base_facts(inputs.identity), **settings, advance=advance)
 
 
-def plan_of(job: Job, gradients: Gradients | None) -> PruningPlan:
+def plan_of(inputs: RunInputs, gradients: Gradients | None) -> PruningPlan:
     """Measure sensitivities, unless they are cached, and allocate; `gradients` if `config.ranked_by_gradients`."""
-    config = job.config
+    config = inputs.config
     sensitivities = None
     if config.ranked:
-        sizes = {name: rows * columns for name, (rows, columns) in job.shapes.items()}
-        settings = {"gradients": gradients, "identity": job.identity, "cache": job.cache}
+        sizes = {name: rows * columns for name, (rows, columns) in inputs.shapes.items()}
+        settings = {"gradients": gradients, "identity": inputs.identity, "cache": inputs.cache}
         title = "Costs" if config.allocation == "loss" else f"Sensitivity ({config.sensitivity})"
-        with progress_bar(title, 1.0, shown=job.progress) as advance:
-            sensitivities = measure(job.decoder, job.blocks, sizes, config, **settings, advance=advance)
+        with progress_bar(title, 1.0, shown=inputs.progress) as advance:
+            sensitivities = measure(inputs.decoder, inputs.blocks, sizes, config, **settings, advance=advance)
         for line in sensitivities.warnings():
             print(f"dijiang: {line}", file=sys.stderr)
-    layers = {name: index for index, names in enumerate(job.decoder.targets) for name in names}
-    return make_plan(job.shapes, layers, sensitivities, config)
+    layers = {name: index for index, names in enumerate(inputs.decoder.targets) for name in names}
+    return make_plan(inputs.shapes, layers, sensitivities, config)
 
 
 @torch.no_grad()
 def prune_layers(
-    job: Job, pruning_plan: PruningPlan, row_weights: dict[str, torch.Tensor], work: WorkFolder
+    inputs: RunInputs, pruning_plan: PruningPlan, row_weights: dict[str, torch.Tensor], work: WorkFolder
 ) -> tuple[list[dict], dict | None]:
     """Facts of every layer, pruned now or by an earlier call, and perplexity of the held-out text before and after."""
-    decoder, targets = job.decoder, pruning_plan.targets()
-    hidden = [decoder.embed(row).cpu() for row in job.blocks[:, None]] if job.config.calibrated else []
-    dense = [decoder.embed(window[None]).cpu() for window in job.windows or []]
+    decoder, targets = inputs.decoder, pruning_plan.targets()
+    hidden = [decoder.embed(row).cpu() for row in inputs.blocks[:, None]] if inputs.config.calibrated else []
+    dense = [decoder.embed(window[None]).cpu() for window in inputs.windows or []]
     pruned = list(dense)
 
     def pass_on(batches: list[torch.Tensor], layer: torch.nn.Module, index: int) -> None:
-        for i, batch in enumerate(batches):
-            batches[i] = decoder.run(layer, index, batch.to(decoder.device)).cpu()
+        batches[:] = [decoder.run(layer, index, batch.to(decoder.device)).cpu() for batch in batches]
 
     layers = []
-    with progress_bar("Pruning", len(decoder.layers), shown=job.progress, unit="items") as advance:
+    with progress_bar("Pruning", len(decoder.layers), shown=inputs.progress, unit="items") as advance:
         for index in range(len(decoder.layers)):
             started = time.perf_counter()
             facts = work.read(index)
             with decoder.layer(index) as layer:
                 pass_on(dense, layer, index)
                 if facts is None:
-                    results = prune_layer(decoder, index, layer, hidden, targets, row_weights, job.config)
+                    results = prune_layer(decoder, index, layer, hidden, targets, row_weights, inputs.config)
                     pass_on(hidden, layer, index)
                     pass_on(pruned, layer, index)
             if facts is None:
-                facts = {"matrices": {name: result.facts for name, result in results.items()}}
+                facts = {"matrices": {name: numbers for name, (_, numbers) in results.items()}}
                 facts["seconds"] = time.perf_counter() - started
-                work.keep(index, {f"{name}.weight": result.weight for name, result in results.items()}, facts)
+                work.keep(index, {f"{name}.weight": weight for name, (weight, _) in results.items()}, facts)
             else:
                 decoder.replace(work.path(index))
                 with decoder.layer(index) as layer:
@@ -265,46 +226,47 @@ def prune_layers(
                     pass_on(pruned, layer, index)
             layers.append(facts)
             advance(1)
-    if job.windows is None:
+    if inputs.windows is None:
         return layers, None
-    perplexity = {"dense": perplexity_after(job, dense), "pruned": perplexity_after(job, pruned)}
-    return layers, perplexity | {"tokens": sum(map(len, job.windows)), "window": job.length}
+    perplexity = {"dense": perplexity_after(inputs, dense), "pruned": perplexity_after(inputs, pruned)}
+    return layers, perplexity | {"tokens": sum(map(len, inputs.windows)), "window": inputs.length}
 
 
-def perplexity_after(job: Job, hidden: list[torch.Tensor]) -> float:
+def perplexity_after(inputs: RunInputs, hidden: list[torch.Tensor]) -> float:
     """Perplexity of the held-out windows, from the last layer's output for each."""
-    decoder = job.decoder
-    pairs = zip(hidden, job.windows, strict=True)
+    decoder = inputs.decoder
+    pairs = zip(hidden, inputs.windows, strict=True)
     nats = sum(decoder.losses(batch.to(decoder.device), window[None]).item() for batch, window in pairs)
-    return perplexity_of(nats / sum(len(window) - 1 for window in job.windows))
+    return perplexity_of(nats / sum(len(window) - 1 for window in inputs.windows))
 
 
 # --- results ---
 
 
-def write_model(folder: Path, job: Job, work: WorkFolder, matrices: dict[str, dict]) -> None:
+def write_model(folder: Path, inputs: RunInputs, work: WorkFolder, matrices: dict[str, dict]) -> None:
     """Write the checkpoint with the finished layers' weights; raise RuntimeError unless their zeros are in its files."""
+    decoder = inputs.decoder
     pruned = {}
-    for index in range(len(job.decoder.layers)):
+    for index in range(len(decoder.layers)):
         file = SafetensorsFile(work.path(index))
         pruned |= dict.fromkeys(file.headers, file)
-    total = sum(header.nbytes for file in job.decoder.files for header in file.headers.values())
-    record = {"config": facts_of(job)["settings"]}
-    with progress_bar("Writing", total, shown=job.progress, unit="bytes") as advance:
-        write_sparse_checkpoint(folder, job.source, job.tokenizer, job.decoder, pruned, record, advance=advance)
-    stored = {job.decoder.dense_places[f"{name}.weight"][1]: name for name in matrices}
+    total = sum(header.nbytes for file in decoder.files for header in file.headers.values())
+    record = {"config": inputs.facts()["settings"]}
+    with progress_bar("Writing", total, shown=inputs.progress, unit="bytes") as advance:
+        write_sparse_checkpoint(folder, inputs.source, inputs.tokenizer, decoder, pruned, record, advance=advance)
+    stored = {decoder.dense_places[f"{name}.weight"][1]: numbers for name, numbers in matrices.items()}
     zeros = zeros_on_disk(folder, set(stored))
-    for stored_name, name in stored.items():
-        if zeros[stored_name] != matrices[name]["zeros"]:
-            raise RuntimeError(f"{name} has {zeros[stored_name]} zeros on disk, {matrices[name]['zeros']} were expected")
+    for name, numbers in stored.items():
+        if zeros[name] != numbers["zeros"]:
+            raise RuntimeError(f"{name} has {zeros[name]} zeros on disk, {numbers['zeros']} were expected")
 
 
-def metrics_of(job: Job, matrices: dict[str, dict], perplexity: dict | None) -> dict:
+def metrics_of(inputs: RunInputs, matrices: dict[str, dict], perplexity: dict | None) -> dict:
     """Numbers of the whole run."""
     weights = sum(x["rows"] * x["columns"] for x in matrices.values())
     sparsity = sum(x["pruned"] for x in matrices.values()) / weights
     zeros = sum(x["zeros"] for x in matrices.values())
-    bits = job.config.bits or 16
+    bits = inputs.config.bits or 16
     return {
         "kind": "pruning",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -312,7 +274,7 @@ def metrics_of(job: Job, matrices: dict[str, dict], perplexity: dict | None) -> 
         "weights": weights,
         "sparsity": sparsity,
         "zeros": zeros / weights,
-        "of_all_parameters": zeros / job.decoder.n_parameters,
+        "of_all_parameters": zeros / inputs.decoder.n_parameters,
         # against 16 bits: as papers count it, and with one more bit per weight that says where values are
         "compression": {
             "without_mask": 16 / (bits * (1 - sparsity)),
@@ -326,7 +288,7 @@ def metrics_of(job: Job, matrices: dict[str, dict], perplexity: dict | None) -> 
 def realized(pruning_plan: PruningPlan, matrices: dict[str, dict]) -> dict:
     """Share of each matrix, and of all weights, that was removed."""
     shares = {x.name: matrices[x.name]["pruned"] / x.weights for x in pruning_plan.matrices}
-    whole = sum(facts["pruned"] for facts in matrices.values()) / sum(x.weights for x in pruning_plan.matrices)
+    whole = sum(x["pruned"] for x in matrices.values()) / sum(x.weights for x in pruning_plan.matrices)
     return {"sparsity": whole, "matrices": shares}
 
 

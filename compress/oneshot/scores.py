@@ -42,26 +42,6 @@ def obs(factor: InverseFactor) -> Tensor:
     return factor.upper.diagonal().square().reciprocal()
 
 
-def obd(factor: InverseFactor) -> Tensor:
-    """H_mm, the damped diagonal of the Hessian."""
-    return factor.diagonal
-
-
-def isc(factor: InverseFactor) -> Tensor:
-    """H_mm + 1 / U_mm^2: eq. 4 in the order of the OBS update."""
-    return obd(factor) + obs(factor)
-
-
-def isc_of_whole_inverse(factor: InverseFactor) -> Tensor:
-    """H_mm + 1 / [H^-1]_mm."""
-    return obd(factor) + factor.inverse_diagonal.reciprocal()
-
-
-def isc_of_authors(factor: InverseFactor) -> Tensor:
-    """H_mm + 1 / U_mm, as the authors' code has it; it depends on the unit of the activations."""
-    return obd(factor) + factor.upper.diagonal().reciprocal()
-
-
 def wanda(weight: Tensor, norms: Tensor) -> Tensor:
     """|w| ||x||_2."""
     return weight.abs() * norms
@@ -73,11 +53,15 @@ def magnitude(weight: Tensor, norms: None) -> Tensor:
 
 
 SCORES = {
-    "isc": Score(column_weights=isc),
+    # H_mm + 1 / U_mm^2: eq. 4 in the order of the OBS update
+    "isc": Score(column_weights=lambda factor: factor.diagonal + obs(factor)),
     "obs": Score(column_weights=obs),
-    "obd": Score(column_weights=obd),
-    "isc-b": Score(column_weights=isc_of_whole_inverse),
-    "isc-c": Score(column_weights=isc_of_authors),
+    # H_mm, the damped diagonal
+    "obd": Score(column_weights=lambda factor: factor.diagonal),
+    # H_mm + 1 / [H^-1]_mm, with the whole inverse
+    "isc-b": Score(column_weights=lambda factor: factor.diagonal + factor.inverse_diagonal.reciprocal()),
+    # H_mm + 1 / U_mm, as the authors' code has it; it depends on the unit of the activations
+    "isc-c": Score(column_weights=lambda factor: factor.diagonal + factor.upper.diagonal().reciprocal()),
     "wanda": Score(scores=wanda, within_rows=True),
     "magnitude": Score(scores=magnitude, calibrated=False),
 }

@@ -13,7 +13,7 @@ def run(text_file, tmp_path, monkeypatch):
 
     def call(source, name="out", **settings):
         small = {"calibration": (text_file,), "samples": 10, "length": 32, "sensitivity_samples": 3, "device": "cpu"}
-        return prune(source, tmp_path / name, PruneConfig(**(small | settings)), cache=tmp_path / "kept", progress=False)
+        return prune(source, tmp_path / name, PruneConfig(**(small | settings)), cache=tmp_path / "cache", progress=False)
 
     return call
 
@@ -24,7 +24,7 @@ def planned(text_file, tmp_path):
 
     def call(source, **settings):
         small = {"calibration": (text_file,), "samples": 4, "length": 32, "sensitivity_samples": 4, "device": "cpu"}
-        return plan(source, PruneConfig(**(small | settings)), cache=tmp_path / "kept", progress=False)
+        return plan(source, PruneConfig(**(small | settings)), cache=tmp_path / "cache", progress=False)
 
     return call
 

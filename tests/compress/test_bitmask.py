@@ -32,6 +32,10 @@ def same_bits(a, b):
     return torch.equal(a.contiguous().view(INTEGERS[a.itemsize]), b.contiguous().view(INTEGERS[b.itemsize]))
 
 
+def smallest_two_of_four(scores):
+    return (scores.unflatten(1, (-1, 4)).argsort(2).argsort(2) < 2).flatten(1)
+
+
 def prune(folder, share=0.5, keep=(), pattern=None):
     """Zero a random share, or two of every four, of a checkpoint's matrices, but for names that hold a word of `keep`."""
     generator = torch.Generator().manual_seed(1)
@@ -40,11 +44,7 @@ def prune(folder, share=0.5, keep=(), pattern=None):
         for name, weight in weights.items():
             if weight.dim() == 2 and not any(word in name for word in keep):
                 scores = torch.rand(weight.shape, generator=generator)
-                if pattern:
-                    mask = (scores.unflatten(1, (-1, 4)).argsort(2).argsort(2) < 2).flatten(1)
-                else:
-                    mask = scores < share
-                weight[mask] = 0
+                weight[smallest_two_of_four(scores) if pattern else scores < share] = 0
         save_file(weights, path, metadata={"format": "pt"})
 
 
@@ -53,14 +53,14 @@ def stored(folder):
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
-def assert_same_folder(made, source):
+def assert_same_folder(output, source):
     """The same tensors bit by bit, and the same files but for how the weights are cut into shards."""
-    mine, theirs = stored(made), stored(source)
+    mine, theirs = stored(output), stored(source)
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if not same_bits(mine[name], theirs[name])] == []
     others = [
         {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and ".safetensors" not in path.name}
-        for folder in (made, source)
+        for folder in (output, source)
     ]
     assert others[0] == others[1]
 
@@ -145,9 +145,9 @@ def test_what_has_no_bitmask_is_refused():
             compress_tensor(tensor)
 
 
-def flip(parts, name, place, value):
+def flip(parts, name, index, value):
     parts[name] = parts[name].clone()
-    parts[name].view(-1)[place] = value
+    parts[name].view(-1)[index] = value
 
 
 # what is done to the parts of a sound matrix (7, 13), and what the refusal says
@@ -234,9 +234,9 @@ def test_shards_come_back_with_their_logits(make_source, tmp_path, tokens, monke
     box = write_bitmask(source, tmp_path / "box", progress=False)
     monkeypatch.setattr("dijiang.checkpoint.shard_writer.SHARD_BYTES", 9000)
     back = read_bitmask(box, tmp_path / "back", progress=False)
-    places = json.loads((box / f"{PACKED}.index.json").read_text())["weight_map"]
-    split = {name.rpartition(".")[0] for name in places if name.endswith(".bitmask")}
-    assert any(len({places[f"{name}.{part}"] for part in bitmask.PARTS}) > 1 for name in split)
+    files = json.loads((box / f"{PACKED}.index.json").read_text())["weight_map"]
+    split = {name.rpartition(".")[0] for name in files if name.endswith(".bitmask")}
+    assert any(len({files[f"{name}.{part}"] for part in bitmask.PARTS}) > 1 for name in split)
     assert len(list(back.glob("*.safetensors"))) > 3
     for folder in (box, back):
         names = {path.name for path in folder.iterdir()}
@@ -355,7 +355,7 @@ NOT_WRITTEN = {
     "pickles": (
         lambda f: (torch.save(load_file(f / WEIGHTS), f / "pytorch_model.bin"), (f / WEIGHTS).unlink()),
         {},
-        r"holds no model\.safetensors; save the model anew",
+        r"holds no model\.safetensors; save the model again",
     ),
     "cut weights": (lambda f: cut(f / WEIGHTS, 0.6), {}, r"corrupt or cut short"),
     "dense": (lambda f: edit_weights(f, lambda w: [x.fill_(1) for x in w.values()]), {}, r"no matrix with enough zeros"),

@@ -216,7 +216,7 @@ DAMAGES = {
     "it lacks 1 tensors of its architecture, such as lm_head.weight; load it with": lambda w: w.pop("lm_head.weight"),
     "it lacks 9 tensors .* such as model.layers.1.": lambda w: [w.pop(name) for name in list(w) if ".layers.1." in name],
     rf"it: {UP} has shape \(32, 48\), its config says \(48, 32\)": lambda w: w.update({UP: w[UP].T.contiguous()}),
-    f"{UP} is not a float tensor, so the model is quantised": lambda w: w.update({UP: w[UP].to(torch.float8_e4m3fn)}),
+    f"{UP} is not a float tensor, so the model is quantized": lambda w: w.update({UP: w[UP].to(torch.float8_e4m3fn)}),
 }
 
 

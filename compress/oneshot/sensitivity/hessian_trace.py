@@ -154,23 +154,12 @@ def double_backward(loss: Loss, chosen: list[nn.Parameter], vectors: list[Tensor
     return dots(vectors, torch.autograd.grad(outputs, chosen, grad_outputs=weights, allow_unused=True))
 
 
-def central_difference(
-    loss: Loss, chosen: list[nn.Parameter], vectors: list[Tensor], step: float | None = None
-) -> list[float]:
+def central_difference(loss: Loss, chosen: list[nn.Parameter], vectors: list[Tensor]) -> list[float]:
     """
-    H z from gradients alone, (g(w + h z) - g(w - h z)) / 2h, up to O(h^2). Weights change in place meanwhile; afterwards, also
-    after an error, they are bit for bit what they were.
-
-    Args:
-        step: h; None: `default_step`.
-
-    Raises:
-        ValueError: on weights in less than float32, whose gradients are too coarse to subtract.
+    H z from gradients alone, (g(w + h z) - g(w - h z)) / 2h, up to O(h^2), for weights in float32 or better. They change in
+    place meanwhile; afterwards, also after an error, they are bit for bit what they were.
     """
-    for weight in chosen:
-        if torch.finfo(weight.dtype).eps > torch.finfo(torch.float32).eps:
-            raise ValueError(f"weights in {weight.dtype} are too coarse for finite differences; load the model in float32")
-    step = default_step(chosen) if step is None else step
+    step = default_step(chosen)
     saved = [weight.detach().clone() for weight in chosen]
     sides = []
     try:

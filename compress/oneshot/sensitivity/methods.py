@@ -23,26 +23,15 @@ Estimates = dict[str, list[float]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """
-    What a sensitivity is computed from.
+    """What a sensitivity is computed from."""
 
-    Attributes:
-        decoder: the dense model.
-        blocks: calibration sequences (N, T); None for a method without text.
-        sizes: weights of each matrix, by name.
-        config: the `PruneConfig`, whose file imports this one.
-        gradients: of the loss on these sequences, for a method that asks for them.
-        cached: returns what the cache holds for this method, or else what the function it gets returns.
-        advance: adds a share of the work to the progress.
-    """
-
-    decoder: StreamedDecoder
-    blocks: Tensor | None
-    sizes: dict[str, int]
-    config: Any
-    gradients: Gradients | None
-    cached: Callable[[Callable[[], Estimates]], Estimates]
-    advance: Callable[[float], None]
+    decoder: StreamedDecoder  # the dense model
+    blocks: Tensor | None  # calibration sequences (N, T); None for a method without text
+    sizes: dict[str, int]  # weights of each matrix, by name
+    config: Any  # the PruneConfig, whose file imports this one
+    gradients: Gradients | None  # of the loss on the sequences, for a method that needs them
+    cached: Callable[[Callable[[], Estimates]], Estimates]  # cached estimates of this method, or else those of the argument
+    advance: Callable[[float], None]  # adds a share of the work to the progress
 
     def sensitivities(self, estimates: Estimates, *, by_size: bool = False) -> Sensitivities:
         """Sensitivities from estimates by name, divided by the matrices' sizes if the settings or `by_size` ask for it."""
@@ -52,20 +41,12 @@ class Inputs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
-    """
-    A way to measure sensitivities.
-
-    Attributes:
-        measure: the function.
-        gradients: it needs gradients of the loss.
-        probes: it draws random probes, and `probes_by_layer` has an effect.
-        text: it needs calibration sequences.
-    """
+    """A way to measure sensitivities, and what it needs."""
 
     measure: Callable[[Inputs], Sensitivities]
-    gradients: bool = False
-    probes: bool = False
-    text: bool = True
+    gradients: bool = False  # needs gradients of the loss
+    probes: bool = False  # draws random probes, so that `probes_by_layer` has an effect
+    text: bool = True  # needs calibration sequences
 
 
 def fisher(inputs: Inputs) -> Sensitivities:
@@ -89,27 +70,23 @@ def random(inputs: Inputs) -> Sensitivities:
 
 def hutchinson(inputs: Inputs) -> Sensitivities:
     """Trace of the loss Hessian's block of the matrix, by random probes."""
-    from .hessian_trace import double_backward
+    from .hessian_trace import double_backward, model_traces
 
-    return probed(inputs, double_backward)
+    return inputs.sensitivities(inputs.cached(lambda: model_traces(double_backward, **probes_of(inputs))))
 
 
 def finite_difference(inputs: Inputs) -> Sensitivities:
     """The same trace by differences of gradients."""
-    from .hessian_trace import central_difference
+    from .hessian_trace import central_difference, model_traces
 
-    return probed(inputs, central_difference)
+    return inputs.sensitivities(inputs.cached(lambda: model_traces(central_difference, **probes_of(inputs))))
 
 
-def probed(inputs: Inputs, product: Callable) -> Sensitivities:
-    """Sensitivities from random probes of the Hessian; `product` as for `trace_estimates`."""
-    from .hessian_trace import model_traces
-
-    config = inputs.config
-    settings = {"probes": config.sensitivity_samples, "seed": config.seed, "by_layer": config.probes_by_layer}
-    return inputs.sensitivities(
-        inputs.cached(lambda: model_traces(product, inputs.decoder, inputs.blocks, advance=inputs.advance, **settings))
-    )
+def probes_of(inputs: Inputs) -> dict[str, Any]:
+    """Arguments of `model_traces`."""
+    settings = {"probes": inputs.config.sensitivity_samples, "by_layer": inputs.config.probes_by_layer}
+    settings["seed"] = inputs.config.seed
+    return settings | {"decoder": inputs.decoder, "blocks": inputs.blocks, "advance": inputs.advance}
 
 
 def owl(inputs: Inputs) -> Sensitivities:

@@ -143,7 +143,7 @@ def test_help_and_list_of_settings(command, monkeypatch):
         (("--pattern", "2:4", "--sparsity", "0.4"), "pattern 2:4 removes 0.5 of the weights, sparsity=0.4 was asked"),
         (("--pattern", "1:7"), "pattern 1:7 does not fit model.layers.0.self_attn.q_proj: its 32 columns"),
         (("--set", "samplse=3"), r"unknown key samplse \(did you mean samples\?\)"),
-        (("--set", "samples=few"), "samples is 'few', expected a whole number"),
+        (("--set", "seed=few"), "seed is 'few', expected a whole number"),
         (("--sparsity", "0.4", "--set", "sparsity=0.5"), "sparsity is set twice, by --set and by its own option"),
         (("--config", "none.yaml"), "cannot read none.yaml: No such file or directory"),
         (("--calibration", "none.txt"), "cannot read none.txt: No such file or directory"),

@@ -1,4 +1,4 @@
-"""What the pruned folders of a small LLaMA hold."""
+"""Contents of the pruned folders of a small LLaMA."""
 
 from safetensors.torch import load_file
 
@@ -11,13 +11,13 @@ MAGNITUDE = UNIFORM | {"score": "magnitude", "calibration": ()}
 
 
 def zeros(folder, names=TARGETS):
-    """Masks of what is exactly zero, by name."""
+    """Masks of exact zeros, by name."""
     stored = load_file(folder / WEIGHTS)
     return {name: stored[name] == 0 for name in names}
 
 
 def inputs_of(layer, names):
-    """By name, a list that from now on gets what the linear layer is given, (tokens, C)."""
+    """By name, a list to which the inputs of the linear layer, (tokens, C), are appended from now on."""
     seen = {name: [] for name in names}
     for name, to in seen.items():
         layer.get_submodule(name).register_forward_pre_hook(lambda _, args, to=to: to.append(args[0].flatten(0, 1).double()))
@@ -26,3 +26,8 @@ def inputs_of(layer, names):
 
 def same_bytes(a, b):
     return (a / WEIGHTS).read_bytes() == (b / WEIGHTS).read_bytes()
+
+
+def sizes_of(decoder):
+    """Weights of each matrix that a streamed decoder prunes, by name."""
+    return {name: decoder.model.get_parameter(f"{name}.weight").numel() for layer in decoder.targets for name in layer}

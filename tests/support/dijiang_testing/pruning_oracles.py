@@ -1,4 +1,4 @@
-"""What the tests of pruning compare with: slow and plain forms, written from the papers and not from our code."""
+"""References for the tests of pruning: slow and plain forms, written from the papers and not from our code."""
 
 from itertools import combinations
 
@@ -57,7 +57,7 @@ def plain_sparsegpt(
     weight, hessian, sparsity, *, block, score="obs", exact=False, by_matrix=False, row_weights=None, pattern=None, upper=None
 ):
     """
-    Algorithm 1 of arXiv 2301.00774 row by row, mask by the reference's threshold (or `exact` counts, in every block alike or
+    Algorithm 1 of arXiv 2301.00774 row by row, mask by the reference's threshold (or `exact` counts, equal in all blocks or
     `by_matrix`, or N:M); returns weight and mask.
     """
     W = weight.clone()
@@ -105,7 +105,7 @@ def plain_sparsegpt(
 
 
 def obs_updates(weight: torch.Tensor, H: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Remove the masked weights from left to right, each by eq. 3 with the inverse Hessian of the columns from it on."""
+    """Remove the masked weights from left to right, by eq. 3 with the inverse Hessian of its column and those after it."""
     W = weight.clone()
     for j in range(W.shape[1]):
         inverse = torch.linalg.inv(H[j:, j:])
@@ -122,12 +122,12 @@ def least_squares(w: torch.Tensor, X: torch.Tensor, mask: torch.Tensor) -> tuple
 
 
 def masks_of(columns: int, zeros: int) -> list[torch.Tensor]:
-    """All masks of so many zeros."""
-    made = []
-    for places in combinations(range(columns), zeros):
-        made.append(torch.zeros(columns, dtype=torch.bool))
-        made[-1][list(places)] = True
-    return made
+    """All masks with this many zeros."""
+    masks = []
+    for removed in combinations(range(columns), zeros):
+        masks.append(torch.zeros(columns, dtype=torch.bool))
+        masks[-1][list(removed)] = True
+    return masks
 
 
 def half_energy(D: torch.Tensor, H: torch.Tensor) -> float:
@@ -138,3 +138,9 @@ def half_energy(D: torch.Tensor, H: torch.Tensor) -> float:
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference, by the largest of b."""
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def below_threshold(scores: torch.Tensor, share: float) -> torch.Tensor:
+    """Mask of all scores up to the one at position share * size, that one included, as SparseGPT's code has it."""
+    ordered = scores.flatten().sort().values
+    return scores <= ordered[int(scores.numel() * share)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from dijiang_testing.pruning_oracles import damp, first_of_trailing_inverses, make_problem, normal, relative
 
-from dijiang.compress.oneshot.hessian import LocalHessian, factorise
+from dijiang.compress.oneshot.hessian import LocalHessian, factorize
 
 DTYPES = [(torch.float64, 1e-11), (torch.float32, 2e-3)]
 
@@ -28,7 +28,7 @@ def test_any_split_gives_the_closed_form(split, given, dtype, tolerance):
 def test_factor_of_the_inverse(dtype, tolerance, share, dead):
     _, hessian = make_problem(1, 14, dtype=dtype, dead=dead)
     before = hessian.clone()
-    factor = factorise(hessian, "q", damping=share)
+    factor = factorize(hessian, "q", damping=share)
     H, U = damp(hessian.double(), share), factor.upper.double()
     assert torch.equal(hessian, before) and factor.damping == share
     assert {factor.upper.dtype, factor.diagonal.dtype, factor.inverse_diagonal.dtype} == {dtype}
@@ -41,13 +41,13 @@ def test_factor_of_the_inverse(dtype, tolerance, share, dead):
 
 
 def test_one_column_and_only_dead_columns():
-    factor = factorise(torch.tensor([[4.0]]), "q")
+    factor = factorize(torch.tensor([[4.0]]), "q")
     assert factor.upper.item() == pytest.approx((4 * 1.01) ** -0.5) and factor.diagonal.item() == pytest.approx(4 * 1.01)
-    assert factorise(torch.zeros(3, 3), "q").dead.all()
+    assert factorize(torch.zeros(3, 3), "q").dead.all()
 
 
 def test_factor_does_not_keep_the_whole_hessian_alive():
-    assert factorise(make_problem(1, 50)[1], "q").diagonal.untyped_storage().nbytes() == 50 * 8
+    assert factorize(make_problem(1, 50)[1], "q").diagonal.untyped_storage().nbytes() == 50 * 8
 
 
 def with_negative_eigenvalue(size: float, dtype=torch.float64) -> torch.Tensor:
@@ -61,7 +61,7 @@ def with_negative_eigenvalue(size: float, dtype=torch.float64) -> torch.Tensor:
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 def test_damping_grows_tenfold_until_it_suffices_and_is_reported_as_it_is(size, share, dtype, tolerance):
     hessian = with_negative_eigenvalue(size, dtype)
-    factor = factorise(hessian, "q")
+    factor = factorize(hessian, "q")
     H = hessian.double() + share * torch.eye(5).double()
     assert factor.damping == pytest.approx(share, rel=1e-12) and factor.upper.dtype == dtype
     assert relative(factor.upper.double().T @ factor.upper.double(), torch.linalg.inv(H)) < tolerance
@@ -71,7 +71,7 @@ def test_damping_grows_tenfold_until_it_suffices_and_is_reported_as_it_is(size, 
 
 def test_damping_that_float32_cannot_resolve_is_not_rounded_in_the_retries():
     hessian = with_negative_eigenvalue(2.0**-20, torch.float32)  # 1e-7 is too little; 1e-6, in float64, suffices by 5e-8
-    factor = factorise(hessian, "q", damping=1e-7)
+    factor = factorize(hessian, "q", damping=1e-7)
     H = hessian.double() + 1e-6 * torch.eye(5).double()
     assert factor.damping == pytest.approx(1e-6)
     assert relative(factor.upper.double().T @ factor.upper.double(), torch.linalg.inv(H)) < 1e-3
@@ -89,7 +89,7 @@ def test_damping_that_float32_cannot_resolve_is_not_rounded_in_the_retries():
 )
 def test_hopeless_matrices_are_named(hessian, damping, message, dtype):
     with pytest.raises(ValueError, match=message) as caught:
-        factorise(hessian.to(dtype), "layers.3.up", damping=damping)
+        factorize(hessian.to(dtype), "layers.3.up", damping=damping)
     assert "\n" not in str(caught.value)
 
 
@@ -98,9 +98,9 @@ def test_hopeless_matrices_are_named(hessian, damping, message, dtype):
 def test_rank_deficient_inputs_need_no_more_than_the_damping(x, dtype, tolerance):
     hessian = LocalHessian(10, dtype=dtype)
     hessian.add(x.to(dtype))
-    factor = factorise(hessian.matrix, "q")
+    factor = factorize(hessian.matrix, "q")
     assert factor.damping == 0.01
     U = factor.upper.double()
     assert relative(U.T @ U, torch.linalg.inv(damp(hessian.matrix.double()))) < tolerance
     with pytest.raises(ValueError, match="Hessian of q is singular"):  # nothing to be made ten times as strong
-        factorise(hessian.matrix - 1e-3 * torch.eye(10, dtype=dtype), "q", damping=0.0)
+        factorize(hessian.matrix - 1e-3 * torch.eye(10, dtype=dtype), "q", damping=0.0)

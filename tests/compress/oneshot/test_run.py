@@ -21,8 +21,8 @@ from dijiang.convert import convert_model
 @torch.no_grad()
 def sparsegpt(folder, blocks, sparsity, *, block, refresh, row_weights=None):
     """
-    transformers' model pruned layer by layer, inputs by hooks on it; Hessians and sweeps in float64. `refresh`: groups of a
-    layer's matrices whose inputs are gathered together. With `row_weights`, by name, scores compete in the whole matrix.
+    Prune transformers' model layer by layer, with inputs from hooks on it, Hessians and updates in float64. `refresh` lists
+    groups of a layer's matrices, each gathered together. With `row_weights`, by name, scores compete in the whole matrix.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     masks = {}
@@ -34,10 +34,10 @@ def sparsegpt(folder, blocks, sparsity, *, block, refresh, row_weights=None):
             for name, inputs in seen.items():
                 X, weight = torch.cat(inputs[: len(blocks)]), layer.get_submodule(name).weight
                 hessian = 2 * X.T @ X / len(blocks)
-                place = f"model.layers.{index}.{name}.weight"
-                how = {"by_matrix": True, "row_weights": row_weights[place]} if row_weights else {}
+                full_name = f"model.layers.{index}.{name}.weight"
+                how = {"by_matrix": True, "row_weights": row_weights[full_name]} if row_weights else {}
                 pruned, mask = plain_sparsegpt(weight.double(), hessian, sparsity, block=block, exact=True, **how)
-                masks[place] = mask
+                masks[full_name] = mask
                 weight.copy_(pruned)
     return {name: model.get_parameter(name) for name in masks}, masks
 
@@ -49,20 +49,20 @@ def test_uniform_obs_is_sparsegpt(run, make_source, tokenizer, text_file, true_s
     blocks = calibration_blocks(tokenizer, [text_file], samples=10, length=32, seed=3)
     refresh = [PARTS[:3], PARTS[3:4], PARTS[4:6], PARTS[6:]] if true_sequential else [PARTS]
     weights, masks = sparsegpt(source, blocks, 0.55, block=20, refresh=refresh)
-    stored, found = load_file(out / WEIGHTS), zeros(out)
+    stored, ours = load_file(out / WEIGHTS), zeros(out)
     # ours sums in float32: near ties may fall otherwise, each of which moves what follows in its row a little
-    flips = sum(int((found[name] != masks[name]).sum()) for name in TARGETS)
+    flips = sum(int((ours[name] != masks[name]).sum()) for name in TARGETS)
     assert flips <= sum(mask.numel() for mask in masks.values()) // 2000
     assert sorted(masks) == sorted(TARGETS) and all(abs(mask.float().mean() - 0.55) < 1e-3 for mask in masks.values())
     for name in TARGETS:
-        agree = (found[name] == masks[name]).all(1)
+        agree = (ours[name] == masks[name]).all(1)
         assert agree.float().mean() > 0.9 and relative(stored[name][agree], weights[name][agree]) < 2e-3
     other, _ = sparsegpt(source, blocks, 0.55, block=20, refresh=[PARTS] if true_sequential else [[part] for part in PARTS])
     assert max(relative(stored[name], other[name]) for name in TARGETS) > 0.05  # the order of gathering matters here
 
 
 def gradient_roots(folder, blocks):
-    """Of every output of the dense model, the root of the summed squares of its gradients, as float64."""
+    """Root of the summed squared gradients of every output of the dense model, in float64."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     squares = {}
     for name in TARGETS:
@@ -85,10 +85,10 @@ def test_row_weights_and_comparison(run, make_source, tokenizer, text_file):
     blocks = calibration_blocks(tokenizer, [text_file], samples=10, length=32, seed=0)
     roots = gradient_roots(source, blocks[:3])
     _, masks = sparsegpt(source, blocks, 0.55, block=20, refresh=[PARTS], row_weights=roots)
-    found, plain = zeros(out), zeros(run(source, "plain", **settings))
-    differing = [sum(int((other[name] != masks[name]).sum()) for name in TARGETS) for other in (found, plain)]
+    ours, plain = zeros(out), zeros(run(source, "plain", **settings))
+    differing = [sum(int((other[name] != masks[name]).sum()) for name in TARGETS) for other in (ours, plain)]
     assert differing[0] <= sum(mask.numel() for mask in masks.values()) // 1000 and differing[1] > 100 * differing[0]
-    assert all(abs(int(mask.sum()) - 0.55 * mask.numel()) <= 0.5 for mask in found.values())
+    assert all(abs(int(mask.sum()) - 0.55 * mask.numel()) <= 0.5 for mask in ours.values())
 
 
 # --- settings ---
@@ -106,10 +106,10 @@ def test_magnitude_needs_no_text(run, make_source):
     sparse = AutoModelForCausalLM.from_pretrained(out)
     assert len(list(source.glob("*.safetensors"))) == len(list(out.glob("*.safetensors"))) > 2
     for name in TARGETS:
-        dense, found = model.get_parameter(name), sparse.get_parameter(name)
+        dense, pruned = model.get_parameter(name), sparse.get_parameter(name)
         gone = torch.zeros(dense.numel(), dtype=torch.bool)
         gone[dense.abs().flatten().argsort()[: round(0.4 * dense.numel())]] = True
-        assert torch.equal(found, dense.masked_fill(gone.view_as(dense), 0))
+        assert torch.equal(pruned, dense.masked_fill(gone.view_as(dense), 0))
 
 
 @torch.no_grad()
@@ -122,8 +122,8 @@ def test_wanda(run, make_source, tokenizer, text_file):
     model(calibration_blocks(tokenizer, [text_file], samples=10, length=32, seed=0))
     for name, X in seen.items():
         name, X, dense = f"model.layers.0.{name}", X[0], model.get_parameter(f"model.layers.0.{name}.weight")
-        places = (dense.abs() * X.norm(dim=0)).argsort(1)[:, : dense.shape[1] // 2]
-        assert torch.equal(stored[f"{name}.weight"], dense.scatter(1, places, 0.0))
+        columns = (dense.abs() * X.norm(dim=0)).argsort(1)[:, : dense.shape[1] // 2]
+        assert torch.equal(stored[f"{name}.weight"], dense.scatter(1, columns, 0.0))
         lost, whole = ((W.double() @ X.T).square().sum() for W in (dense - stored[f"{name}.weight"], dense))
         assert facts[name]["relative_error"] == pytest.approx((lost / whole).item(), rel=1e-3)
 
@@ -138,8 +138,8 @@ def test_patterns(run, make_source, pattern, settings):
     out = run(source, pattern=pattern, **settings)
     for mask in zeros(out).values():
         assert (mask.unflatten(1, (-1, group)).sum(2) == gone).all()
-    found = json.loads((out / "pruning_plan.json").read_text())
-    assert {x["target"] for x in found["matrices"]} == {gone / group} and found["sensitivity"] is None
+    plan = json.loads((out / "pruning_plan.json").read_text())
+    assert {x["target"] for x in plan["matrices"]} == {gone / group} and plan["sensitivity"] is None
 
 
 def test_bits_and_bfloat16(run, make_source):
@@ -172,7 +172,7 @@ def test_what_shares_a_sparsity(planned, make_source):
     assert [min(x.target for x in wide), max(x.target for x in wide)] == [pytest.approx(0.05), pytest.approx(0.85)]
 
 
-def test_the_controls(planned, make_source):
+def test_baselines(planned, make_source):
     source, _ = make_source()
     fisher, mirror = planned(source), planned(source, sensitivity="reversed")
     assert mirror.targets() == pytest.approx({name: 1 - target for name, target in fisher.targets().items()})
@@ -185,7 +185,7 @@ def test_another_sparsity_takes_no_new_gradients(run, planned, make_source, monk
     source, _ = make_source()
     first = planned(source)
     monkeypatch.setattr(gradients, "fisher", None)
-    second = planned(source, sparsity=0.3, granularity="layer", normalisation="total")
+    second = planned(source, sparsity=0.3, granularity="layer", normalization="total")
     assert [x.sensitivity for x in first.matrices] == [x.sensitivity for x in second.matrices]
     stored = load_file(source / WEIGHTS)
     stored[TARGETS[0]][0, 0] += 1e-3
@@ -200,9 +200,9 @@ def test_another_sparsity_takes_no_new_gradients(run, planned, make_source, monk
 def test_a_dijiang_checkpoint(run, pair, tokens):
     out = run(pair.checkpoint, sparsity=0.5)
     before, after = load_file(pair.checkpoint / WEIGHTS), load_file(out / WEIGHTS)
-    kept = [name for name in before if name not in TARGETS]
-    assert any("feature_map" in name for name in kept) and any("branch_scale" in name for name in kept)
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in kept)
+    others = [name for name in before if name not in TARGETS]
+    assert any("feature_map" in name for name in others) and any("branch_scale" in name for name in others)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in others)
     gone = sum(int((after[name] == 0).sum()) for name in TARGETS) / sum(after[name].numel() for name in TARGETS)
     assert gone == pytest.approx(0.5, abs=1e-3)
     first, second = read_provenance(pair.checkpoint), read_provenance(out)
@@ -215,8 +215,8 @@ def test_a_dijiang_checkpoint(run, pair, tokens):
     for _ in range(8):
         with torch.no_grad():
             ids = torch.cat([ids, dense(ids).logits[:, -1:].argmax(-1)], dim=1)
-    made = model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
-    assert torch.equal(made, ids)
+    generated = model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(generated, ids)
 
 
 def test_softmax_layers_of_dijiang_are_pruned_as_their_source(run, pair, tmp_path):

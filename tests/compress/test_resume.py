@@ -1,4 +1,4 @@
-"""What an interruption leaves, and what is refused with nothing left."""
+"""Interrupted runs, and refusals that leave nothing behind."""
 
 import json
 import os
@@ -11,8 +11,8 @@ import torch
 from dijiang_testing.pruned_folders import MAGNITUDE, UNIFORM, WEIGHTS, same_bytes
 from safetensors.torch import load_file, save_file
 
-from dijiang.compress.oneshot import prune_layer as layer_pruning
 from dijiang.compress.oneshot import run as pruning
+from dijiang.compress.oneshot.prune_layer import prune_layer
 from dijiang.compress.oneshot.sensitivity import gradients
 
 # --- interruptions ---
@@ -20,28 +20,28 @@ from dijiang.compress.oneshot.sensitivity import gradients
 
 def stop_after(monkeypatch, layers):
     """Pruning is interrupted when that many layers are done; returns the list of layers that are begun."""
-    real, begun = layer_pruning.prune_layer, []
+    begun = []
 
     def stopping(decoder, index, *arguments):
         if layers is not None and len(begun) == layers:
             raise KeyboardInterrupt
         begun.append(index)
-        return real(decoder, index, *arguments)
+        return prune_layer(decoder, index, *arguments)
 
     monkeypatch.setattr(pruning, "prune_layer", stopping)
     return begun
 
 
 @pytest.mark.parametrize("settings", [{}, MAGNITUDE, {"true_sequential": True, "bits": 4, "row_weights": "fisher"}])
-def test_an_interrupted_run_goes_on(run, refuses, make_source, text_file, tmp_path, monkeypatch, settings):
+def test_an_interrupted_run_continues(run, refuses, make_source, text_file, tmp_path, monkeypatch, settings):
     source, _ = make_source(num_hidden_layers=3, dtype=torch.bfloat16)
     settings = {"held_out": text_file, "held_out_tokens": 100} | settings
     whole = run(source, "whole", **settings)
     stop_after(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         run(source, **settings)
-    assert {path.name for path in tmp_path.iterdir()} == {"source", "whole", "kept", ".out.pruning"} - (
-        {"kept"} if settings.get("score") else set()
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "whole", "cache", ".out.pruning"} - (
+        {"cache"} if settings.get("score") else set()
     )
     refuses("unfinished run with another sparsity; run that one again to finish it, or", source, **settings, sparsity=0.4)
     refuses("unfinished run with another .*damping", source, **settings, damping=0.02)
@@ -51,6 +51,21 @@ def test_an_interrupted_run_goes_on(run, refuses, make_source, text_file, tmp_pa
     assert (out / "pruning_plan.json").read_bytes() == (whole / "pruning_plan.json").read_bytes()
     first, second = (json.loads((folder / "pruning_metrics.json").read_text()) for folder in (whole, out))
     assert first["matrices"] == second["matrices"] and first["perplexity"] == second["perplexity"]
+
+
+def test_a_run_begun_by_an_earlier_version_continues(run, make_source, tmp_path, monkeypatch):
+    """Its record has the former name of a setting."""
+    source, _ = make_source()
+    stop_after(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, **MAGNITUDE)
+    record = tmp_path / ".out.pruning" / "run.json"
+    facts = json.loads(record.read_text())
+    facts["settings"]["normalisation"] = facts["settings"].pop("normalization")
+    record.write_text(json.dumps(facts))
+    begun = stop_after(monkeypatch, None)
+    run(source, **MAGNITUDE)
+    assert begun == [1]
 
 
 def test_nothing_is_left_before_a_layer_is_done(run, make_source, tmp_path, monkeypatch):
@@ -69,27 +84,27 @@ def test_nothing_is_left_before_a_layer_is_done(run, make_source, tmp_path, monk
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from dijiang.compress import PruneConfig, prune, work_folder
-source, out, text, kept = map(Path, sys.argv[1:])
-real = work_folder.save_file
+from dijiang.compress import PruneConfig, prune, resume
+source, out, text, cache = map(Path, sys.argv[1:])
+real = resume.save_file
 def save_file(weights, path, **options):  # the second layer's file is half written
     real(weights, path, **options)
     if "0001" in path.name:
         os.truncate(path, path.stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
-work_folder.save_file = save_file
+resume.save_file = save_file
 settings = {"calibration": (text,), "samples": 10, "length": 32, "sensitivity_samples": 3, "device": "cpu"}
-prune(source, out, PruneConfig(**settings), cache=kept, progress=False)
+prune(source, out, PruneConfig(**settings), cache=cache, progress=False)
 """
 
 
-def test_a_killed_run_goes_on(run, make_source, text_file, tmp_path, monkeypatch):
+def test_a_killed_run_continues(run, make_source, text_file, tmp_path, monkeypatch):
     source, _ = make_source()
-    words = [sys.executable, "-c", KILLED, *map(str, (source, tmp_path / "out", text_file, tmp_path / "kept"))]
+    words = [sys.executable, "-c", KILLED, *map(str, (source, tmp_path / "out", text_file, tmp_path / "cache"))]
     ended = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.pruning" / "layer-0000.safetensors").is_file()
-    monkeypatch.setattr(gradients, "fisher", None)  # these were kept
+    monkeypatch.setattr(gradients, "fisher", None)  # these were cached
     begun = stop_after(monkeypatch, None)
     assert same_bytes(run(source), run(source, "whole")) and begun == [1, 0, 1]
     assert not list(tmp_path.glob(".out*"))
@@ -116,7 +131,7 @@ def test_what_is_refused_before_any_work(refuses, make_source, text_file, tmp_pa
     refuses("nobody is neither a folder", tmp_path / "nobody")
     content = (source / "config.json").read_text()
     (source / "config.json").write_text(json.dumps(json.loads(content) | {"quantization_config": {"quant_method": "gptq"}}))
-    refuses(r"is quantised \(gptq\)", source)
+    refuses(r"is quantized \(gptq\)", source)
     (source / "config.json").write_text(content)
     (source / "tokenizer.json").rename(source / "adapter_config.json")
     refuses("holds an adapter", source)

@@ -1,4 +1,4 @@
-"""What a finished run leaves: checkpoint, plan, metrics, container."""
+"""Results of a finished run: checkpoint, plan, metrics, container."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from dijiang.compress import PruneConfig, bitmask, prune
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, pair, text_file):
-    """A source with a card and an evaluation beside it, pruned with all defaults but sizes: (source, output)."""
+    """A source with a card and an evaluation in its folder, pruned with all defaults but sizes: (source, output)."""
     folder = tmp_path_factory.mktemp("finished")
     source = folder / "source"
     shutil.copytree(pair.teacher, source)
@@ -25,7 +25,7 @@ def finished(tmp_path_factory, pair, text_file):
         calibration=(text_file,), samples=10, length=32, sensitivity_samples=3, device="cpu", sparsity=0.6,
         held_out=text_file, held_out_tokens=500, bitmask=True,
     )  # fmt: skip
-    return source, prune(source, folder / "out", config, cache=folder / "kept", progress=False)
+    return source, prune(source, folder / "out", config, cache=folder / "cache", progress=False)
 
 
 def test_the_checkpoint(finished):
@@ -41,14 +41,14 @@ def test_the_checkpoint(finished):
     assert abs(sum(int(mask.sum()) for mask in masks.values()) - 0.6 * weights) <= 0.5 * len(TARGETS) + 1
     assert not any((before[name] == 0).any() for name in TARGETS)
 
-    kept = {path.name for path in source.iterdir()} - {"README.md", "evaluation.json"}
-    made = {"pruning_plan.json", "pruning_metrics.json", "pruning_plan.png", "sparse-bitmask"}
-    assert {path.name for path in out.iterdir()} == kept | made
-    assert all((source / name).read_bytes() == (out / name).read_bytes() for name in kept - {WEIGHTS})
+    copied = {path.name for path in source.iterdir()} - {"README.md", "evaluation.json"}
+    new = {"pruning_plan.json", "pruning_metrics.json", "pruning_plan.png", "sparse-bitmask"}
+    assert {path.name for path in out.iterdir()} == copied | new
+    assert all((source / name).read_bytes() == (out / name).read_bytes() for name in copied - {WEIGHTS})
     dense, sparse = (AutoTokenizer.from_pretrained(folder) for folder in (source, out))
-    assert sparse.chat_template == dense.chat_template and "NOTICE.txt" in kept
+    assert sparse.chat_template == dense.chat_template and "NOTICE.txt" in copied
     assert model.generation_config.pad_token_id == 3
-    assert sorted(path.name for path in out.parent.iterdir()) == ["kept", "out", "source"]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["cache", "out", "source"]
 
 
 def test_a_pruned_model_is_pruned_further(finished, run):
@@ -62,8 +62,8 @@ def test_a_pruned_model_is_pruned_further(finished, run):
 
 def test_the_plan(finished):
     _, out = finished
-    found = json.loads((out / "pruning_plan.json").read_text())
-    matrices, masks = found["matrices"], zeros(out)
+    plan = json.loads((out / "pruning_plan.json").read_text())
+    matrices, masks = plan["matrices"], zeros(out)
     assert [f"{x['name']}.weight" for x in matrices] == TARGETS and [x["layer"] for x in matrices] == [0] * 7 + [1] * 7
     assert [[x["rows"], x["columns"]] for x in matrices] == [list(masks[name].shape) for name in TARGETS]
     order = sorted(matrices, key=lambda x: x["sensitivity"])
@@ -73,40 +73,40 @@ def test_the_plan(finished):
         size = x["rows"] * x["columns"]
         assert x["target"] == pytest.approx(0.6 + 0.1 * (1 - 2 * (below + size / 2) / total), abs=1e-12)
         below += size
-    assert found["sparsity"] == pytest.approx(0.6, abs=1e-9)
+    assert plan["sparsity"] == pytest.approx(0.6, abs=1e-9)
     assert sum(x["target"] * x["rows"] * x["columns"] for x in matrices) / total == pytest.approx(0.6, abs=1e-9)
-    realised = found["realised"]["matrices"]
+    realised = plan["realised"]["matrices"]
     for x in matrices:
         mask = masks[f"{x['name']}.weight"]
         assert realised[x["name"]] == mask.sum().item() / mask.numel()
         assert abs(realised[x["name"]] - x["target"]) <= 0.5 / mask.numel() + 1e-9
-    assert found["realised"]["sparsity"] == sum(int(mask.sum()) for mask in masks.values()) / total
-    assert found["sensitivity"]["method"] == "fisher" and found["sensitivity"]["samples"] == 3
-    assert -1 <= found["sensitivity"]["split_half_rank_correlation"] <= 1
-    assert found["source"] == "source" and found["settings"]["sparsity"] == 0.6
-    assert str(out.parent) not in json.dumps(found)  # checkpoints get shared
+    assert plan["realised"]["sparsity"] == sum(int(mask.sum()) for mask in masks.values()) / total
+    assert plan["sensitivity"]["method"] == "fisher" and plan["sensitivity"]["samples"] == 3
+    assert -1 <= plan["sensitivity"]["split_half_rank_correlation"] <= 1
+    assert plan["source"] == "source" and plan["settings"]["sparsity"] == 0.6
+    assert str(out.parent) not in json.dumps(plan)  # checkpoints get shared
 
 
 @torch.no_grad()
 def test_the_metrics(finished, tokenizer, text_file):
     source, out = finished
-    found = json.loads((out / "pruning_metrics.json").read_text())
+    metrics = json.loads((out / "pruning_metrics.json").read_text())
     ids = tokenizer(text_file.read_text(), add_special_tokens=False)["input_ids"][:500]
     windows = torch.tensor(ids).split(32)
-    assert found["perplexity"]["tokens"] == 500 and found["perplexity"]["window"] == 32
+    assert metrics["perplexity"]["tokens"] == 500 and metrics["perplexity"]["window"] == 32
     for name, folder in (("dense", source), ("pruned", out)):
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         nats = [model(row[None], labels=row[None]).loss.item() * (len(row) - 1) for row in windows]
-        assert found["perplexity"][name] == pytest.approx(math.exp(sum(nats) / (500 - len(windows))), rel=1e-4)
-    assert found["perplexity"]["pruned"] != pytest.approx(found["perplexity"]["dense"], rel=1e-2)
+        assert metrics["perplexity"][name] == pytest.approx(math.exp(sum(nats) / (500 - len(windows))), rel=1e-4)
+    assert metrics["perplexity"]["pruned"] != pytest.approx(metrics["perplexity"]["dense"], rel=1e-2)
     gone = sum(int(mask.sum()) for mask in zeros(out).values())
     weights = sum(mask.numel() for mask in zeros(out).values())
     parameters = sum(tensor.numel() for tensor in load_file(source / WEIGHTS).values())
-    assert (found["sparsity"], found["zeros"]) == (gone / weights, gone / weights) and found["weights"] == weights
-    assert found["of_all_parameters"] == gone / parameters
-    assert found["compression"]["without_mask"] == pytest.approx(1 / (1 - gone / weights))
-    assert found["compression"]["with_mask"] == pytest.approx(16 / (16 * (1 - gone / weights) + 1))
-    assert all(0 < x["relative_error"] < 1 and x["damping"] == 0.01 for x in found["matrices"].values())
+    assert (metrics["sparsity"], metrics["zeros"]) == (gone / weights, gone / weights) and metrics["weights"] == weights
+    assert metrics["of_all_parameters"] == gone / parameters
+    assert metrics["compression"]["without_mask"] == pytest.approx(1 / (1 - gone / weights))
+    assert metrics["compression"]["with_mask"] == pytest.approx(16 / (16 * (1 - gone / weights) + 1))
+    assert all(0 < x["relative_error"] < 1 and x["damping"] == 0.01 for x in metrics["matrices"].values())
 
 
 def test_the_container_gives_the_model_back(finished, tmp_path):
