@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import dijiang.modeling
 from dijiang.modeling.configuration_dijiang import AUTO_MAP
@@ -26,12 +27,12 @@ def copy_code(folder: Path) -> list[Path]:
     return [Path(shutil.copyfile(path, folder / path.name)) for path in code_files()]
 
 
-def code_record(files: list[Path]) -> dict:
+def code_record(files: list[Path]) -> dict[str, Any]:
     """What provenance says of a checkpoint's code: SHA-256 by file name, and the transformers versions it was tested with."""
     return {"code": hash_files(files), "tested_transformers": list(TESTED_TRANSFORMERS)}
 
 
-def with_newest_code(folder: Path, provenance: dict) -> dict:
+def with_newest_code(folder: Path, provenance: dict[str, Any]) -> dict[str, Any]:
     """
     Put the installed code into `folder`, a new checkpoint made from one that an earlier version may have written; returns
     `provenance` with the code's record. Code that was edited by hand stays, all of it, since its files belong together.
@@ -91,7 +92,7 @@ def refresh_code(checkpoint: str | Path, *, overwrite: bool = False) -> list[str
     return changed
 
 
-def before_refreshing(provenance: dict) -> dict:
+def before_refreshing(provenance: dict[str, Any]) -> dict[str, Any]:
     """The record as it was before `refresh_code` was called last, any number of times: that changes no weights."""
     stages = provenance["stages"]
     while stages and stages[-1]["stage"] == REFRESHED:
@@ -119,7 +120,7 @@ class CodeState:
     edited: list[str]
 
     @classmethod
-    def of(cls, folder: Path, provenance: dict) -> "CodeState":
+    def of(cls, folder: Path, provenance: dict[str, Any]) -> "CodeState":
         """Raises ValueError if `provenance` lists as code what is no Python file in the folder itself."""
         recorded = provenance.get("code") or {}
         if not isinstance(recorded, dict):

@@ -1,6 +1,7 @@
 """Whether a teacher belongs to a checkpoint: by the hashes of its weights, and by its shape."""
 
 from pathlib import Path
+from typing import Any
 
 from dijiang.modeling import DiJiangForCausalLM
 
@@ -18,7 +19,7 @@ SAME_IN_TEACHER = (
 )
 
 
-def refuse_other_source(provenance: dict, source: str | Path) -> None:
+def refuse_other_source(provenance: dict[str, Any], source: str | Path) -> None:
     """
     Raise ValueError unless `source` (hub id, folder or GGUF file) holds weights that `provenance` names as its own, or is a
     DiJiang checkpoint made from the same ones.
@@ -39,7 +40,7 @@ def refuse_other_source(provenance: dict, source: str | Path) -> None:
         )
 
 
-def weight_hashes(provenance: dict) -> set[str]:
+def weight_hashes(provenance: dict[str, Any]) -> set[str]:
     """The recorded hashes of the source's weight files; sister models may share all other files."""
     recorded = provenance.get("source_files", {})
     return {digest for name, digest in recorded.items() if Path(name).suffix in SOURCE_WEIGHT_SUFFIXES}

@@ -15,7 +15,7 @@ FILE_NAME = "provenance.json"
 BLOCK_BYTES = 1 << 22
 
 
-def read_provenance(folder: str | Path) -> dict:
+def read_provenance(folder: str | Path) -> dict[str, Any]:
     """
     The record of the checkpoint in `folder`.
 
@@ -34,17 +34,17 @@ def read_provenance(folder: str | Path) -> dict:
     return provenance
 
 
-def write_provenance(folder: str | Path, provenance: dict) -> None:
+def write_provenance(folder: str | Path, provenance: dict[str, Any]) -> None:
     """Write `provenance` into `folder`; the file appears, or is replaced, whole or not at all."""
     write_text_whole(Path(folder) / FILE_NAME, provenance_text(provenance))
 
 
-def provenance_text(provenance: dict) -> str:
+def provenance_text(provenance: dict[str, Any]) -> str:
     """The text of `provenance.json`."""
     return json.dumps(provenance, indent=2, ensure_ascii=False) + "\n"
 
 
-def add_stage(provenance: dict, stage: str, **facts: Any) -> dict:
+def add_stage(provenance: dict[str, Any], stage: str, **facts: Any) -> dict[str, Any]:
     """`provenance` with one more stage at the end: its name, the time (UTC), the versions in use and `facts`."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     record = {"stage": stage, "time": now, "versions": versions(), **facts}

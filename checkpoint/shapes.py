@@ -11,7 +11,9 @@ PYTHIA = {"model_type": "gpt_neox", "vocab_size": 50304, "tie_word_embeddings": 
 LLAMA = {"model_type": "llama", "vocab_size": 32000}
 
 
-def sized(family: dict, hidden_size: int, intermediate_size: int, layers: int, heads: int, **others: Any) -> dict:
+def sized(
+    family: dict[str, Any], hidden_size: int, intermediate_size: int, layers: int, heads: int, **others: Any
+) -> dict[str, Any]:
     sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": layers}
     return family | sizes | {"num_attention_heads": heads} | others
 

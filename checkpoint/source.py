@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -110,7 +111,7 @@ def fetch(repository: str) -> Path:
     raise ValueError(f"{repository} has no weights ({' or '.join(WEIGHTS)}) {where}")
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`, or ValueError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

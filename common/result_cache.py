@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from .outputs import write_text_whole
 
@@ -55,10 +56,10 @@ class ResultCache:
             raise ValueError(f"cache {folder} is a file; choose a folder")
         self.folder = folder
 
-    def path(self, facts: dict) -> Path:
+    def path(self, facts: dict[str, Any]) -> Path:
         return self.folder / f"{hash_of(json.dumps(facts, sort_keys=True).encode())}.json"
 
-    def get(self, facts: dict) -> dict | None:
+    def get(self, facts: dict[str, Any]) -> dict[str, Any] | None:
         """What was kept for these facts, None if nothing was or it cannot be read."""
         try:
             kept = json.loads(self.path(facts).read_text(encoding="utf-8"))
@@ -66,7 +67,7 @@ class ResultCache:
             return None
         return kept.get("result") if isinstance(kept, dict) else None
 
-    def put(self, facts: dict, result: dict) -> None:
+    def put(self, facts: dict[str, Any], result: dict[str, Any]) -> None:
         """Keep `result`; the file appears whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text_whole(self.path(facts), json.dumps({"facts": facts, "result": result}))

@@ -149,7 +149,7 @@ def split_word(word: str, example: str = "") -> tuple[str, Any]:
         raise ValueError(f"--set {word!r}: {error}; quote it, or write lists as [a, b]") from None
 
 
-def apply_words(content: dict, words: Iterable[str], *, example: str = "", shorthand: str = "path") -> None:
+def apply_words(content: dict[str, Any], words: Iterable[str], *, example: str = "", shorthand: str = "path") -> None:
     """
     Put `KEY=VALUE` words into `content`, the raw mapping of a YAML file, in place.
 
@@ -237,7 +237,7 @@ def build(hint: Any, value: Any, key: str, sections: Mapping[str, type] | None =
     return value
 
 
-def build_sequence(origin: type, args: tuple, value: Any, key: str, sections: Mapping[str, type] | None) -> Any:
+def build_sequence(origin: type, args: tuple[Any, ...], value: Any, key: str, sections: Mapping[str, type] | None) -> Any:
     """A list, a tuple of any length (`tuple[int, ...]`), or a tuple with a type for each entry."""
     any_length = origin is list or args[-1] is Ellipsis
     if not isinstance(value, list | tuple) or not (any_length or len(value) == len(args)):
@@ -268,7 +268,7 @@ def build_dataclass(kind: Any, value: Any, key: str, sections: Mapping[str, type
         raise ValueError(f"{key}: {error}" if key else str(error)) from None
 
 
-def use_new_names(kind: Any, value: dict, key: str = "") -> None:
+def use_new_names(kind: Any, value: dict[str, Any], key: str = "") -> None:
     """Replace former names of settings of `kind` in `value`, with a FutureWarning each; ValueError if both names are there."""
     for old, new in getattr(kind, "RENAMED", {}).items():
         if old in value:

@@ -118,7 +118,7 @@ def write_weights(
             advance(weights.headers[name].nbytes)
         for name, tensor in new_parameters.items():
             writer.add(name, tensor)
-        written: dict[str, tuple] = {}
+        written: dict[str, tuple[int, ...]] = {}
         for path in writer.finish():
             written |= {name: tuple(header.shape) for name, header in SafetensorsFile(path).headers.items()}
     expected = weights.expected | {name: tuple(tensor.shape) for name, tensor in new_parameters.items()}

@@ -1,6 +1,7 @@
 """Settings of the linear layers that a user may change on conversion, and their `KEY=VALUE` words."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from dijiang.common.errors import did_you_mean
 from dijiang.common.settings import as_number, refuse_idle, split_word
@@ -23,7 +24,7 @@ GIVEN_BY_SOURCE = frozenset(SHARED) | {
 OVERRIDABLE = tuple(name for name in DiJiangConfig.__annotations__ if name not in GIVEN_BY_SOURCE)
 
 
-def parse_overrides(words: Iterable[str]) -> dict:
+def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     """
     Read `KEY=VALUE` words, values as YAML: `["decay=retnet", "attention_window=32"]` gives `{"decay": "retnet",
     "attention_window": 32}`.
@@ -31,7 +32,7 @@ def parse_overrides(words: Iterable[str]) -> dict:
     Raises:
         ValueError: on a word without `=`, a value that is not YAML, a key given twice or one that cannot be set.
     """
-    overrides: dict = {}
+    overrides: dict[str, Any] = {}
     for word in words:
         key, value = split_word(word, "attention_window=64")
         if key in overrides:
@@ -41,7 +42,7 @@ def parse_overrides(words: Iterable[str]) -> dict:
     return overrides
 
 
-def check_effect(overrides: dict, config: DiJiangConfig) -> None:
+def check_effect(overrides: dict[str, Any], config: DiJiangConfig) -> None:
     """Raise ValueError if a setting that the user gave changes nothing in a model of `config`."""
     of_maps = {key for feature_map in FEATURE_MAPS.values() for key in feature_map.settings}
     unused = dict.fromkeys(of_maps - set(FEATURE_MAPS[config.feature_map].settings), f"feature_map={config.feature_map}")

@@ -173,7 +173,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def check_shapes(shapes: dict[str, tuple], expected: dict[str, tuple], where: str) -> None:
+def check_shapes(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], where: str) -> None:
     """Raise ValueError on missing, unexpected or mis-shaped tensors, naming up to three and their count."""
     advice = "; the files are incomplete or belong to another model"
     for problem, names in (("lacks", expected.keys() - shapes.keys()), ("holds unexpected", shapes.keys() - expected.keys())):

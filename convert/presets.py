@@ -1,5 +1,7 @@
 """Named settings of the linear layers."""
 
+from typing import Any
+
 # what our measurements support: an exact window and sinks, paired softmax features for all older tokens
 RECOMMENDED = {
     "feature_map": "wdcf",
@@ -17,7 +19,7 @@ RECOMMENDED = {
     "output_gate": False,
 }
 
-PRESETS: dict[str, dict] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "recommended": RECOMMENDED,
     # what they support where only a query's own key and the first four are exact (docs/recovery.md): every head forgets at a
     # rate of its own and directions train; the projections must train too, see the recipe smollm2-135m-linear

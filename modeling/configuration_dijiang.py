@@ -103,7 +103,7 @@ class DiJiangConfig(PretrainedConfig):
     parallel_residual: bool = False
     attention_bias: bool = False
     max_position_embeddings: int = 2048
-    rope_parameters: Filled[dict] = LATER
+    rope_parameters: Filled[dict[str, Any]] = LATER
     sliding_window: int | None = None
     layer_types: Filled[list[str]] = LATER
     initializer_range: float | int = 0.02

@@ -10,6 +10,7 @@ B batch, H query heads, G key/value heads, d head size, M features, S sinks, W w
 import ctypes
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class Step(ctypes.Structure):
     ]
 
 
-def step_function() -> Callable | None:
+def step_function() -> Callable[..., Any] | None:
     """The compiled function, or None where it cannot be compiled or is turned off."""
     library, _ = load_library(SOURCE, reordered_sums=True)
     return None if library is None else library.dijiang_step

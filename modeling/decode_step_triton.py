@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ try:
     missing = ""
 except Exception as error:  # a broken driver raises other things than ImportError
 
-    def jit(function: Callable) -> Callable:
+    def jit(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
     constexpr = None

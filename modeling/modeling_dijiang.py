@@ -4,7 +4,6 @@ The DiJiang decoder: one class for LLaMA- and GPT-NeoX-type models, each layer l
 With every layer `full_attention` its logits are those of the source model.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,7 +91,7 @@ class DiJiangSoftmaxAttention(ProjectedAttention):
             k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
         elif cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         o, weights = attention(
             self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, sliding_window=self.sliding_window, **kwargs
         )

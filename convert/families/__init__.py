@@ -8,6 +8,7 @@ the rest.
 from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -47,7 +48,7 @@ def open_convertible(name: str | Path) -> Source:
     return open_source(name, model_types=[*FAMILIES, "dijiang"])  # commands that take a teacher take a student too
 
 
-def dijiang_config(source: PretrainedConfig, settings: dict) -> DiJiangConfig:
+def dijiang_config(source: PretrainedConfig, settings: dict[str, Any]) -> DiJiangConfig:
     """
     The `DiJiangConfig` of the transformers config `source`, with `settings` on top. `layer_types` may be one name for all
     layers; without it all layers attend as the source's do.

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -25,7 +26,7 @@ INSIDE_LAYERS = {
 }
 
 
-def config_arguments(source: PretrainedConfig) -> dict:
+def config_arguments(source: PretrainedConfig) -> dict[str, Any]:
     """Arguments of `DiJiangConfig` for the transformers config `source`."""
     return {
         "mlp_type": "plain",

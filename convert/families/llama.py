@@ -1,6 +1,7 @@
 """LLaMA-type sources (LLaMA, TinyLlama, SmolLM2, Mistral): our decoder uses their names, so tensors stay as they are."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -11,7 +12,7 @@ from dijiang.modeling import DiJiangConfig
 IGNORED = (".rotary_emb.inv_freq",)
 
 
-def config_arguments(source: PretrainedConfig) -> dict:
+def config_arguments(source: PretrainedConfig) -> dict[str, Any]:
     """Arguments of `DiJiangConfig` for the transformers config `source`."""
     return {
         "num_key_value_heads": source.num_key_value_heads,
