@@ -46,7 +46,7 @@ class PruneConfig:
     Settings of a pruning run.
 
     Attributes:
-        calibration: UTF-8 text files, like what the model will read.
+        calibration: UTF-8 text files, like what the model will read. Default of the command line: a bundled text.
         method: `mixed-sparsity`; SparseGPT, Wanda and magnitude are settings of it.
         sparsity: share of the decoder layers' linear weights to remove, in (0, 1). None: 0.5, or the pattern's.
         score: which weights of a matrix go: `isc`, `obs` (SparseGPT's), `obd`, `isc-b`, `isc-c`, `wanda` or `magnitude`.
@@ -60,7 +60,7 @@ class PruneConfig:
         probes_by_layer: probe one decoder layer at a time (`hutchinson`, `finite-difference`): less memory and noise, slower.
         normalization: sensitivity of a matrix: `total`, or `mean` per weight.
         owl_m: multiple of the layer's mean score from which `owl` counts a weight as an outlier.
-        pattern: "N:M" removes N of every M weights of a row, in all matrices. None: unstructured.
+        pattern: "N:M" (with quotes in YAML and `--set`) removes N of every M weights of each row. None: no pattern.
         row_weights: `alike`; `fisher`, rows whose outputs the loss depends on keep more weights; baseline: `shuffled`.
         comparison: scores compete within a `block` of columns, as SparseGPT's, or within the whole `matrix`.
         bits: round the remaining weights to this many bits, 2 to 8, on a grid per row. None: no rounding.
@@ -69,7 +69,7 @@ class PruneConfig:
         true_sequential: gather inputs again after each group of a layer's matrices is pruned; slower.
         samples: calibration sequences.
         length: tokens of a sequence. None: 2048, or the model's context if that is shorter.
-        held_out: text whose perplexity is measured before and after. None: nothing is measured.
+        held_out: text whose perplexity is measured before and after; the command line's default is bundled. None: not measured.
         held_out_tokens: tokens of the held-out text, at most.
         seed: seed of calibration sequences, probes and baselines.
         device: `auto` (the GPU if there is one), `cpu` or `cuda`.
