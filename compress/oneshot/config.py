@@ -69,7 +69,7 @@ class PruneConfig:
         true_sequential: gather inputs again after each group of a layer's matrices is pruned; slower.
         samples: calibration sequences.
         length: tokens of a sequence. None: 2048, or the model's context if that is shorter.
-        held_out: text whose perplexity is measured before and after; the command line's default is bundled. None: not measured.
+        held_out: text whose perplexity is measured before and after; the command line has a bundled one. None: not measured.
         held_out_tokens: tokens of the held-out text, at most.
         seed: seed of calibration sequences, probes and baselines.
         device: `auto` (the GPU if there is one), `cpu` or `cuda`.
