@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dijiang_testing.model_checks import (
+    CASES,
     MAPS,
     assert_close,
     assert_same_gradients,
@@ -21,17 +22,6 @@ from transformers import Trainer, TrainingArguments, set_seed
 from dijiang.modeling import DiJiangForCausalLM, DiJiangForSequenceClassification
 from dijiang.modeling.window_attention import LinearBranch, Sinks, Window, block_window_attention
 
-CASES = {
-    "wdcf": {},
-    "hedgehog": {"feature_map": "hedgehog", "decay": "retnet", "attention_window": 0, "attention_sinks": 0},
-    "elu": {"feature_map": "elu", "decay": "learned"},
-    "mixed": {
-        "num_hidden_layers": 3,
-        "layer_types": ["linear_attention", "full_attention", "sliding_attention"],
-        "sliding_window": 4,
-        "decay": "learned",
-    },
-}
 KERNEL = ("feature_map_q", "feature_map_k", "branch_scale", "key_scale", "decay")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 each_case = pytest.mark.parametrize("case", CASES)
@@ -42,20 +32,12 @@ def build(case: str, seed: int = 0, **overrides) -> DiJiangForCausalLM:
     return tiny_model(seed, **CASES[case] | overrides)
 
 
-def cache_tensors(cache) -> list[torch.Tensor]:
-    """Every tensor of every layer, rows first."""
-    tensors = []
-    for layer in cache.layers:
-        tensors += layer.state.tensors() if hasattr(layer, "state") else [layer.keys, layer.values]
-    return tensors
-
-
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
 
 
-# generation and caches
+# generation
 
 
 @each_seed
@@ -70,42 +52,6 @@ def test_sampling_is_reproducible_and_its_rows_differ(case, seed):
     assert texts[0].shape == (6, 21) and torch.equal(texts[0], texts[1])
     assert torch.equal(texts[0], texts[2])
     assert len({tuple(row.tolist()) for row in texts[0]}) == 6
-
-
-@each_seed
-@each_case
-@torch.no_grad()
-def test_cache_rows_are_permuted_selected_and_repeated_exactly(case, seed):
-    model, ids, more = build(case, seed), random_ids(4, 13, seed), random_ids(4, 1, seed + 9)
-    cache = model(ids, use_cache=True).past_key_values
-    before = [x.clone() for x in cache_tensors(cache)]
-    order = torch.tensor([3, 1, 1, 0])
-    for operation, rows in (
-        (lambda c: c.reorder_cache(order), order),
-        (lambda c: c.batch_select_indices(order[:2]), order[:2]),
-        (lambda c: c.batch_repeat_interleave(2), torch.arange(4).repeat_interleave(2)),
-    ):
-        changed = deepcopy(cache)
-        operation(changed)
-        for result, expected in zip(cache_tensors(changed), before, strict=True):
-            assert torch.equal(result, expected[rows])
-        expected = model(torch.cat((ids, more), 1)[rows], use_cache=False).logits[:, -1:]
-        assert_close(model(more[rows], past_key_values=changed).logits, expected, "logits", tolerance=1e-4)
-    assert all(torch.equal(x, y) for x, y in zip(cache_tensors(cache), before, strict=True))
-
-
-@each_seed
-@each_case
-@torch.no_grad()
-def test_copied_cache_continues_as_the_original_and_on_its_own(case, seed):
-    model, ids = build(case, seed), random_ids(2, 30, seed)
-    cache = model(ids[:, :15], use_cache=True).past_key_values
-    copy = deepcopy(cache)
-    steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(15, 30)]
-    assert copy.get_seq_length() == 15 and cache.get_seq_length() == 30
-    assert torch.equal(
-        torch.cat(steps, 1), torch.cat([model(t, past_key_values=copy).logits for t in ids[:, 15:].split(1, 1)], 1)
-    )
 
 
 @each_case

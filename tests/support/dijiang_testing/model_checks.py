@@ -13,11 +13,24 @@ EVERY = tuple(
     (name, decay, window) for name in MAPS for decay in DECAYS for window in (WINDOWS[:1] if name in SIGNED_MAPS else WINDOWS)
 )
 
+# models of every kind of layer
+CASES = {
+    "wdcf": {},
+    "hedgehog": {"feature_map": "hedgehog", "decay": "retnet", "attention_window": 0, "attention_sinks": 0},
+    "elu": {"feature_map": "elu", "decay": "learned"},
+    "mixed": {
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 4,
+        "decay": "learned",
+    },
+}
+
 
 def tiny_config(**overrides) -> DiJiangConfig:
     """
-    A two-layer decoder with grouped heads; the linear branch is loud, so that it shows in every output. A map whose features
-    have signs gets neither normaliser nor window.
+    A two-layer decoder with grouped heads; the linear branch has a large share, so that it shows in every output. A map whose features
+    have signs gets neither normalization nor window.
     """
     settings = {
         "vocab_size": 97,
@@ -53,7 +66,7 @@ def rows(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
 
 
 def tiny_model(seed: int = 0, **overrides) -> DiJiangForCausalLM:
-    """A random model in eval mode whose kernel parameters have moved away from their start."""
+    """A random model in eval mode whose added parameters have moved away from their start."""
     torch.manual_seed(seed)
     model = DiJiangForCausalLM(tiny_config(**overrides)).eval()
     with torch.no_grad():
