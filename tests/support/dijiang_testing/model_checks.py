@@ -29,8 +29,8 @@ CASES = {
 
 def tiny_config(**overrides) -> DiJiangConfig:
     """
-    A two-layer decoder with grouped heads; the linear branch has a large share, so that it shows in every output. A map whose features
-    have signs gets neither normalization nor window.
+    A two-layer decoder with grouped heads; the linear branch has a large share, so that it shows in every output. A map whose
+    features have signs gets neither normalization nor window.
     """
     settings = {
         "vocab_size": 97,
