@@ -371,7 +371,7 @@ int dijiang_work(struct call *c)
 #define MEMORY(p) ((struct memory *)(scratch + shared + (p) * own))
         for (long p = 0; p < pairs; p++)
             start_pair(c, MEMORY(p), first + p);
-        /* heads inside, tokens outside: neighbouring heads lie in the same pages, and looking those up costs as much as the
+        /* heads inside, tokens outside: neighboring heads lie in the same pages, and looking those up costs as much as the
            data. Tokens before `start` enter the memory only */
         for (long t = 0; t < end; t += BLOCK)
             for (long p = 0; p < pairs; p++)

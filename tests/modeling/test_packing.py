@@ -220,14 +220,14 @@ def test_all_layer_types_keep_packed_sequences_apart(argument, implementation):
     assert_same_gradients(results[0][1], results[1][1], tolerance=1e-3)
 
 
-@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("labeled", [True, False])
 @pytest.mark.parametrize("options", [(True, False), (True, True), (False, True)], ids=str)
 @pytest.mark.parametrize("settings", [{}, MIXED], ids=["linear", "mixed"])
-def test_batches_of_the_padding_free_collator(settings, options, labelled):
+def test_batches_of_the_padding_free_collator(settings, options, labeled):
     """position_ids, the arguments of flash attention, or both; labels that are -100 where a sequence begins."""
     model = tiny_model(**settings)
     features = [{"input_ids": random_ids(1, length, seed=length)[0].tolist()} for length in LENGTHS]
-    if labelled:  # the first half of each sequence counts for nothing
+    if labeled:  # the first half of each sequence counts for nothing
         for feature in features:
             ids = feature["input_ids"]
             feature["labels"] = [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]

@@ -116,9 +116,9 @@ class ChunkedLoss(torch.autograd.Function):
                 torch.mm(logits, head_weight, out=hidden_gradient[chunk])
             if wants_head:
                 add_product(head_gradient, logits.T, hidden[chunk])
-        kl_mean, labelled = kl.mean(), (labels != -100).sum()
+        kl_mean, labeled = kl.mean(), (labels != -100).sum()
         loss = weights.kl * kl_mean + weights.ce * ce.sum() / N
-        ce_mean = ce.sum() / labelled.clamp_min(1)
+        ce_mean = ce.sum() / labeled.clamp_min(1)
         ctx.save_for_backward(hidden_gradient, head_gradient)
         ctx.scale, ctx.head_dtype = 1 / N, head.dtype
         ctx.mark_non_differentiable(kl_mean, ce_mean)
