@@ -81,6 +81,19 @@ def load_settings(
 # --- YAML ---
 
 
+class YamlLoader(yaml.SafeLoader):
+    """PyYAML's safe loader without numbers in base 60: `2:4` is a word, not 124."""
+
+
+YamlLoader.yaml_implicit_resolvers = {
+    first: [
+        (tag, re.compile(f"(?!.*:){pattern.pattern}", re.VERBOSE) if tag.endswith((":int", ":float")) else pattern)
+        for tag, pattern in resolvers
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def parse_yaml(text: str) -> Any:
     """
     The value of a YAML text. Unlike PyYAML it refuses a key given twice.
@@ -88,7 +101,7 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ValueError: if the text is not valid YAML or repeats a key.
     """
-    loader = yaml.SafeLoader(text)
+    loader = YamlLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:

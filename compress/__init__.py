@@ -4,25 +4,16 @@ Makes weights sparse: one-shot pruning of any Hugging Face decoder, DiJiang mode
 Each public name is imported from its module when it is used, so that the settings can be read without torch.
 """
 
-from importlib import import_module
-from typing import Any
+from dijiang.common.lazy import lazy_names
 
-_MODULES = {
-    "PruneConfig": "oneshot.config",
-    "plan": "oneshot.run",
-    "prune": "oneshot.run",
-    "read_bitmask": "bitmask",
-    "write_bitmask": "bitmask",
+_MODULE_OF = {
+    "PruneConfig": ".oneshot.config",
+    "plan": ".oneshot.run",
+    "prune": ".oneshot.run",
+    "read_bitmask": ".bitmask",
+    "write_bitmask": ".bitmask",
 }
 
-__all__ = [*_MODULES]
+__all__ = [*_MODULE_OF]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _MODULE_OF)

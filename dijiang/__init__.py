@@ -6,11 +6,10 @@
 Each public name is imported from its room when it is first used, so that `import dijiang` is quick and needs no torch.
 """
 
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from dijiang import _register
+from dijiang.common.lazy import lazy_names
 
 try:
     __version__ = version("dijiang")
@@ -37,20 +36,10 @@ _ROOM_OF = {
 
 __all__ = ["__version__", *_ROOM_OF]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _ROOM_OF:
-        value = getattr(import_module(f"dijiang.{_ROOM_OF[name]}"), name)
-    elif name in _ROOM_OF.values():
-        value = import_module(f"dijiang.{name}")
-    else:
-        raise AttributeError(f"module 'dijiang' has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {name: f".{room}" for name, room in _ROOM_OF.items()},
+    submodules=set(_ROOM_OF.values()),
+)
 
 _register.install()

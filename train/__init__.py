@@ -1,26 +1,20 @@
 """Recovery of a converted model's quality from its teacher."""
 
-from .recipe.load import load_recipe
-from .recipe.schema import AlignConfig, ConvertConfig, DataConfig, DistillConfig, Recipe, RunConfig, SourceConfig
+from dijiang.common.lazy import lazy_names
 
-__all__ = [
-    "AlignConfig",
-    "ConvertConfig",
-    "DataConfig",
-    "DistillConfig",
-    "Recipe",
-    "RunConfig",
-    "SourceConfig",
-    "load_recipe",
-    "recover",
-    "run_stage",
-]
+_MODULE_OF = {
+    "AlignConfig": ".recipe.schema",
+    "ConvertConfig": ".recipe.schema",
+    "DataConfig": ".recipe.schema",
+    "DistillConfig": ".recipe.schema",
+    "Recipe": ".recipe.schema",
+    "RunConfig": ".recipe.schema",
+    "SourceConfig": ".recipe.schema",
+    "load_recipe": ".recipe.load",
+    "recover": ".stages.run",
+    "run_stage": ".stages.run",
+}
 
+__all__ = [*_MODULE_OF]
 
-def __getattr__(name: str):
-    if name in ("recover", "run_stage"):  # they import transformers' Trainer, which needs more packages than the rest
-        from .stages.run import recover, run_stage
-
-        globals().update(recover=recover, run_stage=run_stage)
-        return globals()[name]
-    raise AttributeError(f"module 'dijiang.train' has no attribute {name!r}")
+__getattr__, __dir__ = lazy_names(__name__, _MODULE_OF)

@@ -135,6 +135,12 @@ def test_files_that_make_no_sense(tmp_path, text, message):
         load(text, folder=tmp_path)
 
 
+def test_numbers_are_those_of_yaml_but_none_in_base_60():
+    text = "[2:4, 1:30.5, 3, -1.5, 1e-3, 0x1f, 1_000, .inf, 2001-01-01T10:00:00]"
+    assert settings.parse_yaml(text)[:-1] == ["2:4", "1:30.5", 3, -1.5, "1e-3", 31, 1000, float("inf")]
+    assert settings.as_number("1e-3") == 1e-3 and settings.as_number("2:4") == "2:4"
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read .*none\.yaml: No such file or directory"):
         load_settings(Whole, tmp_path / "none.yaml")
