@@ -12,13 +12,11 @@ The texts of the recorded run are `ablation_*.txt` of scripts/make_recovery_text
 """
 
 import argparse
-import json
-import sys
 import time
 from pathlib import Path
 
 import torch
-from measure import console, machine, versions, write_json
+from measure import console, earlier_runs, machine, versions, write_json
 
 from dijiang.bundled import packaged_model
 from dijiang.common.device import fastest_dtype
@@ -191,20 +189,15 @@ def main() -> None:
         "machine": machine(),
         "versions": versions(),
     }
-    runs_done = {}
-    if arguments.output.exists():
-        before = json.loads(arguments.output.read_text())
-        if any(before[key] != json.loads(json.dumps(about[key])) for key in ("texts", "tokens", "held_out_blocks", "layers")):
-            sys.exit(f"{arguments.output} is of another study; name another file")
-        runs_done = before["runs"]
+    by_choice = earlier_runs(arguments.output, about, ("texts", "tokens", "held_out_blocks", "layers"))
     for seed in range(arguments.seeds):
         for name, (conversion, align) in choices().items():
-            runs = runs_done.setdefault(name, {})
+            runs = by_choice.setdefault(name, {})
             if arguments.only not in name or str(seed) in runs:
                 continue
             runs[str(seed)] = study.run(conversion, align, seed)
             console.print(f"{name}, seed {seed}: {runs[str(seed)]}", highlight=False, soft_wrap=True)
-            write_json(arguments.output, about | {"runs": runs_done})
+            write_json(arguments.output, about | {"runs": by_choice})
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from dijiang.common.memory import PeakMemory
 from dijiang.evaluate.latency.timing import alternate, floor_seconds, machine_limits, ratios
+from dijiang.modeling import DiJiangConfig, DiJiangModel, linear_attention_chunk, linear_attention_layer
 
 HEADS, HEAD_DIM = 9, 64  # of SmolLM2-135M, every query head with keys and values of its own
 FEATURES = {64: False, 128: True}  # by number of features m, whether they come in pairs
@@ -51,8 +52,6 @@ def random_inputs(tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def build_layer(features: int, activation: str, dtype: torch.dtype):
-    from dijiang.modeling import DiJiangConfig, DiJiangModel
-
     config = DiJiangConfig(
         hidden_size=HEADS * HEAD_DIM, num_attention_heads=HEADS, num_hidden_layers=1, intermediate_size=8, vocab_size=8,
         attention_window=0, attention_sinks=0, key_scale=False, feature_pairs=FEATURES[features],
@@ -164,16 +163,13 @@ def memory_of_one(tokens: int, features: int, dtype: str) -> dict[str, int]:
 @torch.no_grad()
 def try_pieces(dtype: str, tokens: int, rounds: int) -> list[dict]:
     """Measure the time against tokens per piece and per block, which are constants of the modules."""
-    from dijiang.modeling import linear_attention_chunk as chunk_attention
-    from dijiang.modeling import linear_attention_layer as linear_layer
-
     inputs = random_inputs(tokens, getattr(torch, dtype))
     rows = []
-    defaults = (chunk_attention.PIECE, chunk_attention.CHUNK_SIZE)
+    defaults = (linear_attention_chunk.PIECE, linear_attention_chunk.CHUNK_SIZE)
 
     def run(layer, piece, block):
-        chunk_attention.PIECE = linear_layer.PIECE = piece
-        chunk_attention.CHUNK_SIZE = block
+        linear_attention_chunk.PIECE = linear_attention_layer.PIECE = piece
+        linear_attention_chunk.CHUNK_SIZE = block
         return layer.attend(*inputs)
 
     for m in FEATURES:

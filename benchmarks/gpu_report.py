@@ -89,9 +89,6 @@ def ratio(above: float | None, below: float | None) -> str:
     return number(above / below if above and below else None)
 
 
-# --- the machine and its tests ---
-
-
 def cards_table(results: Results) -> str:
     """Each card with its rates, from which floors are computed, and the versions of the software."""
     rows = []
@@ -116,9 +113,6 @@ def tests_table(results: Results) -> str:
             failures += [f"* {card}: `{x['test']}`: {in_cell(x['reason']).replace('`', '')}" for x in failed[:20]]
     table = table_or_note(["card", "passed", "failed", "errors", "skipped", "finished"], rows)
     return "\n".join([table, "", *failures]) if failures else table
-
-
-# --- the op ---
 
 
 def op_table(results: Results, kind: str) -> str:
@@ -189,9 +183,6 @@ def plot(results: Results, path: Path) -> None:
         axes.set_title(card, fontsize=10)
         plain(axes, x="tokens", y="forward pass, ms", legend=False)
         axes.legend(frameon=False, fontsize=8)
-
-
-# --- whole models ---
 
 
 def decode_rows(results: Results, wanted: Callable[[dict], bool]) -> Iterator[tuple[list[str], dict[str, dict]]]:
@@ -269,9 +260,6 @@ def step_table(results: Results) -> str:
     return table_or_note(header, lines)
 
 
-# --- recovery ---
-
-
 def ratio_at(recovery: dict, model: str, length: str) -> float | None:
     """Perplexity of a model over the teacher's on all held-out sources together."""
     return recovery.get("perplexity_ratio", {}).get(model, {}).get(length, {}).get("all")
@@ -322,16 +310,12 @@ def recovery_targets(step: str, recovery: dict) -> list[dict]:
     """The goals of the pure linear model."""
     if step != "recovery_linear":
         return []
-    ratios = {length: ratio_at(recovery, "student", length) for length in HELD_OUT_LENGTHS}
-    name = "pure linear SmolLM2-135M: perplexity over the teacher's at {:,} tokens"
-    return [
-        target(name.format(int(length)), RECOVERY_GOAL, value, at_most=True)
-        for length, value in ratios.items()
-        if value is not None
-    ]
-
-
-# --- the pages ---
+    lines = []
+    for length in HELD_OUT_LENGTHS:
+        if (value := ratio_at(recovery, "student", length)) is not None:
+            name = f"pure linear SmolLM2-135M: perplexity over the teacher's at {int(length):,} tokens"
+            lines.append(target(name, RECOVERY_GOAL, value, at_most=True))
+    return lines
 
 
 def targets_table(results: Results) -> str:

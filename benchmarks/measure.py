@@ -151,6 +151,16 @@ def show_targets(targets: list[dict]) -> None:
         show("Targets", ["", "target", "measured", "met"], rows)
 
 
+def earlier_runs(output: Path, about: dict, keys: tuple[str, ...]) -> dict:
+    """The entry `runs` of a file that an earlier call wrote, which must agree in the entries `keys`; empty without a file."""
+    if not output.exists():
+        return {}
+    earlier = json.loads(output.read_text(encoding="utf-8"))
+    if different := [key for key in keys if earlier[key] != json.loads(json.dumps(about[key]))]:
+        sys.exit(f"{output} is of another measurement ({' and '.join(different)} differ); name another file")
+    return earlier["runs"]
+
+
 def finish(arguments: argparse.Namespace, script: str, result: dict) -> None:
     """Show the targets and write the result, by default to results/SCRIPT.json and after a quick run nowhere."""
     show_targets(result.get("targets", []))

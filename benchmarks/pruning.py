@@ -118,18 +118,9 @@ def main() -> None:
             done.append(json.loads(path.read_text()))
     show(done)
     if arguments.output and len(done) == len(plan):
-        write_json(
-            arguments.output,
-            {
-                "command": command_line("python", "benchmarks/pruning.py"),
-                "machine": machine(),
-                "versions": versions(),
-                "sizes": SIZES,
-                "model": Path(arguments.model).name,
-                "dense": done[0]["perplexity"]["dense"],
-                "rows": done,
-            },
-        )
+        about = {"command": command_line("python", "benchmarks/pruning.py"), "machine": machine(), "versions": versions()}
+        about |= {"sizes": SIZES, "model": Path(arguments.model).name, "dense": done[0]["perplexity"]["dense"]}
+        write_json(arguments.output, about | {"rows": done})
 
 
 def show(done: list[dict]) -> None:

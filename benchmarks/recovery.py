@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from measure import console, machine, versions, write_json
+from measure import console, earlier_runs, machine, versions, write_json
 
 from dijiang.checkpoint.provenance import read_provenance
 from dijiang.common.device import fastest_dtype
@@ -126,12 +126,7 @@ def main() -> None:
         "machine": machine(),
         "versions": versions(),
     }
-    runs = {}
-    if arguments.output.exists():
-        before = json.loads(arguments.output.read_text())
-        if any(before[key] != about[key] for key in ("held_out", "blocks", "teacher_perplexity")):
-            sys.exit(f"{arguments.output} was measured on other text or against another teacher; name another file")
-        runs = before["runs"]
+    runs = earlier_runs(arguments.output, about, ("held_out", "blocks", "teacher_perplexity"))
     for run, recipe in recipes.items():
         result = measure(run, recipe, blocks, perplexities, dtype)
         runs[run.name] = result | {"teacher_in_the_run": teacher_in_the_run(recipe, teacher, tokenizer, dtype)}

@@ -21,15 +21,16 @@ import model as shapes
 import torch
 
 from dijiang.evaluate.latency.timing import alternate
+from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
+from dijiang.modeling.linear_attention_layer import linear_layers
+from dijiang.train import AlignConfig, DistillConfig
+from dijiang.train.stages.align import AlignModel
+from dijiang.train.stages.distill import DistillModel
+from dijiang.train.stages.teacher_pass import run_teacher
 
 
 def build(shape: dict, dtype: torch.dtype, arguments: argparse.Namespace):
     """A softmax model to fine-tune, in float32, and a `DistillModel` and an `AlignModel` whose teacher has its weights."""
-    from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
-    from dijiang.train.recipe.schema import AlignConfig, DistillConfig
-    from dijiang.train.stages.align import AlignModel
-    from dijiang.train.stages.distill import DistillModel
-
     full = ["full_attention"] * shape["num_hidden_layers"]
     plain = DiJiangForCausalLM(DiJiangConfig(**shape, layer_types=full))
     teacher = DiJiangForCausalLM(DiJiangConfig(**shape, layer_types=full))
@@ -48,9 +49,6 @@ def build(shape: dict, dtype: torch.dtype, arguments: argparse.Namespace):
 
 def attention_alone(align, ids: torch.Tensor):
     """A function that runs all linear layers forward and backward, on queries, keys and values computed beforehand."""
-    from dijiang.modeling.linear_attention_layer import linear_layers
-    from dijiang.train.stages.teacher_pass import run_teacher
-
     teacher_pass = run_teacher(align.teacher, ids)
     inputs = []
     for i, layer in linear_layers(align.student).items():

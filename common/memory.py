@@ -50,11 +50,8 @@ def trim() -> None:
 
 class PeakMemory:
     """
-    Context manager that measures the peak of a block above what was in use at its entry: of resident memory, or on a GPU of
-    the memory of torch's tensors. On Linux this resets the peak of the process.
-
-    Attributes:
-        bytes: the result, once the block has ended.
+    Context manager whose `bytes` are, after the block, the largest resident memory above that at entry, or on a GPU the
+    largest memory of torch's tensors above that at entry. On Linux it resets the peak of the process.
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
@@ -67,7 +64,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.gpu)
             self.before = torch.cuda.memory_allocated(self.gpu)
             return self
-        if self.linux:  # the earlier peak may belong to the imports
+        if self.linux:  # an earlier peak may belong to the imports
             RESET_PEAK.write_text("5", encoding="ascii")
         self.before = self.resident_bytes("VmRSS")
         return self

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
 from prose import MIN_PAGE, held_out
 
@@ -116,41 +117,23 @@ def shuffled(documents: Iterable[tuple[str, str, str]]) -> list[tuple[str, str]]
     return mixture
 
 
-@dataclass(slots=True)
-class Texts:
-    """Documents as `dijiang.train.data.token_cache.write_tokens` takes them."""
+class Texts(list[str]):
+    """Documents in the form that `dijiang.train.data.token_cache.write_tokens` takes."""
 
-    name: str
-    texts: list[str]
-    skipped: Counter = field(default_factory=Counter)
+    skipped: dict[str, int] = {}
 
-    @property
-    def source(self) -> "Texts":
-        return self
+    def __init__(self, name: str, texts: Iterable[str]):
+        super().__init__(texts)
+        self.source = SimpleNamespace(path=name)  # the name of the source in meta.json
 
-    @property
-    def path(self) -> str:  # the name of the source in meta.json
-        return self.name
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.texts)
-
-    def describe_skipped(self) -> str:
-        return ""
+    def describe_skipped(self) -> None:
+        """Nothing is skipped."""
 
 
 def write_token_folder(folder: Path, texts: list[str], tokenizer, *, limit: int | None = None) -> list[int]:
     """
-    Tokenize documents into a folder of the training's token cache.
-
-    Args:
-        folder: created if need be.
-        texts: of the documents.
-        tokenizer: of transformers.
-        limit: the document that completes this number of tokens is the last one.
-
-    Returns:
-        Number of tokens of each document.
+    Tokenize documents into a folder of the training's token cache, and return the number of tokens of each document. The
+    document that completes `limit` tokens is the last one.
     """
     import numpy as np
 

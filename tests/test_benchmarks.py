@@ -66,6 +66,15 @@ def test_json_is_written_at_once(measure, tmp_path):
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1} and list(path.parent.iterdir()) == [path]
 
 
+def test_runs_of_an_earlier_call_are_kept_if_they_measured_the_same(measure, tmp_path):
+    output, about = tmp_path / "result.json", {"texts": ("a", "b"), "tokens": 3, "machine": {}}
+    assert measure.earlier_runs(output, about, ("texts", "tokens")) == {}
+    measure.write_json(output, about | {"runs": {"x": 1}})
+    assert measure.earlier_runs(output, about | {"machine": {"cores": 2}}, ("texts", "tokens")) == {"x": 1}
+    with pytest.raises(SystemExit, match=r"result\.json is of another measurement \(tokens differ\); name another file"):
+        measure.earlier_runs(output, about | {"tokens": 4}, ("texts", "tokens"))
+
+
 def test_peers_compute_what_the_op_computes(measure):
     pytest.importorskip("triton", reason="fla's plain forms cannot be imported without it")
     pytest.importorskip("fla")

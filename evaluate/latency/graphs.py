@@ -39,10 +39,7 @@ class InPlaceStep:
     states continue from call to call, a static cache takes its token back.
 
     Args:
-        contender: the model.
-        cache: as it is after `context` tokens.
-        ids: (B, 1), the first tokens to read.
-        context: number of tokens in the cache.
+        cache: of the contender, after `context` tokens.
         forward: in place of the model's own.
 
     Attributes:

@@ -6,9 +6,7 @@ contexts and batches, and the least time that the machine allows for a step (as 
 from collections.abc import Callable
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from dijiang.checkpoint.provenance import versions
 from dijiang.common.device import dtype_name
@@ -16,6 +14,7 @@ from dijiang.common.machine import machine, own_command
 from dijiang.common.memory import PeakMemory, trim
 from dijiang.modeling.linear_attention_native import native_is_usable
 
+from ..report.tables import print_table
 from .config import LatencyConfig
 from .contenders import WORDS, Contender, contenders_of
 from .models import SPARE_BYTES, LatencyPair, shortage
@@ -197,12 +196,13 @@ def show_latency(result: dict, console: Console) -> None:
     for phase in dict.fromkeys(row["phase"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["phase"] == phase]
         measured = [row for row in rows if "left_out" not in row]
-        columns = ["softmax", "static", "DiJiang", "times faster"]
+        columns = ["batch", "context", "softmax", "static", "DiJiang", "times faster"]
         columns += ["at floors", "paper"] if phase == "decode" else []
-        times = [(row, times_of(row)) for row in measured]
-        print_table(console, f"{result['name']}, {result['dtype']}: {titles[phase]}", columns, times)
-        columns = ["softmax cache", "state", "peak softmax", "peak static", "peak DiJiang"]
-        print_table(console, f"memory of {phase} above the weights, MiB", columns, [(row, memory_of(row)) for row in measured])
+        console.print(f"{result['name']}, {result['dtype']}: {titles[phase]}")
+        print_table(console, columns, [times_of(row) for row in measured])
+        columns = ["batch", "context", "softmax cache", "state", "peak softmax", "peak static", "peak DiJiang"]
+        console.print(f"memory of {phase} above the weights, MiB")
+        print_table(console, columns, [memory_of(row) for row in measured])
         for row in rows:
             if "left_out" in row:
                 console.print(f"batch {row['batch']}, context {row['context']:,} was left out: {row['left_out']}")
@@ -211,20 +211,11 @@ def show_latency(result: dict, console: Console) -> None:
         console.print(f"step at {x['to']:,} tokens over step at {x['from']:,}, batch {x['batch']}: {growth}")
 
 
-def print_table(console: Console, title: str, columns: list[str], rows: list[tuple[dict, list[str]]]) -> None:
-    """Print rows of a result, each with its cells, after columns of batch and context."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("batch", "context", *columns):
-        table.add_column(column, justify="right")
-    for row, cells in rows:
-        table.add_row(str(row["batch"]), f"{row['context']:,}", *cells)
-    console.print(table)
-
-
 def times_of(row: dict) -> list[str]:
-    """Cells with medians, and the ratios to both kinds of cache."""
+    """Cells of a row: batch, context, medians, and the ratios to both kinds of cache."""
     decoding = row["phase"] == "decode"
-    cells = [f"{x['median_s'] * (1e3 if decoding else 1.0):,.2f}" for x in row["timings"].values()]
+    cells = [str(row["batch"]), f"{row['context']:,}"]
+    cells += [f"{x['median_s'] * (1e3 if decoding else 1.0):,.2f}" for x in row["timings"].values()]
     for key in ("ratio", "floor_ratio") if decoding else ("ratio",):
         cells.append("/".join(f"{row[key][peer]:.2f}" for peer in PEERS))
     if decoding:
@@ -233,5 +224,6 @@ def times_of(row: dict) -> list[str]:
 
 
 def memory_of(row: dict) -> list[str]:
+    """Cells of a row: batch, context, bytes of caches and peaks."""
     sizes = [row["cache_bytes"]["softmax"], row["cache_bytes"]["dijiang"], *row["peak_bytes"].values()]
-    return [f"{size / 2**20:,.1f}" for size in sizes]
+    return [str(row["batch"]), f"{row['context']:,}", *(f"{size / 2**20:,.1f}" for size in sizes)]

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -25,7 +26,7 @@ def run_latency(
     plot: Path | None = None,
     progress: bool = True,
     show: bool = True,
-    **settings,
+    **settings: Any,
 ) -> dict:
     """
     Measure a checkpoint and its teacher, or random weights in a shape, and write the results.

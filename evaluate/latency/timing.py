@@ -1,5 +1,6 @@
 """Timing of calls in alternating rounds, summaries of the times, and the rates that the machine reaches at most."""
 
+import functools
 import gc
 import statistics
 import time
@@ -92,25 +93,31 @@ def best_seconds(call: Callable, rounds: int = 5, wait: Callable[[], None] = lam
     return alternate({"call": call}, rounds=rounds, wait=wait)["call"]["min_s"]
 
 
-def machine_limits(dtypes: list[str], quick: bool = False, device: torch.device | str = "cpu") -> dict:
+def machine_limits(
+    dtypes: list[str],
+    quick: bool = False,
+    device: torch.device | str = "cpu",
+    *,
+    sizes: tuple[int, ...] = (1024, 2048, 4096),
+    seconds_of: Callable[[Callable], float] | None = None,
+) -> dict:
     """
     Rates of large matrix products by dtype (GFLOP/s), and of a copy (bytes read + written) and a sum (bytes read) of a tensor
-    too large for most caches.
+    too large for most caches. `sizes` are those of the matrices; `seconds_of` times a call, by default `best_seconds`.
     """
-    rates = {}
-    wait = waiting_for(device)
+    if seconds_of is None:
+        seconds_of = functools.partial(best_seconds, wait=waiting_for(device))
+    rates = dict.fromkeys(dtypes, 0.0)
     for dtype in dtypes:
-        rates[dtype] = 0.0
-        for size in (128,) if quick else (1024, 2048, 4096):
+        for size in (128,) if quick else sizes:
             a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
             out = torch.empty_like(a)
-            seconds = best_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), wait=wait)
+            seconds = seconds_of(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
             rates[dtype] = max(rates[dtype], 2 * size**3 / seconds / 1e9)
     source = torch.ones((1 << 20 if quick else 1 << 30) // 4, device=device)
     target = torch.empty_like(source)
-    copying, reading = (best_seconds(call, wait=wait) for call in (lambda: target.copy_(source), source.sum))
     return {
         "product_gflops": rates,
-        "copy_bytes_per_s": 2 * source.nbytes / copying,
-        "read_bytes_per_s": source.nbytes / reading,
+        "copy_bytes_per_s": 2 * source.nbytes / seconds_of(lambda: target.copy_(source)),
+        "read_bytes_per_s": source.nbytes / seconds_of(source.sum),
     }

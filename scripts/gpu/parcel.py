@@ -78,16 +78,7 @@ def packed(path: Path, offset: int, cache: Path | None) -> tuple[str, bytes]:
 
 
 def split(folder: Path, output: Path, first: list[str], *, limit: int = LIMIT, cache: Path | None = None) -> dict:
-    """
-    Write the parts and the manifest, which is returned; parts of an earlier parcel in `output` are removed.
-
-    Args:
-        folder: to split.
-        output: folder for the parts.
-        first: what comes first, in this order.
-        limit: bytes of a part.
-        cache: folder of compressed pieces.
-    """
+    """Write the parts, in the order of `first`, and the manifest, which is returned; an earlier parcel is removed."""
     paths = ordered(folder, first)
     if not paths:
         raise ValueError(f"{folder} holds no files; name the folder to split")

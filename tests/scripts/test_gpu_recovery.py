@@ -14,7 +14,7 @@ import torch
 STEPS = Path(__file__).resolve().parents[2] / "scripts" / "gpu" / "steps"
 sys.path.insert(0, str(STEPS))
 
-from recovery import Watch  # noqa: E402
+from recovery import watched  # noqa: E402
 from recovery_data import as_llama, own_tokens, synthetic_inputs  # noqa: E402
 from recovery_speed import disagreement  # noqa: E402
 
@@ -100,7 +100,7 @@ def test_ways_that_disagree_are_told():
 def test_a_half_written_log_is_read_as_far_as_it_goes(tmp_path):
     record = SimpleNamespace(data={}, save=lambda: None)
     log = tmp_path / "metrics.jsonl"
-    with Watch(record, log, "distill"):
+    with watched(record, log, "distill"):
         pass
     assert record.data["training"]["distill"]["curve"] == []
     lines = [
@@ -108,7 +108,7 @@ def test_a_half_written_log_is_read_as_far_as_it_goes(tmp_path):
         {"step": 2, "tokens": 16, "eval_perplexity": 3.0},
     ]
     log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
-    with Watch(record, log, "distill"):
+    with watched(record, log, "distill"):
         pass
     found = record.data["training"]["distill"]
     assert found["tokens"] == 8 and found["tokens_per_s"] == 9.0 and found["held_out"][0]["perplexity"] == 3.0

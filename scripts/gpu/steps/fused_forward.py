@@ -146,15 +146,8 @@ def fused_forward(layer, q, k, v, *, block: int = 32, warps: int = 4, stages: in
     """
     Output o (B, T, H, d) of `DiJiangLinearAttention.attend` without a state.
 
-    Args:
-        layer: the linear layer.
-        q: contiguous bfloat16 queries (B, T, H, d).
-        k: keys, the same.
-        v: values, the same.
-        block: tokens computed at a time. With 64 or 128 Triton 3.6 uses Hopper's warp-group products; then results were wrong
-            or memory was accessed out of bounds (seen on an H200).
-        warps: of a program.
-        stages: of a program.
+    q, k and v are contiguous, bfloat16 (B, T, H, d). `block` is the number of tokens computed at a time: with 64 or 128
+    Triton 3.6 uses Hopper's warp-group products, and results were wrong or memory was accessed out of bounds (on an H200).
     """
     B, T, H, d = q.shape
     pairs = layer.feature_map_q.pairs

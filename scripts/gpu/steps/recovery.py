@@ -15,12 +15,11 @@ import contextlib
 import dataclasses
 import json
 import statistics
-import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
 
 import torch
 from recovery_data import Inputs, prepare_inputs, synthetic_inputs
@@ -79,38 +78,19 @@ READ_EVERY_SECONDS = 5.0
 SHOWN_METRICS = ("step", "tokens", "loss", "kl", "ce", "grad_norm", "tokens_per_second")
 
 
-class Watch:
+@contextlib.contextmanager
+def watched(record: Record, path: Path, stage: str) -> Iterator[None]:
     """
-    Context manager that reads a stage's metrics.jsonl every few seconds, and once more at the end, into the record's
-    `training` section under the stage's name, so that a killed run leaves it.
+    Copy a stage's metrics.jsonl every few seconds, and once more at the end, into the record's entry `training`, so that a
+    killed run leaves it.
     """
+    began = time.monotonic()
+    ended = threading.Event()
 
-    def __init__(self, record, path: Path, stage: str):
-        self.record = record
-        self.path = path
-        self.stage = stage
-        self.ended = threading.Event()
-        self.thread = threading.Thread(target=self.follow, daemon=True)
-
-    def __enter__(self) -> Self:
-        self.began = time.monotonic()
-        self.thread.start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.ended.set()
-        self.thread.join()
-        self.read()
-
-    def follow(self) -> None:
-        while not self.ended.wait(READ_EVERY_SECONDS):
-            self.read()
-
-    def read(self) -> None:
-        """Copy the current content of the file into the record."""
+    def copy() -> None:
         lines = []
         with contextlib.suppress(OSError, ValueError):  # the file may be missing, or its last line half-written
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8").splitlines():
                 lines.append(json.loads(line))
         curve = [{key: line[key] for key in SHOWN_METRICS if key in line} for line in lines if "loss" in line]
         held_out = [
@@ -122,28 +102,32 @@ class Watch:
             for line in lines
             if "eval_perplexity" in line
         ]
-        training = {"seconds": round(time.monotonic() - self.began, 1), "curve": curve, "held_out": held_out}
+        training = {"seconds": round(time.monotonic() - began, 1), "curve": curve, "held_out": held_out}
         if curve:
             speeds = [line["tokens_per_second"] for line in curve[1:] or curve]
             training |= {"tokens": curve[-1]["tokens"], "tokens_per_s": statistics.median(speeds)}
-        self.record.data.setdefault("training", {})[self.stage] = training
-        self.record.save()
+        record.data.setdefault("training", {})[stage] = training
+        record.save()
+
+    def follow() -> None:
+        while not ended.wait(READ_EVERY_SECONDS):
+            copy()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        copy()
 
 
 class Recovery:
-    """
-    One run of the step.
+    """One run of the step."""
 
-    Args:
-        options: those that every step takes.
-        own: options of this step.
-        record: its JSON.
-        device: to train on.
-    """
-
-    def __init__(self, options: argparse.Namespace, own: argparse.Namespace, record: Record, device: torch.device):
+    def __init__(self, options: argparse.Namespace, record: Record, device: torch.device):
         self.options = options
-        self.own = own
         self.record = record
         self.device = device
         self.small = options.small
@@ -155,7 +139,7 @@ class Recovery:
         self.inputs = inputs
         for key in ("error", "stopped", "fell_back", "judged_checkpoint"):  # of an earlier call
             self.data.pop(key, None)
-        self.data |= {"recipe": self.own.recipe, "corpus": inputs.facts, "dtype": dtype_name(self.dtype)}
+        self.data |= {"recipe": self.options.recipe, "corpus": inputs.facts, "dtype": dtype_name(self.dtype)}
         self.data["card"] = self.data.get("card") or card_rates(self.device, self.small)
         self.judge = Judge(inputs, self.device, self.dtype, self.record, self.small)
         recipe = self.recipe()
@@ -186,13 +170,13 @@ class Recovery:
 
     def recipe(self) -> Recipe:
         """The recipe with this machine's paths and settings and preliminary budgets."""
-        sets = [*SHARED, *SETTINGS.get(self.own.recipe, ()), *(SMALL if self.small else ())]
-        if self.small and self.own.recipe == "smollm2-135m":
+        sets = [*SHARED, *SETTINGS.get(self.options.recipe, ()), *(SMALL if self.small else ())]
+        if self.small and self.options.recipe == "smollm2-135m":
             sets.append("convert.settings.attention_window=16")
         sets += [f"source={self.inputs.teacher}", f"output={self.inputs.runs / self.record.path.stem}"]
-        sets += [f"align.tokens={FIRST_GUESS}", f"distill.tokens={FIRST_GUESS}", *self.own.set]
+        sets += [f"align.tokens={FIRST_GUESS}", f"distill.tokens={FIRST_GUESS}", *self.options.set]
         words = {word.partition("=")[0]: word for word in sets}  # the user's come last and win
-        recipe = load_recipe(self.own.recipe, list(words.values()))
+        recipe = load_recipe(self.options.recipe, list(words.values()))
         data = dataclasses.replace(
             recipe.data,
             train=self.inputs.train,
@@ -244,7 +228,7 @@ class Recovery:
         else:
             self.phase("speed of distill")
             speed = Speed(recipe, "distill", self.inputs.tokenizer, self.device, self.dtype)
-            best = speed.choose(self.data.setdefault("training_step", []), self.record, self.small, self.own.all_ways)
+            best = speed.choose(self.data.setdefault("training_step", []), self.record, self.small, self.options.all_ways)
             seconds_to_start = speed.build_seconds + min(best.get("warmup_s", 0.0), 10.0)
             self.data["flops_per_token"] = speed.flops()
             trained = speed.trained
@@ -267,8 +251,8 @@ class Recovery:
         seconds -= saves * (save + quick) + save + 2.0
         rate = best.get("tokens_per_s", 1e4) * SLACK
         tokens = 12 * step if self.small else max(int(seconds * rate), 20 * step)
-        if self.own.tokens:
-            tokens = self.own.tokens
+        if self.options.tokens:
+            tokens = self.options.tokens
         steps = tokens // step
         every = max(1, -(-steps // saves))
         self.data |= {
@@ -299,9 +283,8 @@ class Recovery:
                 "run": dataclasses.asdict(run),
                 "convert": dataclasses.asdict(recipe.convert),
             }
-            watch = Watch(self.record, StageFolder(recipe, stage).path / "metrics.jsonl", stage)
             try:
-                with watch:
+                with watched(self.record, StageFolder(recipe, stage).path / "metrics.jsonl", stage):
                     run_stage(recipe, stage, progress=not self.small)
                 return
             except KeyboardInterrupt as stopped:
@@ -337,30 +320,27 @@ class Recovery:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--recipe", default="smollm2-135m-linear", help="a bundled recipe or a file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the recipe")
-    parser.add_argument("--tokens", type=int, help="budget of the second stage; default: what the time allows")
-    parser.add_argument("--fresh", action="store_true", help="delete the run of an earlier call")
-    parser.add_argument("--all-ways", action="store_true", help="time fla and FlexAttention too, a minute more")
-    words = sys.argv[1:]
-    own, rest = parser.parse_known_args()
-    sys.argv[1:] = rest
-    options = arguments(f"{__doc__}\n\n{parser.format_help()}")
-    sys.argv[1:] = words
+    options = arguments(
+        __doc__,
+        recipe={"default": "smollm2-135m-linear", "help": "a bundled recipe or a file"},
+        set={"action": "append", "default": [], "metavar": "KEY=VALUE", "help": "a key of the recipe"},
+        tokens={"type": int, "help": "budget of the second stage; default: what the time allows"},
+        fresh={"action": "store_true", "help": "delete the run of an earlier call"},
+        all_ways={"action": "store_true", "help": "time fla and FlexAttention too, a minute more"},
+    )
     options.results.mkdir(parents=True, exist_ok=True)
     device = device_of(options.small)
-    step = STEPS.get(own.recipe, f"recovery_{Path(own.recipe).stem}")
+    step = STEPS.get(options.recipe, f"recovery_{Path(options.recipe).stem}")
     record = Record(step, options)
     record.data["command"] = record.data["command"].replace(f"steps/{step}.py", "steps/recovery.py")
-    run = Recovery(options, own, record, device)
+    run = Recovery(options, record, device)
     flex_window.kernel.enabled = False  # it compiles, and evaluation has many lengths
     try:
         with prefer_backend("torch"), tempfile.TemporaryDirectory() as folder:
             if options.small:
                 run.run(synthetic_inputs(Path(folder)))
             else:
-                run.run(prepare_inputs(options.data, record, fresh=step if own.fresh else None))
+                run.run(prepare_inputs(options.data, record, fresh=step if options.fresh else None))
     except (Exception, KeyboardInterrupt) as error:
         record.data["error"] = describe_error(error)
         record.save()

@@ -51,17 +51,7 @@ class Inputs:
 
 
 def prepare_inputs(data: Path, record, fresh: str | None = None) -> Inputs:
-    """
-    The inputs in DATA.
-
-    Args:
-        data: the folder DATA.
-        record: of the step.
-        fresh: name of a run to delete.
-
-    Raises:
-        SystemExit: with one line, if something is missing or does not fit.
-    """
+    """The inputs in the folder DATA; SystemExit with one line if something is missing. `fresh` names a run to delete."""
     runs = data / "runs"
     if fresh:
         shutil.rmtree(runs / fresh, ignore_errors=True)

@@ -1,7 +1,6 @@
 """Perplexity by source and length, and recall, of the models of a recovery run."""
 
 import gc
-import math
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from dijiang.common.perplexity import perplexity_of
 from dijiang.convert import load_source
 from dijiang.evaluate.quality.recall import associative_samples, chance, needle_samples, recall_scores
 from dijiang.train.data.token_cache import TokenFile
@@ -22,16 +22,7 @@ FILLER_TOKENS = 20_000
 
 
 class Judge:
-    """
-    Measures models into the record's entry `quality`, and ratios to the teacher into `perplexity_ratio`.
-
-    Args:
-        inputs: held-out folders and tokenizer.
-        device: that models are measured on.
-        dtype: that models are measured in.
-        record: of the step.
-        small: whether sizes are tiny.
-    """
+    """Measures models into the record's entry `quality`, and ratios to the teacher into `perplexity_ratio`."""
 
     def __init__(self, inputs, device: torch.device, dtype: torch.dtype, record, small: bool):
         self.device = device
@@ -50,15 +41,7 @@ class Judge:
 
     @torch.no_grad()
     def measure(self, name: str, source: str, *, recall: bool = True, weights: Path | None = None) -> None:
-        """
-        Measure the model at `source`, unless an earlier call did.
-
-        Args:
-            name: `teacher`, `baseline` or `student`.
-            source: folder of the model.
-            recall: whether to measure recall too.
-            weights: file of a checkpoint that replaces the model's own weights.
-        """
+        """Measure the model at `source`, unless an earlier call did; `weights` is a checkpoint's file with other weights."""
         quality = self.record.data.setdefault("quality", {})
         if name != "student" and quality.get(name, {}).get("measured"):
             return
@@ -73,7 +56,7 @@ class Judge:
             losses = {source: self.loss(model, blocks) for source, blocks in sources.items()}
             if losses:
                 losses["all"] = sum(losses.values()) / len(losses)
-                scores["perplexity"][str(length)] = {key: math.exp(min(loss, 700.0)) for key, loss in losses.items()}
+                scores["perplexity"][str(length)] = {key: perplexity_of(loss) for key, loss in losses.items()}
                 self.ratios()
         if recall:
             self.recall(model, scores)

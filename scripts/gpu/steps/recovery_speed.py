@@ -75,17 +75,9 @@ class Speed:
         return stage_flops(self.recipe, self.stage, *sizes)
 
     def choose(self, table: list[dict], record, small: bool, all_ways: bool) -> dict:
-        """
-        Time several ways, record them in `table`, and return the fastest.
-
-        Args:
-            table: of the ways.
-            record: to save after each way.
-            small: whether to do one step only, and to compile without the code generator, which takes minutes on a CPU.
-            all_ways: whether to time fla and FlexAttention too.
-        """
+        """Time several ways, with fla and FlexAttention if `all_ways`; write them into `table`, and return the fastest."""
         if small:
-            compiling.BACKEND = "eager"
+            compiling.BACKEND = "eager"  # the code generator takes minutes on a CPU
         ways = [EAGER, COMPILED]
         if all_ways:
             usable, _ = fla_is_usable(self.device)

@@ -31,9 +31,11 @@ MOST_CALLS = 100
 AGAIN = 75  # exit code that asks for another process for the remaining rows
 
 
-def arguments(doc: str) -> argparse.Namespace:
-    """The options that every step takes."""
+def arguments(doc: str, **own: dict) -> argparse.Namespace:
+    """The options that every step takes, and those in `own`, whose values are arguments of `add_argument`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, settings in own.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **settings)
     parser.add_argument("--data", type=Path, required=True, help="folder of weights, corpus and wheels")
     parser.add_argument("--results", type=Path, required=True, help="folder of the JSON files")
     parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU, to try the step")
@@ -157,11 +159,7 @@ def seconds_per_call(call: Callable, device: torch.device, *, seconds: float = 0
     calls are queued while the GPU is busy, so launches cost time only where they outlast the work.
 
     Args:
-        call: to be timed.
-        device: that it runs on.
         seconds: that all calls should take together, between `rounds` and `MOST_CALLS` of them.
-        warmup: calls that are not counted.
-        rounds: fewest calls.
     """
     if device.type != "cuda":
         return timing.alternate({"call": call}, rounds=rounds, seconds=seconds, warmup=warmup)["call"]
@@ -185,23 +183,11 @@ def seconds_per_call(call: Callable, device: torch.device, *, seconds: float = 0
 
 
 def card_rates(device: torch.device, small: bool) -> dict:
-    """The device's rates of bfloat16 products, copying and reading, in the form of `timing.machine_limits`."""
+    """The device's rates of bfloat16 products, copying and reading."""
     if device.type != "cuda":
         return timing.machine_limits(["bfloat16"], quick=small)
-    best = 0.0
-    for size in (4096, 8192):
-        a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-        seconds = seconds_per_call(lambda a=a, b=b: torch.mm(a, b), device, seconds=0.2)["median_s"]
-        best = max(best, 2 * size**3 / seconds / 1e9)
-    source = torch.ones(1 << 28, device=device)  # 1 GiB
-    target = torch.empty_like(source)
-    copying = seconds_per_call(lambda: target.copy_(source), device)["median_s"]
-    reading = seconds_per_call(source.sum, device)["median_s"]
-    return {
-        "product_gflops": {"bfloat16": best},
-        "copy_bytes_per_s": 2 * source.nbytes / copying,
-        "read_bytes_per_s": source.nbytes / reading,
-    }
+    seconds_of = lambda call: seconds_per_call(call, device)["median_s"]  # noqa: E731
+    return timing.machine_limits(["bfloat16"], device=device, sizes=(4096, 8192), seconds_of=seconds_of)
 
 
 def run_bench(
@@ -214,18 +200,7 @@ def run_bench(
     targets: Callable[[list[dict]], list[dict]],
     facts: Callable[[torch.device, bool], dict],
 ) -> None:
-    """
-    Run a step that measures rows.
-
-    Args:
-        step: its name.
-        doc: its description.
-        bench: takes device, whether the run is small, and the card's rates; its `measure_row` measures a row.
-        plan: returns the rows of a small run or a whole one.
-        cost: seconds that a row may take.
-        targets: returns the goals that rows have measured; a small run has none.
-        facts: returns further entries of the JSON.
-    """
+    """Run a step that measures the rows of `plan` by `bench(device, small, rates).measure_row`; see `Record.run`."""
     options = arguments(doc)
     record = Record(step, options)
     device = device_of(options.small)
