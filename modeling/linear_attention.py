@@ -93,7 +93,7 @@ def linear_attention(  # noqa: PLR0913 - the arguments that fla's operations hav
     return o.to(v.dtype), state if output_final_state else None
 
 
-def weighted_sums(
+def weighted_sums(  # noqa: PLR0913
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -132,7 +132,7 @@ class NativeMaps(NamedTuple):
 
 
 @torch.no_grad()
-def native_linear_attention(
+def native_linear_attention(  # noqa: PLR0913
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -179,8 +179,8 @@ class DiJiangModel(DiJiangPreTrainedModel):
                 rise by one, another sequence begins, which sees none of those before (packed rows, which get no cache).
             past_key_values: a `DiJiangCache` of the tokens before; a new one if `use_cache`.
             cache: the name of past_key_values from transformers 5.24 on; either will do with any version.
-            cu_seq_lens_q: (N + 1,), instead of position_ids: where the sequences packed into a single row begin and end.
-            kwargs: those of `EXTRA_ARGUMENTS` in transformers_compat.py.
+            kwargs: those of `EXTRA_ARGUMENTS` in transformers_compat.py. One is `cu_seq_lens_q` (N + 1,), instead of
+                position_ids: where the sequences packed into a single row begin and end.
 
         Raises:
             TypeError: on any other keyword argument.
@@ -322,7 +322,7 @@ class DiJiangForCausalLM(DiJiangPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
-    def forward(
+    def forward(  # noqa: PLR0913
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,

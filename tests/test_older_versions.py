@@ -1,6 +1,6 @@
 """
-What version 0.1.1 wrote still loads. `tests/data/made_by_0.1.1.tar.xz` holds a tiny teacher, its conversion, a recovery that was
-stopped inside its second stage, an evaluation, a pruned model, and the logits that 0.1.1 computed.
+What version 0.1.1 wrote still loads. `tests/data/made_by_0.1.1.tar.xz` holds a tiny teacher, its conversion, a recovery that
+was stopped inside its second stage, an evaluation, a pruned model, and the logits that 0.1.1 computed.
 """
 
 import json

@@ -30,7 +30,7 @@ class Pruned:
     loss: float | None
 
 
-def prune_compensated(
+def prune_compensated(  # noqa: PLR0913
     weight: torch.Tensor,
     factor: InverseFactor,
     *,

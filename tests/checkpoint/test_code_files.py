@@ -78,7 +78,8 @@ def test_code_that_is_up_to_date_is_left_alone(checkpoint):
 def test_edited_code_is_kept_unless_told_otherwise(checkpoint, refused):
     (checkpoint / "decoder_modules.py").write_text("# mine\n")
     before = files_of(checkpoint)
-    refused(checkpoint, lambda: refresh_code(checkpoint), "decoder_modules.py in .* is not as recorded in provenance.json.*--overwrite")
+    message = "decoder_modules.py in .* is not as recorded in provenance.json.*--overwrite"
+    refused(checkpoint, lambda: refresh_code(checkpoint), message)
     assert files_of(checkpoint) == before
     assert refresh_code(checkpoint, overwrite=True) == ["decoder_modules.py"]
     assert (checkpoint / "decoder_modules.py").read_bytes() == CODE["decoder_modules.py"]

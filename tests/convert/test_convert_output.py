@@ -181,7 +181,9 @@ def test_provenance(make_source, tmp_path):
     assert read_provenance(out)["stages"][1]["tokens"] == 123 and not list(out.glob("*.partial"))
 
 
-@pytest.mark.parametrize("content, message", [(None, "holds no prov"), ("{", "not valid JSON"), ("{}", "no list of stages")])
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "holds no prov"), ("{", "not valid JSON"), ("{}", "no list of stages")]
+)
 def test_provenance_that_is_not_ours(tmp_path, content, message):
     if content is not None:
         (tmp_path / "provenance.json").write_text(content)

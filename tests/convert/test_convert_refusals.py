@@ -197,7 +197,7 @@ def test_dijiang_checkpoint_as_source(make_source, tmp_path, refused):
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    ("settings", "message"),
     [
         ({"preset": "best"}, r"preset 'best' is unknown; choose from recommended, linear, paper"),
         ({"dtype": "int8"}, r"dtype 'int8' is unknown; choose from auto, float32"),
@@ -223,7 +223,7 @@ def test_settings(make_source, tmp_path, settings, message, refused):
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    ("words", "message"),
     [
         (["decay"], r"'decay' is not KEY=VALUE"),
         (["=3"], r"'=3' is not KEY=VALUE"),
@@ -273,14 +273,14 @@ def test_files_are_for_those_whom_the_folder_is_for(tmp_path, umask, mode):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, SystemExit])
 def test_new_folder_leaves_nothing_on_any_exception(tmp_path, error):
-    with pytest.raises(error), new_folder(tmp_path / "a" / "b") as folder:
+    with pytest.raises(error), new_folder(tmp_path / "a" / "b") as folder:  # noqa: PT012
         (folder / "x").write_text("1")
         raise error
     assert list(tmp_path.iterdir()) == []
 
 
 def test_new_folder_does_not_overwrite_what_came_meanwhile(tmp_path):
-    with pytest.raises(ValueError, match="is not empty"), new_folder(tmp_path / "out"):
+    with pytest.raises(ValueError, match="is not empty"), new_folder(tmp_path / "out"):  # noqa: PT012
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "theirs").write_text("1")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]

@@ -53,7 +53,7 @@ def inverse_factor(H: torch.Tensor) -> torch.Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
 
 
-def plain_sparsegpt(
+def plain_sparsegpt(  # noqa: PLR0913
     weight, hessian, sparsity, *, block, score="obs", exact=False, by_matrix=False, row_weights=None, pattern=None, upper=None
 ):
     """
