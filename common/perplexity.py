@@ -72,7 +72,8 @@ def token_losses(model: PreTrainedModel, tokens: torch.Tensor, start: int = 1) -
 
     Args:
         model: a causal language model with `base_model` and `get_output_embeddings()`.
-        tokens: (T,) int64, T > start >= 1.
+        tokens: (T,) int64.
+        start: index of the first token to score, 1 <= start < T.
 
     Returns:
         (T - start,) float32, on the CPU.

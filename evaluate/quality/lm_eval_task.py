@@ -56,7 +56,8 @@ def prepare(part: dict, tokenizer, *, context: int, limit: int | None, num_fewsh
     Make the prompts of one task or group.
 
     Args:
-        part: what lm-eval's manager returns for it; the rest is as for `load_tasks`.
+        part: what lm-eval's manager returns for it.
+        tokenizer: as for `load_tasks`, like all that follows.
 
     Raises:
         ValueError: if it cannot be run, or has no metric that is a mean over documents.
@@ -65,7 +66,10 @@ def prepare(part: dict, tokenizer, *, context: int, limit: int | None, num_fewsh
     group = next(iter(part["groups"].values()), None)  # the outermost comes first
     name = group.name if group else next(iter(leaves))
     metric, by_size = main_metric(name, list(leaves.values()), group)
-    lengths, hashed, descriptions, leaf_weights = {}, [], {}, {}
+    lengths: dict[tuple[str, str], int] = {}
+    hashed: list[bytes] = []
+    descriptions: dict[str, dict] = {}
+    leaf_weights: dict[str, float] = {}
     tokens = documents = truncated = 0
     guessed = total_weight = 0.0
     for leaf, task in leaves.items():

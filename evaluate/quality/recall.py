@@ -126,7 +126,9 @@ def associative_samples(tokenizer, *, length: int, samples: int, seed: int, quer
         ValueError: if `queries` pairs and their queries do not fit into `length`, or the tokenizer has too few words.
     """
     words = single_token_words(tokenizer)
-    equals, newline, mark = (encode(tokenizer, text) for text in (" =", "\n", " #"))
+    equals = encode(tokenizer, " =")
+    newline = encode(tokenizer, "\n")
+    mark = encode(tokenizer, " #")
     size = 2 + len(equals) + len(newline)
     lines = length // size - queries
     if lines < queries:

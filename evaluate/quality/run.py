@@ -42,8 +42,13 @@ def evaluate_model(
     Run `run_evaluation` and write its result and the report.
 
     Args:
-        checkpoint: as for `run_evaluation`, like all that is not listed here.
+        checkpoint: DiJiang checkpoint, folder or hub id.
+        teacher: softmax model with the same tokenizer: hub id, folder or GGUF file.
         output: new folder for `evaluation.json`, `report.html` and the figures.
+        config: what to measure, and on how much.
+        beside: further baselines, see `run_evaluation`.
+        cache: folder of partial results, see `run_evaluation`.
+        progress: show a bar on stderr.
 
     Returns:
         The content of `evaluation.json`.

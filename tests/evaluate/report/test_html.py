@@ -8,7 +8,6 @@ import numpy as np
 
 from dijiang.evaluate.report import map_figures
 from dijiang.evaluate.report.html import make_report
-from dijiang.evaluate.report.results import read_results
 from dijiang.evaluate.report.tables import score_table
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
@@ -45,25 +44,10 @@ def test_results_from_before_there_were_baselines_of_a_user_are_drawn(tmp_path):
     assert "<th>recovered</th>" in page and "<b>DiJiang</b>: DiJiang" in page and "are zero" not in page
 
 
-OLD, NEW = "window_only", "window_sinks"  # names of the training-free window in attention maps, up to 0.1.1 and since
-
-
-def test_attention_maps_of_earlier_versions_are_read_under_the_new_name(tmp_path):
-    file = RESULTS / "window" / "evaluation.json"
-    written = json.loads(file.read_text(encoding="utf-8"))
-    read = read_results([file])["evaluation"]
-    for old, new in zip(written["maps"]["layers"], read["maps"]["layers"], strict=True):
-        assert old["distance"][OLD] == new["distance"][NEW] and OLD not in new["distance"]
-        assert {*old["distance"]} - {OLD} == {*new["distance"]} - {NEW}
-    assert read["tasks"] == written["tasks"] and OLD in read["subjects"]  # the ablation keeps its name
-    (tmp_path / "again.json").write_text(json.dumps(read), encoding="utf-8")
-    assert read_results([tmp_path / "again.json"])["evaluation"] == read
-
-
 def test_attention_maps_of_earlier_versions_are_drawn(tmp_path, drawings_of):
     (tmp_path / "page").mkdir()
     drawings = drawings_of(map_figures)
     make_report([RESULTS / "window" / "evaluation.json"], tmp_path / "page")
     lines = {line.get_label(): list(line.get_ydata()) for line in drawings["map_distance"][0].get_lines()}
     layers = json.loads((RESULTS / "window" / "evaluation.json").read_text(encoding="utf-8"))["maps"]["layers"]
-    assert lines["training-free window + sinks"] == [np.median(layer["distance"][OLD]) for layer in layers]
+    assert lines["training-free window + sinks"] == [np.median(layer["distance"]["window_only"]) for layer in layers]
