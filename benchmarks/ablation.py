@@ -62,7 +62,7 @@ LOSSES = {
 
 
 def choices() -> dict[str, tuple[dict, dict]]:
-    """By name: settings of the conversion, settings of the align stage."""
+    """Settings of the conversion and of the align stage, by the name of the choice."""
     by_name = {}
     for window, window_settings in (("window", {}), ("no window", NO_WINDOW)):
         for decay in ("none", "learned"):

@@ -1,4 +1,4 @@
-"""What a result says about where it came from: the machine, and the command that was run."""
+"""Origin of a result: the machine, and the command that was run."""
 
 import os
 import platform

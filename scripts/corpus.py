@@ -34,7 +34,7 @@ class Source:
         name: of the package.
         pages: path and text, one paragraph a line.
         held: name of the held-out source that one in ten of its pages goes to; empty if none is held out.
-        facts: entries of its row in the table: version, licence and so on.
+        facts: entries of its row in the table: version, license and so on.
     """
 
     name: str

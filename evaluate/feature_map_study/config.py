@@ -6,7 +6,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureMapStudyConfig:
     """
-    What the feature map study measures.
+    Settings of the feature map study.
 
     Attributes:
         features: numbers of features m, in rising order.

@@ -165,7 +165,7 @@ def real_inputs(source: str | Path, text: Path, *, tokens: int, query_every: int
 
 @torch.no_grad()
 def capture(model, input_ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """By layer, q (B, T, H, d), k and v (B, T, G, d) of the softmax model on input_ids (B, T), after rotary positions."""
+    """q (B, T, H, d), k and v (B, T, G, d) of each layer of the softmax model on input_ids (B, T), after rotary positions."""
     projections = []
 
     def project(module, args, kwargs):

@@ -54,7 +54,7 @@ def with_band(values: list[float], form: str = ".2f") -> str:
 
 
 def slopes(result: dict, first: int) -> dict[str, list[list[float]]]:
-    """By map, the slopes of equal weights from m = first upwards with their bands, in the order of INPUTS."""
+    """Slopes of equal weights from m = first upwards with their bands, by map and in the order of INPUTS."""
     by_map = {}
     for name in MAPS:
         wanted = {"map": name, "weights": "equal", "from": first}

@@ -8,7 +8,7 @@ PHASES = ("prefill", "decode")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatencyConfig:
     """
-    What the latency benchmark measures, and on what.
+    Settings of the latency benchmark: what it measures, and on which models.
 
     Attributes:
         contexts: tokens of context.

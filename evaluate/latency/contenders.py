@@ -203,7 +203,8 @@ def linear_step_flops(layer: DiJiangLinearAttention) -> int:
     FLOPs of one decoded token between the projections: features of its query and of the key that leaves the window, update
     and reading of the sums, softmax over the window.
     """
-    H, G, d, M = layer.num_heads, layer.num_key_value_heads, layer.head_dim, layer.feature_map_k.size
+    H, G = layer.num_heads, layer.num_key_value_heads
+    d, M = layer.head_dim, layer.feature_map_k.size
     projected = "feature_dim" in FEATURE_MAPS[layer.config.feature_map].settings
     features = 2 * (H + G) * layer.feature_map_k.feature_dim * d if projected else 0
     return features + 2 * (H + G) * M * (d + layer.normalize) + 4 * H * d * (layer.window + layer.sinks)

@@ -177,7 +177,7 @@ def compared(
 
 
 def flatness(rows: list[dict]) -> list[dict]:
-    """By batch, how much longer a decoding step takes at the longest context that was measured than at the shortest."""
+    """Time of a decoding step at the longest measured context over that at the shortest, for each batch."""
     entries = []
     measured = [row for row in rows if row["phase"] == "decode" and "left_out" not in row]
     for batch in sorted({row["batch"] for row in measured}):

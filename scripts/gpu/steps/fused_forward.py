@@ -50,9 +50,11 @@ def segment_sums(
     k, v, W, bias, states, sums, T, segment, C: tl.constexpr, m: tl.constexpr, d: tl.constexpr, PAIRS: tl.constexpr
 ):
     """The sum over a segment of phi(k) v^T, (M, d), and of phi(k), (M,)."""
-    s, b, h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    S, H = tl.num_programs(0), tl.num_programs(2)
-    rows, columns, tokens = tl.arange(0, m), tl.arange(0, d), tl.arange(0, C)
+    s, S = tl.program_id(0), tl.num_programs(0)
+    h, H = tl.program_id(2), tl.num_programs(2)
+    b = tl.program_id(1)
+    rows, columns = tl.arange(0, m), tl.arange(0, d)
+    tokens = tl.arange(0, C)
     state_first, state_second = tl.zeros((m, d), tl.float32), tl.zeros((m, d), tl.float32)
     sum_first, sum_second = tl.zeros((m, 16), tl.float32), tl.zeros((m, 16), tl.float32)
     for start in range(0, segment, C):
@@ -96,9 +98,12 @@ def running_sums(x, S, size, BLOCK: tl.constexpr):
 def outputs(q, k, v, W_q, bias_q, W_k, bias_k, states, sums, o, T, segment,
             C: tl.constexpr, m: tl.constexpr, d: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
     """The outputs of a segment's queries."""
-    s, b, h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    S, H = tl.num_programs(0), tl.num_programs(2)
-    rows, columns, tokens, same = tl.arange(0, m), tl.arange(0, d), tl.arange(0, C), tl.arange(0, 16)
+    s, S = tl.program_id(0), tl.num_programs(0)
+    h, H = tl.program_id(2), tl.num_programs(2)
+    b = tl.program_id(1)
+    rows, columns = tl.arange(0, m), tl.arange(0, d)
+    tokens = tl.arange(0, C)
+    same = tl.arange(0, 16)
     M = 2 * m if PAIRS else m
     base_row = ((b * H + h) * S + s).to(tl.int64) * M
     state_first = tl.load(states + (base_row + rows[:, None]) * d + columns[None, :])

@@ -142,7 +142,8 @@ class Bench:
 
     def decode(self, contender: Contender, row: dict) -> dict:
         """Time one token of every sequence, as often as the time allows."""
-        name, batch, context = row["contender"], row["batch"], row["context"]
+        name = row["contender"]
+        batch, context = row["batch"], row["context"]
         if name.startswith("dijiang"):
             cache = short_cache(contender, batch, min(context, STATE_TOKENS))
         else:

@@ -30,7 +30,9 @@ from dijiang.modeling import DiJiangConfig, DiJiangModel
 from dijiang.modeling.linear_attention import linear_attention, prefer_backend
 from dijiang.modeling.linear_attention_fla import fla_is_usable
 
-HEADS, SMALL_HEADS, HEAD_DIM, DTYPE = 16, 2, 64, torch.bfloat16
+HEADS, SMALL_HEADS = 16, 2
+HEAD_DIM = 64
+DTYPE = torch.bfloat16
 PAIRS = {128: True, 64: False}  # by number of features, whether they come in pairs
 LENGTHS, MAIN = (65536, 2048, 4096, 8192, 32768), 16384  # the most informative first
 SMALL_LENGTHS, SMALL_MAIN = (32,), 64

@@ -31,7 +31,7 @@ CHECKED_TOKENS = 500  # per document of a folder that another version of the tok
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """
-    What a recovery starts from.
+    Inputs of a recovery.
 
     Attributes:
         teacher: folder of the softmax model.
