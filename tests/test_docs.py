@@ -203,6 +203,13 @@ def test_links_and_figures_exist():
             assert not anchor or path == "api.md", f"{name}: {target}"  # the site's build checks those
 
 
+def test_the_glossary_defines_each_word_once_in_alphabetical_order():
+    sections = PAGES["glossary"].split("\n## ")[1:]
+    words = [re.findall(r"^\| ([^|]+) \| (?!meaning|---)", section, flags=re.MULTILINE) for section in sections]
+    assert len(words) == 5 and all(section == sorted(section, key=str.lower) for section in words)
+    assert sum(map(len, words)) == len(set().union(*words)) > 50
+
+
 # --- the site ---
 
 
