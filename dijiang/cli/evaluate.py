@@ -94,7 +94,7 @@ def card(
 
     Example: dijiang card smollm2-recovered/distill/model --evaluation evaluation/evaluation.json
     """
-    from dijiang.evaluate.report.html import read_results
+    from dijiang.evaluate.report.results import read_results
     from dijiang.evaluate.report.style import refuse_missing_packages
 
     refuse_missing_packages("jinja2")
@@ -189,12 +189,13 @@ def kernels(
     from dataclasses import replace
 
     from dijiang.bundled import HELD_OUT_TEXT, packaged_model
-    from dijiang.evaluate.feature_map_study.study import QUICK, KernelStudyConfig, run_kernel_study
+    from dijiang.evaluate.feature_map_study.config import QUICK, FeatureMapStudyConfig
+    from dijiang.evaluate.feature_map_study.study import run_feature_map_study
 
     given = {"features": tuple(features) if features else None, "seeds": seeds}
     config = replace(
-        QUICK if quick else KernelStudyConfig(), **{key: value for key, value in given.items() if value is not None}
+        QUICK if quick else FeatureMapStudyConfig(), **{key: value for key, value in given.items() if value is not None}
     )
-    run_kernel_study(model or packaged_model(), HELD_OUT_TEXT, output=output, plot=plot, config=config)
+    run_feature_map_study(model or packaged_model(), HELD_OUT_TEXT, output=output, plot=plot, config=config)
     for path in filter(None, (output, plot)):
         typer.echo(f"wrote {path}")
