@@ -49,8 +49,8 @@ def test_a_backend_can_be_chosen_at_any_time(measure, monkeypatch):
 
 
 def test_backend_is_told_by_who_answered(measure):
-    def native_step(found):
-        return found
+    def native_step(result):
+        return result
 
     assert measure.backend_of(lambda: native_step(1)) == "native"
     assert measure.backend_of(lambda: native_step(None)) == "torch"

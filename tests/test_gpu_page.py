@@ -23,9 +23,9 @@ def report(monkeypatch):
     return gpu_report
 
 
-def made_up(report, tmp_path: Path) -> dict:
+def synthetic_results(report, tmp_path: Path) -> dict:
     """Results of one card: a run that was cut short, with rows of every kind."""
-    head = {"device": "Some GPU", "small": False, "versions": VERSIONS}
+    header = {"device": "Some GPU", "small": False, "versions": VERSIONS}
     limits = {"product_gflops": {"bfloat16": 7e5}, "copy_bytes_per_s": 3e12}
     op = {"pass": "forward", "tokens": 16384, "batch": 1, "features": 128}
     time = {"median_s": 5e-4, "floor_s": 5e-5, "of_floor": 10.0, "relative_error": {"o": 2e-3}}
@@ -64,10 +64,10 @@ def made_up(report, tmp_path: Path) -> dict:
         "training_step": [{"stage": "distill", "name": "eager, fla", "left_out": "not there"}],
     }
     results = {
-        "recovery_linear": head | {"complete": False} | recovery,
-        "tests": head | counts | {"details": details},
-        "op": head | {"limits": limits, "rows": rows, "targets": [target]},
-        "model": head | {"limits": limits, "rows": model, "targets": []},
+        "recovery_linear": header | {"complete": False} | recovery,
+        "tests": header | counts | {"details": details},
+        "op": header | {"limits": limits, "rows": rows, "targets": [target]},
+        "model": header | {"limits": limits, "rows": model, "targets": []},
     }
     for name, result in results.items():
         (folder / f"{name}.json").write_text(json.dumps(result), encoding="utf-8")
@@ -103,7 +103,7 @@ def test_without_results_every_table_says_so(report):
 
 
 def test_results_that_were_cut_short_are_drawn(report, tmp_path):
-    results = made_up(report, tmp_path)
+    results = synthetic_results(report, tmp_path)
     page = report.fill(PAGE, results)
     assert "| Some GPU | 700 | 3.00 | 2.11 | 3.6 | 5.17 | none |" in part(page, "cards")
     assert "| Some GPU | 1 | 1 | 0 | 1 | no, stopped at its limit |" in part(page, "gpu-tests")

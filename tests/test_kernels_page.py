@@ -45,7 +45,7 @@ def test_numbers_in_the_page_are_those_of_the_recorded_run():
     ]
     few = {"inputs": "gaussian-0.5-d4", "map": "pff-sobol-chi", "weights": "nnls", "from": 16}
     steep = recorded("slopes", **few)["slope"][0]
-    said = [
+    statements = [
         f"made in {RECORDED['seconds']:.0f} s on one CPU thread",
         f"{settings['pairs']} Gaussian queries and {settings['pairs']} keys",
         f"{settings['heads']} heads of {settings['heads']} layers of SmolLM2-135M on {settings['tokens']} tokens",
@@ -71,9 +71,9 @@ def test_numbers_in_the_page_are_those_of_the_recorded_run():
     ]
     prose = " ".join(line for line in PAGE.splitlines() if not line.startswith("|"))
     prose = " ".join(prose.split())
-    for words in said:
-        assert words in prose, words
-    known = {number for words in said for number in re.findall(r"\d+\.\d+", words)}
+    for statement in statements:
+        assert statement in prose, statement
+    known = {number for statement in statements for number in re.findall(r"\d+\.\d+", statement)}
     for number in re.findall(r"(?<![\d.])\d+\.\d+(?![\d.]*/)", prose.replace("2403.19928", "")):
         assert number in known, f"{number} is from nowhere"
 
@@ -103,8 +103,8 @@ def test_verdicts_of_the_page_are_those_of_the_recorded_run():
     # 3: at the limit by 4096 features
     for name in ("pff-sobol-normal", "pff-halton-normal", "pff-lattice-normal", "wdcf-normal"):
         for inputs in report.INPUTS:
-            found = recorded("rows", inputs=inputs, map=name, weights="equal", m=4096)["rmse"][0]
-            assert found == pytest.approx(RECORDED["limits"][inputs]["normal_rmse"], rel=0.02)
+            error = recorded("rows", inputs=inputs, map=name, weights="equal", m=4096)["rmse"][0]
+            assert error == pytest.approx(RECORDED["limits"][inputs]["normal_rmse"], rel=0.02)
     # 4: one floor with the normal radius; with chi worse at equal weights, close with fitted ones, but not at d = 4
     for inputs in low_norms[1:]:
         for weights in ("equal", "nnls"):

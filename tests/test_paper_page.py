@@ -81,8 +81,8 @@ def test_verdicts_follow_from_the_results(results):
     sobol = [s for s in slopes if s["map"] == "pff-sobol-chi"]
     assert all(s["slope"][0] > -0.9 for s in slopes if s["metric"] == "rmse")  # nowhere -1
     for inputs in ("gaussian-0.5-d4", "gaussian-0.5-d64"):  # steeper than Monte Carlo
-        found = pick(sobol, inputs=inputs, metric="rmse")
-        assert found["slope"][2] < pick(slopes, inputs=inputs, metric="rmse", map="prf")["slope"][1]
+        quasi = pick(sobol, inputs=inputs, metric="rmse")
+        assert quasi["slope"][2] < pick(slopes, inputs=inputs, metric="rmse", map="prf")["slope"][1]
     assert all(s["slope"][0] > -0.1 for s in slopes if s["inputs"] == "real" and s["metric"] == "attention")
 
     fitted = [r for r in kernels["ratios"] if r["metric"] == "calibration"]

@@ -30,10 +30,10 @@ def test_the_readme_says_what_the_runs_came_to():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     runs = json.loads((ROOT / "benchmarks" / "results" / "recovery.json").read_text(encoding="utf-8"))["runs"]
     for name in ("window", "window_only", "linear"):
-        found = runs[name]["stages"]["distill"]
-        minutes = round(sum(found["seconds"]) / 60)
-        ratios = " | ".join(f"{found['ratio'][length]:.3f}" for length in ("1024", "4096"))
-        assert f"| {found['tokens']:,} | {minutes} min | {ratios} |" in readme
+        stage = runs[name]["stages"]["distill"]
+        minutes = round(sum(stage["seconds"]) / 60)
+        ratios = " | ".join(f"{stage['ratio'][length]:.3f}" for length in ("1024", "4096"))
+        assert f"| {stage['tokens']:,} | {minutes} min | {ratios} |" in readme
 
 
 def test_means_and_ranges_over_seeds(report):

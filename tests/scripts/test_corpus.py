@@ -129,9 +129,9 @@ def test_roff_fonts_and_escapes_are_taken_off():
     assert prose.from_roff(text).startswith("The read(2) system call does what its manual page says - and one reads")
 
 
-def package(name="thing", patterns=corpus_packages.DEFAULT_PATTERNS, **given):
+def package(name="thing", patterns=corpus_packages.DEFAULT_PATTERNS, **fields):
     return corpus_packages.Package(
-        **{"kind": "wheel", "name": name, "version": "1", "sha256": "-", "held": "", "patterns": patterns} | given
+        **{"kind": "wheel", "name": name, "version": "1", "sha256": "-", "held": "", "patterns": patterns} | fields
     )
 
 

@@ -55,12 +55,12 @@ def programme(load, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "GRACE_S", 0.3)
 
     def call(steps: dict[str, str], *options: str) -> int:
-        found = []
+        programme_steps = []
         for name, body in steps.items():
             (folder / f"{name}.py").write_text(WRITE + body, encoding="utf-8")
             inputs = ("corpus/train",) if name == "recovery" else ()
-            found.append(module.Step(name=name, seconds=20, small_seconds=20, inputs=inputs))
-        monkeypatch.setattr(module, "STEPS", tuple(found))
+            programme_steps.append(module.Step(name=name, seconds=20, small_seconds=20, inputs=inputs))
+        monkeypatch.setattr(module, "STEPS", tuple(programme_steps))
         monkeypatch.setattr(sys, "argv", ["programme.py", "--results", str(tmp_path / "results"), "--small", *options])
         with pytest.raises(SystemExit) as ended:
             module.main()
@@ -114,8 +114,8 @@ def test_a_step_whose_inputs_have_not_arrived_waits(programme, tmp_path, capsys)
     step = programme.module.Step(name="recovery", seconds=1, small_seconds=1, inputs=("weights", "corpus/train"))
     (programme.module.STEPS_FOLDER / "recovery.py").touch()
     (tmp_path / "weights").mkdir()
-    found = programme.module.why_passed_over(step, argparse.Namespace(**arguments))
-    assert found == "passed over: corpus/train not there yet"
+    reason = programme.module.why_passed_over(step, argparse.Namespace(**arguments))
+    assert reason == "passed over: corpus/train not there yet"
     assert programme({"recovery": 'write("recovery", complete=True)'}) == 0  # a small run needs nothing
     assert state(capsys.readouterr().out, "recovery") == "done"
 
@@ -180,9 +180,10 @@ def test_rows_go_on_where_an_earlier_call_ended(record, tmp_path):
             raise torch.OutOfMemoryError("full")
         return {"median_s": 1.0}
 
-    def run(found, seconds=1.0) -> dict:
-        found.run(plan, measure, cost=lambda row: 5.0 if row["row"] == 3 else seconds, after=lambda rows: {"count": len(rows)})
-        found.finish(note="n")
+    def run(record_of_call, seconds=1.0) -> dict:
+        cost = lambda row: 5.0 if row["row"] == 3 else seconds  # noqa: E731
+        record_of_call.run(plan, measure, cost=cost, after=lambda rows: {"count": len(rows)})
+        record_of_call.finish(note="n")
         return json.loads((tmp_path / "op.json").read_text(encoding="utf-8"))
 
     first = run(record(seconds=8))
@@ -272,15 +273,15 @@ def test_plans_name_every_row_once_and_begin_with_what_is_asked_for(load):
 
 
 def test_targets_compare_with_flash_attention_and_with_the_default_cache(load):
-    op, common = load("steps/op"), {"pass": "forward", "tokens": 16384, "batch": 1}
-    rows = [common | {"features": None, "variant": "flash", "median_s": 8.0}]
-    rows += [common | {"features": 128, "variant": "dijiang", "median_s": 4.0, "of_floor": 3.0}]
-    rows += [common | {"features": 128, "variant": "graph", "median_s": 1.0, "of_floor": 1.5}]
-    rows += [common | {"features": 128, "variant": "fla", "left_out": "not there"}]
-    found = [(line["measured"], line["met"]) for line in op.targets(rows, 16384)]
-    assert found == [(2.0, False), (3.0, False), (8.0, True), (1.5, True)]
-    model, common = load("steps/model"), {"phase": "decode", "shape": "pythia-70m", "batch": 32, "context": 2048}
-    rows = [common | {"contender": name, "median_s": x} for name, x in (("softmax", 2.0), ("dijiang", 1.0))]
+    op, shared_entries = load("steps/op"), {"pass": "forward", "tokens": 16384, "batch": 1}
+    rows = [shared_entries | {"features": None, "variant": "flash", "median_s": 8.0}]
+    rows += [shared_entries | {"features": 128, "variant": "dijiang", "median_s": 4.0, "of_floor": 3.0}]
+    rows += [shared_entries | {"features": 128, "variant": "graph", "median_s": 1.0, "of_floor": 1.5}]
+    rows += [shared_entries | {"features": 128, "variant": "fla", "left_out": "not there"}]
+    outcomes = [(line["measured"], line["met"]) for line in op.targets(rows, 16384)]
+    assert outcomes == [(2.0, False), (3.0, False), (8.0, True), (1.5, True)]
+    model, shared_entries = load("steps/model"), {"phase": "decode", "shape": "pythia-70m", "batch": 32, "context": 2048}
+    rows = [shared_entries | {"contender": name, "median_s": x} for name, x in (("softmax", 2.0), ("dijiang", 1.0))]
     assert [(line["target"], line["measured"], line["met"]) for line in model.targets(rows)] == [(">= 1.28", 2.0, True)]
 
 
@@ -315,11 +316,11 @@ def test_a_small_run_of_one_step_from_a_parcel(tmp_path):
     out = run_small(tmp_path, "--only", "model", "--parts", str(tmp_path / "parts"))
     assert (tmp_path / "data" / "note.txt").read_text(encoding="utf-8") == "brought along"
     assert state(out, "model") == "done"
-    found = json.loads((tmp_path / "results" / "model.json").read_text(encoding="utf-8"))
-    assert found.keys() >= HEAD and found["complete"] and found["small"] and found["not_reached"] == 0
-    assert not [row for row in found["rows"] if "error" in row or "left_out" in row]
-    assert all(row["agreement"] == 1.0 for row in found["rows"] if "agreement" in row)
-    assert str(tmp_path) not in json.dumps(found)
+    result = json.loads((tmp_path / "results" / "model.json").read_text(encoding="utf-8"))
+    assert result.keys() >= HEAD and result["complete"] and result["small"] and result["not_reached"] == 0
+    assert not [row for row in result["rows"] if "error" in row or "left_out" in row]
+    assert all(row["agreement"] == 1.0 for row in result["rows"] if "agreement" in row)
+    assert str(tmp_path) not in json.dumps(result)
     assert state(run_small(tmp_path, "--only", "model"), "model") == "passed over: complete already"
 
 
@@ -331,9 +332,9 @@ def test_a_small_run_of_all_steps(tmp_path, load):
     steps = [step for step in load("programme").STEPS if step.small_seconds]
     for step in steps:
         assert state(out, step.name) == "done"
-        found = json.loads((tmp_path / "results" / f"{step.name}.json").read_text(encoding="utf-8"))
-        assert found.keys() >= HEAD and found["complete"] and found["small"] and found["step"] == step.name
-        assert not [row for row in found.get("rows", []) if "error" in row]
+        result = json.loads((tmp_path / "results" / f"{step.name}.json").read_text(encoding="utf-8"))
+        assert result.keys() >= HEAD and result["complete"] and result["small"] and result["step"] == step.name
+        assert not [row for row in result.get("rows", []) if "error" in row]
     assert json.loads((tmp_path / "results" / "tests.json").read_text(encoding="utf-8"))["collected"] > 0
     out = run_small(tmp_path)
     assert {state(out, step.name) for step in steps} == {"passed over: complete already"}

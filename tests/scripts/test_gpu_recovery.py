@@ -40,21 +40,21 @@ def test_small(recipe, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     name = {"smollm2-135m-linear": "recovery_linear", "smollm2-135m": "recovery_window"}[recipe]
-    found = json.loads((tmp_path / f"{name}.json").read_text())
-    assert found["step"] == name and found["complete"] and found["small"] and found["device"] == "cpu"
-    assert "error" not in found and "fell_back" not in found and str(tmp_path) not in json.dumps(found)
-    ways = {row["name"]: row for row in found["training_step"] if row["stage"] == "distill"}
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    assert result["step"] == name and result["complete"] and result["small"] and result["device"] == "cpu"
+    assert "error" not in result and "fell_back" not in result and str(tmp_path) not in json.dumps(result)
+    ways = {row["name"]: row for row in result["training_step"] if row["stage"] == "distill"}
     assert ways.keys() == {"eager, torch", "compiled, torch"}
     assert all(row["tokens_per_s"] > 0 and "error" not in row for row in ways.values())
-    assert found["tokens"] == found["planned"]["tokens"] == found["training"]["distill"]["curve"][-1]["tokens"]
-    assert found["training"]["distill"]["held_out"][-1]["tokens"] == found["tokens"]
-    assert found["tokens_per_s"] > 0 and found["share_of_measured_peak"] > 0 and sum(found["flops_per_token"].values()) > 0
+    assert result["tokens"] == result["planned"]["tokens"] == result["training"]["distill"]["curve"][-1]["tokens"]
+    assert result["training"]["distill"]["held_out"][-1]["tokens"] == result["tokens"]
+    assert result["tokens_per_s"] > 0 and result["share_of_measured_peak"] > 0 and sum(result["flops_per_token"].values()) > 0
     for model in ("baseline", "student"):
-        ratios = found["perplexity_ratio"][model]
+        ratios = result["perplexity_ratio"][model]
         assert all(0.5 < ratio < 2 for values in ratios.values() for ratio in values.values())
         assert all(values.keys() == {"source 0", "source 1", "all"} for values in ratios.values())
     for task in ("needle", "associative"):
-        assert all("share" in row for row in found["quality"]["student"]["recall"][task].values())
+        assert all("share" in row for row in result["quality"]["student"]["recall"][task].values())
 
 
 def test_tokens_of_another_version_of_the_tokenizer_are_checked(inputs, tmp_path):
@@ -110,5 +110,5 @@ def test_a_half_written_log_is_read_as_far_as_it_goes(tmp_path):
     log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
     with watched(record, log, "distill"):
         pass
-    found = record.data["training"]["distill"]
-    assert found["tokens"] == 8 and found["tokens_per_s"] == 9.0 and found["held_out"][0]["perplexity"] == 3.0
+    training = record.data["training"]["distill"]
+    assert training["tokens"] == 8 and training["tokens_per_s"] == 9.0 and training["held_out"][0]["perplexity"] == 3.0

@@ -19,20 +19,20 @@ def test_in_one_dimension_the_normal_radius_is_unbiased():
 @pytest.mark.parametrize("drop_norm", [False, True])
 def test_mix_is_the_plain_sum(drop_norm):
     case = random_case(5, 9, 4, 2)
-    found = case.mix(case.kernel, drop_norm=drop_norm)
+    mixed = case.mix(case.kernel, drop_norm=drop_norm)
     for i, q in enumerate(case.q):
         visible = range(case.positions[i] + 1)
         norms = [case.k[j] @ case.k[j] / 2 if drop_norm else 0.0 for j in visible]
         weights = np.exp([q @ case.k[j] + case.log_weight[j] + norm for j, norm in zip(visible, norms, strict=True)])
-        np.testing.assert_allclose(found[i], weights / weights.sum() @ case.v[: len(weights)], rtol=1e-12)
+        np.testing.assert_allclose(mixed[i], weights / weights.sum() @ case.v[: len(weights)], rtol=1e-12)
 
 
 def test_errors_of_estimates_that_are_known():
     case = random_case(6, 8, 4, 3)
     assert {value for name, value in case.errors(case.kernel).items() if name != "attention_dropped"} == {0.0}
-    found = case.errors(1.5 * case.kernel)  # the normaliser hides a common factor
-    assert found["rmse"] == pytest.approx(0.5) and found["median"] == pytest.approx(0.5)
-    assert found["attention"] == pytest.approx(0.0, abs=1e-12)
+    errors = case.errors(1.5 * case.kernel)  # the normaliser hides a common factor
+    assert errors["rmse"] == pytest.approx(0.5) and errors["median"] == pytest.approx(0.5)
+    assert errors["attention"] == pytest.approx(0.0, abs=1e-12)
     same_norm = Case(case.q, case.k / np.linalg.norm(case.k, axis=1, keepdims=True), case.v, case.positions)
     assert same_norm.errors(same_norm.kernel)["attention_dropped"] == pytest.approx(0.0, abs=1e-12)
     ones = Case(case.q, case.k, case.v, case.positions).mix(np.ones_like(case.kernel))

@@ -23,12 +23,12 @@ from dijiang.evaluate.feature_map_study.maps import (
 
 def mean_estimate(name: str, q: np.ndarray, k: np.ndarray, m: int, *, rotate: bool) -> tuple[np.ndarray, np.ndarray]:
     """Mean over many seeds of what the map gives for exp(q.k), and its standard error; `rotate` turns q and k by the seed."""
-    d, found = q.shape[1], []
+    d, estimates = q.shape[1], []
     for seed in range(300):
-        turn, triangle = np.linalg.qr(np.random.default_rng((9, seed)).standard_normal((d, d)))
-        turn = turn * np.sign(np.diag(triangle)) if rotate else np.eye(d)
-        found.append(estimate(q @ turn, k @ turn, MAPS[name](m, d, seed)))
-    return np.mean(found, axis=0), np.std(found, axis=0) / math.sqrt(len(found))
+        rotation, triangle = np.linalg.qr(np.random.default_rng((9, seed)).standard_normal((d, d)))
+        rotation = rotation * np.sign(np.diag(triangle)) if rotate else np.eye(d)
+        estimates.append(estimate(q @ rotation, k @ rotation, MAPS[name](m, d, seed)))
+    return np.mean(estimates, axis=0), np.std(estimates, axis=0) / math.sqrt(len(estimates))
 
 
 @pytest.mark.parametrize("d", [3, 6])
@@ -91,10 +91,10 @@ def test_estimate_is_the_plain_sum(seed):
     def phi(x, r):
         return math.exp(omega[r] @ x - x @ x / 2)
 
-    for given, used in ((weights, weights), (None, [1 / 11] * 11)):
+    for passed, used in ((weights, weights), (None, [1 / 11] * 11)):
         slow = [[sum(used[r] * phi(q, r) * phi(k, r) for r in range(11)) for k in case.k] for q in case.q]
-        np.testing.assert_allclose(estimate(case.q, case.k, omega, given), slow, rtol=1e-12)
-        scaled = estimate(case.q, case.k, omega, given, -case.log_sum)
+        np.testing.assert_allclose(estimate(case.q, case.k, omega, passed), slow, rtol=1e-12)
+        scaled = estimate(case.q, case.k, omega, passed, -case.log_sum)
         np.testing.assert_allclose(scaled, slow / np.exp(case.q @ case.k.T).sum(1, keepdims=True), rtol=1e-12)
 
 
@@ -110,11 +110,11 @@ def test_fitted_weights_are_never_worse_than_equal_ones_on_their_own_pairs(name,
         return float(np.square((phi_q * weights) @ phi_k.T - case.kernel).sum() / np.square(case.kernel).sum())
 
     equal = np.full(m, 1 / m)
-    found = {name: fit(*equations) for name, fit in FITS.items()}
-    for weights in (equal, *found.values()):
+    fitted = {name: fit(*equations) for name, fit in FITS.items()}
+    for weights in (equal, *fitted.values()):
         assert squared_error(*equations, weights) == pytest.approx(error(weights), rel=1e-6, abs=1e-9)
-    assert (found["nnls"] >= 0).all() and (found["learnt"] > 0).all()
-    assert error(found["nnls"]) <= error(found["learnt"]) + 1e-9 <= error(equal) + 2e-9
+    assert (fitted["nnls"] >= 0).all() and (fitted["learnt"] > 0).all()
+    assert error(fitted["nnls"]) <= error(fitted["learnt"]) + 1e-9 <= error(equal) + 2e-9
     design = (phi_q[:, None] * phi_k[None]).reshape(-1, m)
     _, residual = nnls(design, case.kernel.ravel())
-    assert error(found["nnls"]) == pytest.approx(residual**2 / np.square(case.kernel).sum(), rel=1e-4, abs=1e-8)
+    assert error(fitted["nnls"]) == pytest.approx(residual**2 / np.square(case.kernel).sum(), rel=1e-4, abs=1e-8)

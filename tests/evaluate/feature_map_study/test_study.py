@@ -15,11 +15,11 @@ from dijiang.evaluate.feature_map_study.study import band, case_errors, fit_slop
 
 def test_case_errors_fit_on_the_calibration_case_alone():
     case, calibration, omega = random_case(20, 30, 5, 0), random_case(20, 30, 5, 50), MAPS["prf"](8, 5, 0)
-    found = case_errors(case, calibration, omega, FITS)
-    assert found.keys() == {"equal", *FITS}
-    assert found["nnls"]["calibration"] <= found["learnt"]["calibration"] <= found["equal"]["calibration"]
+    errors = case_errors(case, calibration, omega, FITS)
+    assert errors.keys() == {"equal", *FITS}
+    assert errors["nnls"]["calibration"] <= errors["learnt"]["calibration"] <= errors["equal"]["calibration"]
     swapped = case_errors(calibration, calibration, omega, FITS)
-    assert swapped["nnls"]["rmse"] == pytest.approx(found["nnls"]["calibration"])
+    assert swapped["nnls"]["rmse"] == pytest.approx(errors["nnls"]["calibration"])
     assert case_errors(case, calibration, omega, {}).keys() == {"equal"}
 
 
@@ -51,8 +51,8 @@ def test_ratios_and_rows_of_planted_errors():
         ("x", "wdcf-chi", "nnls", "rmse"): factor * np.array([[6.0, 0.3]]),
         ("x", "pff-sobol-chi", "nnls", "rmse"): factor * np.array([[1.0, 0.5]]),
     }
-    found = summary(config, errors)
-    ratios = {(*r["over"], *r["under"]): (r["m"], r["ratio"][0], r["largest"]) for r in found["ratios"]}
+    means = summary(config, errors)
+    ratios = {(*r["over"], *r["under"]): (r["m"], r["ratio"][0], r["largest"]) for r in means["ratios"]}
     assert ratios == {
         ("wdcf-chi", "equal", "pff-sobol-chi", "equal"): (32, 1.5, 1.5),
         ("pff-sobol-chi", "equal", "prf", "equal"): (32, 2.0, 2.0),
@@ -60,9 +60,9 @@ def test_ratios_and_rows_of_planted_errors():
         ("wdcf-chi", "nnls", "pff-sobol-chi", "nnls"): (16, 0.6, 6.0),
         ("pff-sobol-chi", "nnls", "pff-sobol-chi", "equal"): (16, 0.5, 0.5),
     }
-    row = report.pick(found["rows"], map="prf", m=16)
+    row = report.pick(means["rows"], map="prf", m=16)
     assert row["rmse"][0] == 1.0 and 0.5 <= row["rmse"][1] < 1.0 < row["rmse"][2] <= 2.0
-    assert report.pick(found["slopes"], map="prf", weights="equal")["slope"] == [-1.0, -1.0, -1.0]
+    assert report.pick(means["slopes"], map="prf", weights="equal")["slope"] == [-1.0, -1.0, -1.0]
 
 
 @pytest.fixture

@@ -25,10 +25,10 @@ class Clock:
 def test_calls_take_turns_and_warm_up_does_not_count():
     clock = Clock()
     calls = {"a": clock.passes("a", 100.0, 1.0, 5.0, 3.0), "b": clock.passes("b", 2.0)}
-    found = timing.alternate(calls, rounds=3, after={"b": clock.passes("after b", 50.0)}, clock=clock)
+    timings = timing.alternate(calls, rounds=3, after={"b": clock.passes("after b", 50.0)}, clock=clock)
     assert clock.order == ["b", "after b", "a", "a", "b", "after b"] * 2  # every second round from the end
-    assert found["a"] == {"median_s": 3.0, "min_s": 1.0, "q1_s": 2.0, "q3_s": 4.0, "rounds": 3}
-    assert found["b"]["median_s"] == 2.0
+    assert timings["a"] == {"median_s": 3.0, "min_s": 1.0, "q1_s": 2.0, "q3_s": 4.0, "rounds": 3}
+    assert timings["b"]["median_s"] == 2.0
 
 
 def test_rounds_go_on_until_the_time_is_spent():
@@ -59,8 +59,8 @@ def test_the_device_is_waited_for_before_each_look_at_the_clock():
         queued.clear()
 
     after = {"a": lambda: queued.append(50.0)}
-    found = timing.alternate({"a": lambda: queued.append(3.0)}, rounds=2, after=after, wait=wait, clock=clock)
-    assert found["a"]["min_s"] == found["a"]["median_s"] == 3.0
+    timings = timing.alternate({"a": lambda: queued.append(3.0)}, rounds=2, after=after, wait=wait, clock=clock)
+    assert timings["a"]["min_s"] == timings["a"]["median_s"] == 3.0
 
 
 def test_a_result_lives_until_its_time_is_taken():
