@@ -1,4 +1,4 @@
-"""What the fused decoding steps of decode_step_native.py and decode_step_triton.py read of a linear layer."""
+"""The weights of a linear layer that the fused decoding steps read (decode_step_native.py, decode_step_triton.py)."""
 
 from typing import NamedTuple
 

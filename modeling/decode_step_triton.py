@@ -240,7 +240,10 @@ def triton_step(
     `attend_step` of a layer with `weights`. No gradients.
 
     Args:
-        q: (B, 1, H, d); k, v: (B, 1, G, d).
+        weights: of the layer.
+        q: (B, 1, H, d).
+        k: (B, 1, G, d).
+        v: (B, 1, G, d).
         state: a settled one.
 
     Returns:

@@ -136,7 +136,7 @@ class DiJiangLinearAttention(ProjectedAttention):
             v: (B, T, G, d).
             valid: (B, T) bool, False for padding, which no token sees. Default: all real. Padding before or after a sequence
                 leaves no trace; padding between its tokens takes up rows of the window.
-            state: of the tokens before; default none.
+            state: of the tokens before. Default: there are none.
 
         Returns:
             o (B, T, H, d), float32 or, where the whole layer is linear, q's dtype; and the state after the last token.
@@ -261,7 +261,7 @@ class DiJiangLinearAttention(ProjectedAttention):
         return triton_step(weights, q, k, v, state) or native_step(weights, q, k, v, state)
 
     def step_weights(self) -> StepWeights | None:
-        """What the fused steps need of this layer; None for maps that are not exponentials of one matrix."""
+        """The weights that the fused steps read; None for maps that are not exponentials of one matrix."""
         map_q, map_k = self.feature_map_q, self.feature_map_k
         if not (isinstance(map_q, ExponentialMap) and isinstance(map_k, ExponentialMap) and map_q.is_one_matrix):
             return None

@@ -46,9 +46,9 @@ struct call {
     void *o;
     float *total, *new_state;
     long B, T, H, G, M, d, e, bf16, softmax, sums, normalize;
-    long tasks, most;  /* how many, and the most pairs that one of them has */
-    const long *table; /* per task the first of its (b, g) pairs, the end of them, the first token and the end of them */
-    long next;         /* task to hand out */
+    long tasks, most;  /* number of tasks, and the most pairs of one of them */
+    const long *table; /* per task its first (b, g) pair, the end of its pairs, its first token, the end of its tokens */
+    long next;         /* the next task */
 };
 
 INLINE vec load(const char *row, long at, int bf16)
@@ -66,8 +66,8 @@ INLINE struct rows rows_of(struct input from, long b, long t, long head, long n,
     return (struct rows){from.x + b * from.steps[0] + t * from.steps[1] + head * from.steps[2], from.steps[1], n, width, bf16};
 }
 
-/* Sends for the share of m .. m + ROWS of M in the next block: rows lie too far apart for the processor to foresee them, and
-   it can wait for no more than a dozen lines at once. */
+/* Prefetches the share of m .. m + ROWS of M of the next block: rows are too far apart for the processor to predict them, and
+   it can wait for no more than a dozen cache lines at once. */
 INLINE void fetch(struct rows r, long m, long M)
 {
     for (long i = m * BLOCK / M; i < (m + ROWS) * BLOCK / M; i++)
@@ -266,9 +266,9 @@ INLINE void remember(float *S, const float *phi_k, const float *v, long e, float
             V(S + (m + r) * e + at + WIDTH * w) = c[r][w];
 }
 
-/* what one (b, g) pair carries from block to block */
+/* the memory of one (b, g) pair from block to block */
 struct memory {
-    float decay[3 * BLOCK]; /* [BLOCK + i] over a distance of i tokens: 0 for those to come, which is the causal mask */
+    float decay[3 * BLOCK]; /* [BLOCK + i] over a distance of i tokens: 0 for later tokens, which is the causal mask */
     float S[];              /* (M, e), then key_sum (M) */
 };
 
@@ -348,7 +348,7 @@ static void block(const struct call *c, float *scratch, struct memory *memory, l
     }
 }
 
-/* works on tasks until none is left; any number of threads may be in here. Returns nonzero if memory ran out */
+/* works on tasks until none is left, in any number of threads at once. Returns nonzero if memory ran out */
 int dijiang_work(struct call *c)
 {
     const long M = c->M, d = c->d, e = c->e, T = c->T;
@@ -356,7 +356,7 @@ int dijiang_work(struct call *c)
     float *scratch;
     if (posix_memalign((void **)&scratch, 64, (shared + c->most * own) * sizeof(float)))
         return 1;
-#ifdef MADV_HUGEPAGE /* a large output is new memory, whose pages of 4 KB take longer to come than all that goes into them */
+#ifdef MADV_HUGEPAGE /* a large output is new memory; its pages of 4 KB take longer to map than to fill */
     const uintptr_t page = 2 << 20, from = ((uintptr_t)c->o + page - 1) & -page;
     const uintptr_t to = ((uintptr_t)c->o + c->B * T * c->H * e * (c->bf16 && c->normalize ? 2 : 4)) & -page;
     if (to > from)
@@ -371,8 +371,8 @@ int dijiang_work(struct call *c)
 #define MEMORY(p) ((struct memory *)(scratch + shared + (p) * own))
         for (long p = 0; p < pairs; p++)
             start_pair(c, MEMORY(p), first + p);
-        /* heads inside, tokens outside: neighboring heads lie in the same pages, and looking those up costs as much as the
-           data. Tokens before `start` enter the memory only */
+        /* heads inside, tokens outside: neighboring heads share pages, whose look-up costs as much as reading the data.
+           Tokens before `start` enter the memory only */
         for (long t = 0; t < end; t += BLOCK)
             for (long p = 0; p < pairs; p++)
                 block(c, scratch, MEMORY(p), first + p, t, end - t < BLOCK ? end - t : BLOCK, t >= start);
@@ -386,8 +386,8 @@ int dijiang_work(struct call *c)
     return 0;
 }
 
-/* the same on so many threads; torch's own if it brought the OpenMP library that this one finds, else they would wait for
-   each other. 2 if there is no OpenMP here */
+/* dijiang_work on this number of threads: torch's own if both use one OpenMP library, else they would wait for each other.
+   Returns 2 if there is no OpenMP */
 int dijiang_run(struct call *c, int threads)
 {
 #ifdef _OPENMP

@@ -21,7 +21,7 @@ HIDDEN = -1e30
 
 class Sinks(NamedTuple):
     """
-    The first tokens of each sequence, which every later query sees exactly.
+    The first tokens of each sequence, which queries see exactly at any distance.
 
     Attributes:
         k: (B, S, G, d).
@@ -36,7 +36,7 @@ class Sinks(NamedTuple):
 
 class Window(NamedTuple):
     """
-    What queries see exactly. Query t sees rows t + 1 .. t + W, and the sinks that left the window by then.
+    The keys and values that queries see exactly. Query t sees rows t + 1 .. t + W, and the sinks that left the window by then.
 
     Attributes:
         k: (B, W + T, G, d), the W tokens before the first query and the T tokens of the queries.
@@ -53,7 +53,7 @@ class Window(NamedTuple):
 
 class LinearBranch(NamedTuple):
     """
-    What queries see of all older tokens through their features.
+    Attention to all older tokens through their features, not yet normalized.
 
     Attributes:
         numerator: (B, T, H, d), the weighted sum of the values.
