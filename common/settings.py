@@ -11,7 +11,7 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -311,38 +311,6 @@ def meant_by(name: str, key: str, known: list[str], sections: Mapping[str, type]
     if homes := [section for section, kind in sections.items() if name in get_type_hints(kind)]:
         return f"; {name} belongs to {' and '.join(homes)}"
     return did_you_mean(name, known, f"{key}." if key else "") or f"; known are {', '.join(known)}"
-
-
-# --- conditions, for `__post_init__`: fields that are None always pass, NaN never does ---
-
-
-def require(condition: object, message: str) -> None:
-    """Raise ValueError(message) unless `condition`."""
-    if not condition:
-        raise ValueError(message)
-
-
-def require_positive(settings: object, *names: str) -> None:
-    require_each(settings, names, lambda value: value > 0, "be greater than 0")
-
-
-def require_not_negative(settings: object, *names: str) -> None:
-    require_each(settings, names, lambda value: value >= 0, "not be negative")
-
-
-def require_at_least(least: float, settings: object, *names: str) -> None:
-    require_each(settings, names, lambda value: value >= least, f"be at least {least}")
-
-
-def require_between(low: float, high: float, settings: object, *names: str) -> None:
-    """Raise ValueError unless these fields lie between `low` and `high`, both included."""
-    require_each(settings, names, lambda value: low <= value <= high, f"lie between {low} and {high}")
-
-
-def require_each(settings: object, names: Iterable[str], holds: Callable[[Any], bool], must: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        require(value is None or holds(value), f"{name}={value} must {must}")
 
 
 # --- keys without effect ---

@@ -6,15 +6,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from dijiang.common.conditions import require, require_at_least, require_between, require_each
 from dijiang.common.errors import unknown
-from dijiang.common.settings import (
-    accepts_former_names,
-    refuse_idle,
-    require,
-    require_at_least,
-    require_between,
-    require_each,
-)
+from dijiang.common.settings import accepts_former_names, refuse_idle
 
 from .scores import SCORES
 from .sensitivity.methods import SENSITIVITIES

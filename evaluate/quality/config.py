@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dijiang.common.settings import require, require_at_least
+from dijiang.common.conditions import require, require_at_least
 
 AT_LEAST_ONE = ("text_tokens", "stride", "recall_samples", "prompts", "prompt_length", "new_tokens", "limit", "batch_size")
 

@@ -4,14 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from dijiang.common.settings import (
-    accepts_former_names,
-    require,
-    require_at_least,
-    require_between,
-    require_not_negative,
-    require_positive,
-)
+from dijiang.common.conditions import require, require_at_least, require_between, require_not_negative, require_positive
+from dijiang.common.settings import accepts_former_names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
