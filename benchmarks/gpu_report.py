@@ -4,6 +4,7 @@ Tables and the plot of docs/gpu.md, from benchmarks/results/gpu/<card>/<step>.js
     python benchmarks/gpu_report.py    # writes them into the pages, and docs/gpu_op.png where the op was measured
 """
 
+import argparse
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -380,4 +381,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

@@ -5,6 +5,7 @@ benchmarks/results, and an example of an evaluation.
     python benchmarks/paper_report.py    # writes them into the pages
 """
 
+import argparse
 import math
 import shutil
 import statistics
@@ -318,4 +319,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

@@ -4,6 +4,7 @@ Tables of docs/pruning.md, from benchmarks/results: pruning.json, pruning-other-
     python benchmarks/pruning_report.py    # writes them into docs/pruning.md
 """
 
+import argparse
 import statistics
 
 from pages import between_marks, read_result, redraw
@@ -76,4 +77,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

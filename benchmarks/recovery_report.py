@@ -4,6 +4,7 @@ Tables and the plot of docs/recovery.md, from benchmarks/results/ablation.json a
     python benchmarks/recovery_report.py    # writes them into docs/recovery.md, and docs/recovery.png
 """
 
+import argparse
 from functools import partial
 from pathlib import Path
 
@@ -121,4 +122,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

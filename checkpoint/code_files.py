@@ -124,10 +124,10 @@ class CodeState:
         """Raises ValueError if `provenance` lists as code what is no Python file in the folder itself."""
         recorded = provenance.get("code") or {}
         if not isinstance(recorded, dict):
-            raise ValueError(f"{folder / FILE_NAME} has no record of its code; convert anew")
+            raise ValueError(f"{folder / FILE_NAME} has no record of its code; convert the source again")
         if strange := [name for name in recorded if Path(name).name != name or not name.endswith(".py")]:
             raise ValueError(
-                f"{folder / FILE_NAME} lists {strange[0]!r} as code, which is no Python file beside it; convert anew"
+                f"{folder / FILE_NAME} lists {strange[0]!r} as code, which is no Python file in it; convert the source again"
             )
         newest = hash_files(code_files())
         paths = (folder / name for name in sorted(recorded.keys() | newest.keys()))

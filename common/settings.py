@@ -22,6 +22,11 @@ from .errors import did_you_mean
 
 T = TypeVar("T")
 
+
+class FormerNameWarning(FutureWarning):
+    """A setting was given under a name that it had in an earlier version."""
+
+
 TYPE_NAMES = {
     int: "a whole number",
     float: "a number",
@@ -282,14 +287,13 @@ def build_dataclass(kind: Any, value: Any, key: str, sections: Mapping[str, type
 
 
 def use_new_names(kind: Any, value: dict[str, Any], key: str = "") -> None:
-    """Replace former names of settings of `kind` in `value`, with a FutureWarning each; ValueError if both names are there."""
+    """Replace former names of settings of `kind` in `value`, with a warning each; ValueError if both names are there."""
     for old, new in getattr(kind, "RENAMED", {}).items():
         if old in value:
             if new in value:
                 raise ValueError(f"{join(key, old)} is the former name of {join(key, new)}; keep the latter")
-            warnings.warn(
-                f"{join(key, old)} is now called {join(key, new)}; the old name will go", FutureWarning, stacklevel=2
-            )
+            message = f"{join(key, old)} is now called {join(key, new)}; the former name will be removed"
+            warnings.warn(message, FormerNameWarning, stacklevel=3)
             value[new] = value.pop(old)
 
 

@@ -237,14 +237,7 @@ def triton_step(
     weights: StepWeights, q: Tensor, k: Tensor, v: Tensor, state: LinearState
 ) -> tuple[Tensor, LinearState] | None:
     """
-    `attend_step` of a layer with `weights`. No gradients.
-
-    Args:
-        weights: of the layer.
-        q: (B, 1, H, d).
-        k: (B, 1, G, d).
-        v: (B, 1, G, d).
-        state: a settled one.
+    `attend_step` of a layer with `weights`, with the arguments of `native_step`. No gradients.
 
     Returns:
         o (B, 1, H, d) float32 and the new state; None off the GPU (unless Triton's interpreter is on), after a failure, and

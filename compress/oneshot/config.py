@@ -54,7 +54,7 @@ class PruneConfig:
         probes_by_layer: probe one decoder layer at a time (`hutchinson`, `finite-difference`): less memory and noise, slower.
         normalization: sensitivity of a matrix: `total`, or `mean` per weight.
         owl_m: multiple of the layer's mean score from which `owl` counts a weight as an outlier.
-        pattern: "N:M" (with quotes in YAML and `--set`) removes N of every M weights of each row. None: no pattern.
+        pattern: "N:M" removes N of every M weights of each row. None: no pattern.
         row_weights: `alike`; `fisher`, rows whose outputs the loss depends on keep more weights; baseline: `shuffled`.
         comparison: scores compete within a `block` of columns, as SparseGPT's, or within the whole `matrix`.
         bits: round the remaining weights to this many bits, 2 to 8, on a grid per row. None: no rounding.

@@ -4,7 +4,6 @@ One-shot pruning of a language model, decoder layer by decoder layer: sensitivit
 """
 
 import json
-import sys
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from dijiang.checkpoint.provenance import hash_files, public_name, versions
 from dijiang.checkpoint.source import load_tokenizer, open_source
 from dijiang.checkpoint.weights import SafetensorsFile, open_weights
 from dijiang.common.device import device_named
+from dijiang.common.errors import print_line
 from dijiang.common.memory import peak_bytes
 from dijiang.common.outputs import new_folder, refuse_occupied
 from dijiang.common.perplexity import perplexity_of
@@ -186,7 +186,7 @@ def plan_of(inputs: RunInputs, gradients: Gradients | None) -> PruningPlan:
         with progress_bar(title, 1.0, shown=inputs.progress) as advance:
             sensitivities = measure(inputs.decoder, inputs.blocks, sizes, config, **settings, advance=advance)
         for line in sensitivities.warnings():
-            print(f"dijiang: {line}", file=sys.stderr)
+            print_line(line)
     layers = {name: index for index, names in enumerate(inputs.decoder.targets) for name in names}
     return make_plan(inputs.shapes, layers, sensitivities, config)
 

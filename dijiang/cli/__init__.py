@@ -1,7 +1,10 @@
 """The command line. Every command is one call of a public function; errors a user can cause are one line each."""
 
+import functools
 import signal
 import sys
+import warnings
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -9,6 +12,7 @@ from safetensors import SafetensorError
 
 from dijiang.cli import compress, convert, demo, evaluate, train
 from dijiang.common.errors import EXIT_ERROR, EXIT_INTERRUPTED, AlreadyReported, print_line
+from dijiang.common.settings import FormerNameWarning
 
 # without panels around them, options fit one screen
 APP_SETTINGS: dict[str, Any] = {
@@ -65,9 +69,18 @@ def interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+def show_warning(show: Callable[..., None], message: Warning, category: type[Warning], *place: Any, **more: Any) -> None:
+    """Print a setting's former name as one line; show other warnings by `show`, as Python does."""
+    if issubclass(category, FormerNameWarning):
+        print_line(message)
+    else:
+        show(message, category, *place, **more)
+
+
 def main() -> None:
     """Entry point. What a user can fix, wrong input or a full disk, is printed as one line."""
     signal.signal(signal.SIGTERM, interrupt)  # as Ctrl-C, so that half-written folders are removed
+    warnings.showwarning = functools.partial(show_warning, warnings.showwarning)
     try:
         app(standalone_mode=True)
     except (ValueError, OSError, SafetensorError) as error:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dijiang.cli.options import with_settings
-from dijiang.common.errors import EXIT_INTERRUPTED, AlreadyReported
+from dijiang.common.errors import EXIT_INTERRUPTED, AlreadyReported, print_line
 from dijiang.compress.oneshot.config import PruneConfig
 
 PRUNE_OPTIONS = {
@@ -58,7 +58,7 @@ def prune(
     try:
         folder = dijiang.compress.prune(model, output, settings, cache=cache)
     except KeyboardInterrupt:
-        typer.echo("dijiang: interrupted; run the same command again to continue", err=True)
+        print_line("interrupted; run the same command again to continue")
         raise AlreadyReported(EXIT_INTERRUPTED) from None
     metrics = json.loads((folder / "pruning_metrics.json").read_text(encoding="utf-8"))
     message = f"sparsity {metrics['sparsity']:.4f}"

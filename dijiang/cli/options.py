@@ -47,7 +47,9 @@ def with_settings(
     former_names = getattr(kind, "RENAMED", {})
     hints = get_type_hints(kind)
     hints |= {old: hints[new] for old, new in former_names.items()}
-    setting_names = [*(field.name for field in fields(kind) if field.init), *former_names]
+    # a mapping cannot be written as one option
+    own_names = (field.name for field in fields(kind) if field.init and "dict" not in str(hints[field.name]))
+    setting_names = [*own_names, *former_names]
 
     def decorate(command: Callable) -> Callable:
         own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "settings"]

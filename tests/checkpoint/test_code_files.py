@@ -128,7 +128,7 @@ def test_provenance_cannot_name_files_elsewhere(checkpoint, refused, name):
     record = json.loads((checkpoint / "provenance.json").read_text())
     record["code"][name] = "0" * 64
     (checkpoint / "provenance.json").write_text(json.dumps(record))
-    refused(checkpoint, lambda: refresh_code(checkpoint, overwrite=True), "as code, which is no Python file beside it")
+    refused(checkpoint, lambda: refresh_code(checkpoint, overwrite=True), "as code, which is no Python file in it")
 
 
 def test_damaged_records_are_refused_before_anything_is_written(checkpoint, refused):
