@@ -80,9 +80,10 @@ def show_warning(show: Callable[..., None], message: Warning, category: type[War
 def main() -> None:
     """Entry point. What a user can fix, wrong input or a full disk, is printed as one line."""
     signal.signal(signal.SIGTERM, interrupt)  # as Ctrl-C, so that half-written folders are removed
-    warnings.showwarning = functools.partial(show_warning, warnings.showwarning)
     try:
-        app(standalone_mode=True)
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(show_warning, warnings.showwarning)
+            app(standalone_mode=True)
     except (ValueError, OSError, SafetensorError) as error:
         print_line(error)
         sys.exit(EXIT_ERROR)

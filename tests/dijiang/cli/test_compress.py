@@ -118,9 +118,11 @@ def test_defaults(pruned_with):
 
 
 @pytest.mark.parametrize("words", [("--normalisation", "mean"), ("--set", "normalisation=mean")])
-def test_a_former_name_of_a_setting(pruned_with, words):
-    with pytest.warns(FutureWarning, match="^normalisation is now called normalization"):
-        assert pruned_with(*words)[2] == PruneConfig(**DEFAULTS, normalization="mean")
+def test_a_former_name_of_a_setting(pruned_with, words, monkeypatch):
+    lines = []
+    monkeypatch.setattr("dijiang.cli.print_line", lambda message: lines.append(str(message)))
+    assert pruned_with(*words)[2] == PruneConfig(**DEFAULTS, normalization="mean")
+    assert lines == ["normalisation is now called normalization; the former name will be removed"]
 
 
 def test_help_and_list_of_settings(command, monkeypatch):
