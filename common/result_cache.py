@@ -1,4 +1,4 @@
-"""JSON results kept under the hash of all they depend on, so that interrupted work goes on and nothing is computed twice."""
+"""JSON results kept under the hash of all they depend on, so that interrupted work continues and nothing is computed twice."""
 
 import hashlib
 import importlib.util
