@@ -1,8 +1,12 @@
-"""The cache: constant-size states for linear layers, transformers' own growing or sliding layers for softmax ones."""
+"""
+The cache: constant-size states for linear layers, with keys and values of every token for their kept heads; transformers' own
+growing or sliding layers for softmax ones.
+"""
 
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -10,8 +14,49 @@ from .configuration_dijiang import DiJiangConfig
 from .linear_state import LinearState
 
 
+class GrowingRows:
+    """
+    Rows of every token (B, heads, tokens, d). A prompt is kept as it is; what follows goes into spare rows, an eighth of the
+    length and at least `SPARE`, so that long sequences are seldom copied.
+    """
+
+    SPARE = 64
+
+    def __init__(self) -> None:
+        self.buffer: Tensor | None = None
+        self.length = 0
+
+    def append(self, x: Tensor) -> Tensor:
+        """Add rows x (B, heads, T, d); return all rows."""
+        start, self.length = self.length, self.length + x.shape[2]
+        rows = self.rows(start)
+        if rows is None:
+            self.buffer = x.contiguous()
+        elif x.requires_grad or self.buffer.requires_grad or torch.compiler.is_compiling():
+            self.buffer = torch.cat((rows, x), dim=2)
+        else:
+            if self.buffer.shape[2] < self.length:
+                capacity = self.length + max(self.SPARE, self.length // 8)
+                self.buffer = x.new_empty(*x.shape[:2], capacity, x.shape[3])
+                self.buffer[:, :, :start] = rows
+            self.buffer[:, :, start : self.length] = x
+        return self.rows(self.length)
+
+    def rows(self, length: int) -> Tensor | None:
+        """The first `length` rows."""
+        return None if self.buffer is None else self.buffer[:, :, :length]
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply `fn` to the rows."""
+        if self.buffer is not None:
+            self.buffer = fn(self.rows(self.length))
+
+
 class LinearStateLayer(CacheLayerMixin):
-    """The `LinearState` of one linear layer. It cannot forget single tokens, so `crop` is refused."""
+    """
+    The `LinearState` of one linear layer, and keys and values of every token for its kept heads. It cannot forget single
+    tokens, so `crop` is refused.
+    """
 
     is_sliding = False
     is_compileable = False
@@ -36,6 +81,10 @@ class LinearStateLayer(CacheLayerMixin):
         self.seen += tokens
         self.is_initialized = True
 
+    def update_kept(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values (B, kept heads, T, d) of new tokens; return those of all tokens."""
+        return self.kept_k.append(k), self.kept_v.append(v)
+
     def get_seq_length(self) -> int:
         return self.seen
 
@@ -52,12 +101,20 @@ class LinearStateLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.state = None
+        self.kept_k, self.kept_v = GrowingRows(), GrowingRows()
         self.seen = 0
         self.is_initialized = False
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
         if self.state is not None:
             self.state = self.state.map(fn)
+        self.kept_k.map(fn)
+        self.kept_v.map(fn)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the layer holds."""
+        kept = [rows.buffer for rows in (self.kept_k, self.kept_v) if rows.buffer is not None]
+        return kept + ([] if self.state is None else self.state.tensors())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -69,11 +126,11 @@ class LinearStateLayer(CacheLayerMixin):
 
 
 class DiJiangCache(Cache):
-    """One cache layer per decoder layer, by `config.layer_types`."""
+    """One cache layer per decoder layer, by `config.attention_types`."""
 
     def __init__(self, config: DiJiangConfig):
         layers: list[Any] = []
-        for layer_type in config.layer_types:
+        for layer_type in config.attention_types:
             if layer_type == "linear_attention":
                 layers.append(LinearStateLayer())
             elif layer_type == "sliding_attention":
@@ -88,7 +145,7 @@ class DiJiangCache(Cache):
         tensors: list[Tensor] = []
         for layer in self.layers:
             if isinstance(layer, LinearStateLayer):
-                tensors += [] if layer.state is None else layer.state.tensors()
+                tensors += layer.tensors()
             elif isinstance(layer, CacheLayerMixin):
                 tensors += [x for x in (layer.keys, layer.values) if x is not None]
         return sum(x.untyped_storage().nbytes() for x in tensors)

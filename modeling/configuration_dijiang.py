@@ -24,6 +24,8 @@ CHOICES = {
 }
 # classes by name. This file may not import torch, so `register_feature_map` fills it when the files of the maps are imported
 FEATURE_MAPS: dict[str, Any] = {}
+# as FEATURE_MAPS, filled by `register_memory_score`
+MEMORY_SCORES: dict[str, Any] = {}
 # the type of a field that is None until `__post_init__` fills it. Whoever reads the field never meets None
 Value = TypeVar("Value")
 if TYPE_CHECKING:
@@ -53,8 +55,9 @@ class DiJiangConfig(PretrainedConfig):
     Shape of the decoder (`norm_type`, `mlp_type`, `parallel_residual`, biases, `rope_parameters`) and of its layers.
 
     `layer_types` has one entry per layer: `linear_attention`, `full_attention` or `sliding_attention`; by default all are
-    linear. A linear layer attends exactly (softmax) to the last `attention_window` tokens, itself included, and to the
-    first `attention_sinks` tokens, and through its feature map to every token in between.
+    linear. A linear layer attends exactly (softmax) to the last `attention_window` tokens, itself included, to the first
+    `attention_sinks` tokens and to the `attention_memory` tokens between them that score highest, and through its feature map
+    to all the rest. Its key/value heads in `full_heads` keep every token instead: softmax over everything.
 
     Args (of a linear layer):
         feature_map: name of a registered map, see feature_map_base.py. `cosformer` counts positions up to
@@ -75,6 +78,13 @@ class DiJiangConfig(PretrainedConfig):
             between are spread evenly on a logarithmic scale; a single head takes the first. Default: RetNet's [32, 512].
         attention_window: W, the last tokens that are attended to exactly, the query's own included.
         attention_sinks: S, the first tokens that are attended to exactly.
+        full_heads: one list per layer, the key/value heads that keep every token, by their number from 0. Their cache grows
+            with the sequence. Default: none.
+        attention_memory: M, slots of the exact memory: one number for all key/value heads, one per layer, or one list per
+            layer with a number per head (those of kept heads count for nothing).
+        memory_score: name of the score by which tokens keep their slots, see memory_scores.py: `learned` (to be fitted),
+            `window_attention` or `self_recall`; and for comparison `random`, `key_norm` and `key_diff`.
+        memory_score_dim: width of the learned score's network.
         normalize: divide by the sum of the weights; needed whenever there is a window or sinks.
         branch_scale_init: start of the bias b in the linear branch's log-scale c(q) = w.q + b. By default the branch starts
             with no weight, so that an unaligned model is exactly window + sinks.
@@ -127,6 +137,10 @@ class DiJiangConfig(PretrainedConfig):
     decay_spans: Filled[list[float | int]] = LATER
     attention_window: int = 64
     attention_sinks: int = 4
+    full_heads: Filled[list[list[int]]] = LATER
+    attention_memory: int | list[int] | list[list[int]] = 0
+    memory_score: str = "window_attention"
+    memory_score_dim: int = 32
     normalize: bool = True
     branch_scale_init: float | int = -1e4
     output_norm: str = "none"
@@ -141,6 +155,8 @@ class DiJiangConfig(PretrainedConfig):
             self.feature_dim = self.head_dim
         if self.layer_types is None:
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
+        if self.full_heads is None:
+            self.full_heads = [[] for _ in range(self.num_hidden_layers)]
         if self.decay_spans is None:
             self.decay_spans = [32, 512]
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
@@ -185,6 +201,43 @@ class DiJiangConfig(PretrainedConfig):
         if self.attention_window and not self.normalize:
             raise ValueError("normalize=false needs attention_window=0: the softmax window shares the denominator")
 
+    def validate_memories(self) -> None:
+        """Raise ValueError if kept heads or slots do not fit the layers, or the score is unknown."""
+        G = self.num_key_value_heads
+        for name in ("full_heads", "attention_memory"):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) != self.num_hidden_layers:
+                raise ValueError(f"{name} has {len(value)} entries for {self.num_hidden_layers} layers")
+        for layer, heads in enumerate(self.full_heads):
+            if sorted(set(heads)) != heads or not all(0 <= head < G for head in heads):
+                raise ValueError(f"full_heads[{layer}]={heads} must be rising numbers of key/value heads, 0 to {G - 1}")
+            if heads and self.layer_types[layer] != "linear_attention":
+                raise ValueError(f"full_heads[{layer}]={heads}, but the layer is {self.layer_types[layer]}; leave it empty")
+        if any(self.full_heads) and (self.output_norm != "none" or self.output_gate):
+            raise ValueError("full_heads needs output_norm=none and output_gate=false: kept heads answer as the source's do")
+        slots = [self.memory_slots(layer) for layer in range(self.num_hidden_layers)]
+        if any(len(numbers) != G for numbers in slots) or min(map(min, slots), default=0) < 0:
+            raise ValueError(
+                f"attention_memory={self.attention_memory} must be a number that is not negative, one per layer, or one list "
+                f"per layer of {G} such numbers, for the key/value heads"
+            )
+        if any(map(any, slots)) and not self.attention_window:
+            raise ValueError(f"attention_memory={self.attention_memory} needs attention_window of at least 1")
+        if self.memory_score_dim < 1:
+            raise ValueError(f"memory_score_dim={self.memory_score_dim} must be at least 1")
+        if MEMORY_SCORES and self.memory_score not in MEMORY_SCORES:
+            raise ValueError(f"memory_score={self.memory_score!r} is unknown; choose one of {', '.join(MEMORY_SCORES)}")
+
+    def memory_slots(self, layer: int) -> list[int]:
+        """Slots of the exact memory by key/value head of a layer; those of kept heads are not used."""
+        slots = self.attention_memory
+        slots = slots[layer] if isinstance(slots, list) else slots
+        return list(slots) if isinstance(slots, list) else [slots] * self.num_key_value_heads
+
+    def linear_heads(self, layer: int) -> list[int]:
+        """The key/value heads of a linear layer that do not keep every token."""
+        return [head for head in range(self.num_key_value_heads) if head not in self.full_heads[layer]]
+
     def validate_feature_map(self) -> None:
         """`check_feature_map`, which is a function since older checkpoints bring configs of their own."""
         check_feature_map(self)
@@ -192,7 +245,13 @@ class DiJiangConfig(PretrainedConfig):
     @property
     def has_linear_layers(self) -> bool:
         """Whether any layer is a linear one."""
-        return "linear_attention" in self.layer_types
+        return "linear_attention" in self.attention_types
+
+    @property
+    def attention_types(self) -> list[str]:
+        """`layer_types`, with `full_attention` for linear layers that keep every token in all of their heads."""
+        kept = [len(heads) == self.num_key_value_heads for heads in self.full_heads]
+        return ["full_attention" if all_heads else kind for kind, all_heads in zip(self.layer_types, kept, strict=True)]
 
 
 __all__ = ["DiJiangConfig"]

@@ -1,11 +1,12 @@
 """Parts of the decoder that every layer type shares: norm, rotary positions, MLP and the projections around attention."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_dijiang import DiJiangConfig
 
@@ -93,8 +94,50 @@ class DiJiangMLP(nn.Module):
         return self.down_proj(inner)
 
 
+class Projections(NamedTuple):
+    """
+    What attention reads.
+
+    Attributes:
+        q: (B, T, H, d), rotary positions applied.
+        k: (B, T, G, d), rotary positions applied.
+        v: (B, T, G, d).
+        raw_k: (B, T, G, d), k without rotary positions.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    raw_k: Tensor
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention in plain torch: query (B, H, T, d), key and value (B, G, S, d), attention_mask added to the logits."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
 class ProjectedAttention(nn.Module):
-    """Base of all attention layers: their four projections, under the same names for every source family."""
+    """
+    Base of all attention layers: their four projections, under the same names for every source family, and softmax attention
+    as `config._attn_implementation` names it.
+    """
+
+    is_causal = True  # transformers' attention functions ask the module
+    sliding_window: int | None = None
 
     def __init__(self, config: DiJiangConfig, layer_idx: int):
         super().__init__()
@@ -111,10 +154,22 @@ class ProjectedAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, self.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=bias)
 
-    def project(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, hidden) -> q (B, T, H, d), k and v (B, T, G, d), rotary positions applied to q and k."""
+    def project(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Projections:
+        """Queries, keys and values of hidden states (B, T, hidden)."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (proj(hidden_states).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
         rotated = rotate(torch.cat((q, k), dim=2), *position_embeddings)
-        q, k = rotated.split((self.num_heads, self.num_key_value_heads), dim=2)
-        return q, k, v
+        rotated_q, rotated_k = rotated.split((self.num_heads, self.num_key_value_heads), dim=2)
+        return Projections(rotated_q, rotated_k, v, k)
+
+    def softmax_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        Softmax attention of q (B, H, T, d) to k and v (B, G, S, d), H / G as in the layer, under one of transformers' masks:
+        (B, T, H, d), and the weights if the implementation has them.
+        """
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        return attention(
+            self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, sliding_window=self.sliding_window, **kwargs
+        )

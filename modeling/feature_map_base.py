@@ -46,7 +46,7 @@ class FeatureMap(nn.Module):
 
     # the settings of `DiJiangConfig` that the map uses
     settings: tuple[str, ...] = ("feature_dim", "feature_activation", "feature_pairs", "feature_seed", "learn_features")
-    # whether `forward` needs positions (B, T), integers: how many real tokens of its sequence came before each token
+    # whether `forward` needs positions (B, T) or, by head, (B, T, H), integers: how many real tokens came before each token
     needs_positions = False
     # whether no feature is ever negative; other maps are for layers that do not divide by the sum of the weights
     positive = True

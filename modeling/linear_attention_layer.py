@@ -1,8 +1,10 @@
 """
-The linear-attention layer: exact softmax on a window and sinks, DiJiang's features on everything older, one denominator
-(arXiv 2403.19928; window and sinks: arXiv 2309.17453, 2410.10254).
+The linear-attention layer: exact softmax on a window, sinks and old tokens that a score holds on to, DiJiang's features on
+everything else, one denominator (arXiv 2403.19928; window and sinks: arXiv 2309.17453, 2410.10254); and beside that key/value
+heads that keep every token.
 
-B batch, T tokens, H query heads, G key/value heads, d head size, M features, S sinks, W window.
+B batch, T tokens, H query heads, G key/value heads, d head size, M features, S sinks, W window. H and G count the heads that
+do not keep every token, except in `forward`.
 """
 
 from dataclasses import replace
@@ -11,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.utils import logging
 
 from .cache_dijiang import DiJiangCache
@@ -19,87 +20,52 @@ from .configuration_dijiang import DiJiangConfig
 from .decode_step import StepWeights
 from .decode_step_native import native_step
 from .decode_step_triton import triton_step
-from .decoder_modules import ProjectedAttention
+from .decoder_modules import ProjectedAttention, Projections
+from .exact_memory import (
+    HeldKeys,
+    candidates_of,
+    held_keys,
+    held_rows,
+    lost_keys,
+    memory_after,
+    plan_memory,
+    replace_weakest,
+    soft_gate,
+)
 from .exponential_maps import ExponentialMap
 from .feature_map_base import MAX_EXPONENT
 from .feature_maps import build_feature_map
+from .kept_heads import LinearMasks, join_heads, take_heads
+from .layer_parts import Decay, LogScale, OutputGate
 from .linear_attention import TINY, WeightedSums, recurrent_step, weighted_sums
 from .linear_attention_chunk import PIECE, PIECE_ON_GPU
 from .linear_attention_native import NativeMaps, native_is_usable, native_linear_attention, native_supports
-from .linear_state import LinearState
+from .linear_state import EMPTY, LinearState, StateSizes
+from .memory_scores import build_memory_score, rounded
 from .packing import PackedGroup
 from .transformers_compat import one_cache
-from .window_attention import LinearBranch, Sinks, Window, window_attention_step
+from .window_attention import LinearBranch, Sinks, Window, queries_per_block, window_attention_step
 from .window_attention_flex import window_attention
 
 logger = logging.get_logger(__name__)
 
 
-class LogScale(nn.Module):
-    """The logarithm of a weight per head, scale * w.x + b. Input (B, T, heads, d), output float32 (B, T, heads)."""
-
-    def __init__(self, num_heads: int, head_dim: int, start: float):
-        super().__init__()
-        self.start = float(start)
-        self.weight = nn.Parameter(torch.empty(num_heads, head_dim, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        init.zeros_(self.weight)
-        init.constant_(self.bias, self.start)
-
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        return torch.add(self.bias.float(), (x * self.weight.float()).sum(-1), alpha=scale)
-
-
-class Decay(nn.Module):
-    """
-    Per-head log-decay -exp(log_rate), (G,) float32. At the start it is log(1 - 1 / span), where the spans of the heads run
-    evenly on a logarithmic scale from the first of `spans` to the last (RetNet, arXiv 2307.08621, has [32, 512]).
-
-    Args:
-        num_heads: G.
-        learned: whether the decay trains.
-        spans: of the first and of the last head, in tokens.
-    """
-
-    def __init__(self, num_heads: int, learned: bool, spans: list[float | int]):
-        super().__init__()
-        self.learned = learned
-        self.spans = spans
-        self.log_rate = nn.Parameter(torch.empty(num_heads, dtype=torch.float32), requires_grad=learned)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        with torch.device("cpu"):
-            ends = -torch.tensor(self.spans, dtype=torch.float64).log()
-            share = torch.linspace(ends[0].item(), ends[1].item(), self.log_rate.shape[0], dtype=torch.float64).exp()
-        init.copy_(self.log_rate, (-torch.log1p(-share)).log().float())  # finite for any span
-
-    def forward(self) -> Tensor:
-        # loading a checkpoint sets requires_grad on every parameter, so it is not what keeps a fixed decay fixed
-        log_rate = self.log_rate if self.learned else self.log_rate.detach()
-        return -log_rate.float().exp()
-
-
-class OutputGate(nn.Linear):
-    """SiLU gate on the heads' output, as in RetNet; it starts as in the paper's released code."""
-
-    def reset_parameters(self) -> None:
-        init.xavier_uniform_(self.weight, gain=2**-2.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(super().forward(x))
-
-
 def linear_layers(model: nn.Module) -> dict[int, "DiJiangLinearAttention"]:
-    """The linear layers of a model, whatever its head, by their index."""
+    """The layers of a model, whatever its head, in which any head has a linear state, by their index."""
     return {module.layer_idx: module for module in model.modules() if isinstance(module, DiJiangLinearAttention)}
 
 
 class DiJiangLinearAttention(ProjectedAttention):
-    """Attention whose memory per sequence is constant. `window`, `sinks` and `mode` may be changed on a live layer."""
+    """
+    Attention whose memory per sequence is constant, but for that of kept heads. `window`, `sinks`, `slots`, `gate_temperature`
+    and `mode` may be changed on a live layer.
+
+    Attributes:
+        full_heads: key/value heads that keep every token.
+        linear_heads: the others.
+        slots: slots of the exact memory, by linear head.
+        gate_temperature: temperature of the soft gate through which the scores of held tokens train; None: no gate.
+    """
 
     def __init__(self, config: DiJiangConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -108,8 +74,12 @@ class DiJiangLinearAttention(ProjectedAttention):
         self.normalize = config.normalize
         self.feature_scale = self.head_dim**-0.25 if config.scale_features else 1.0
         self.mode: str | None = None  # of linear_attention; None: recurrent for one token, else chunk
-        H, G = self.num_heads, self.num_key_value_heads
-        d = self.head_dim
+        self.full_heads = list(config.full_heads[layer_idx])
+        self.linear_heads = config.linear_heads(layer_idx)
+        self.slots = tuple(config.memory_slots(layer_idx)[head] for head in self.linear_heads)
+        self.gate_temperature: float | None = None
+        G, d = len(self.linear_heads), self.head_dim
+        H = G * self.num_key_value_groups
         # phi(q) and phi(k) start as one map and may drift apart in training
         self.feature_map_q = build_feature_map(config, H, config.feature_seed + layer_idx)
         self.feature_map_k = build_feature_map(config, G, config.feature_seed + layer_idx)
@@ -120,15 +90,39 @@ class DiJiangLinearAttention(ProjectedAttention):
         # log(sum exp(q.k)) - log(phi(q).sum phi(k)) varies with q
         self.branch_scale = LogScale(H, d, config.branch_scale_init) if self.window else None
         self.key_scale = LogScale(G, d, 0.0) if config.key_scale else None
-        self.decay = Decay(G, config.decay == "learned", config.decay_spans) if config.decay != "none" else None
+        self.decay = None
+        if config.decay != "none":
+            self.decay = Decay(self.num_key_value_heads, config.decay == "learned", config.decay_spans, self.linear_heads)
+        self.memory_score = build_memory_score(config, self.linear_heads, layer_idx) if any(self.slots) else None
         self.output_norm = nn.GroupNorm(d, H * d) if config.output_norm == "group_norm" else None
         self.output_gate = OutputGate(config.hidden_size, H * d, bias=False) if config.output_gate else None
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether any head has slots of the exact memory."""
+        return self.memory_score is not None and any(self.slots)
+
+    @property
+    def state_sizes(self) -> StateSizes:
+        """Sizes of the layer's state."""
+        size = self.feature_map_k.size
+        if not self.has_memory:
+            return StateSizes(size, self.window, self.sinks, self.normalize)
+        assert self.memory_score is not None
+        carry = self.memory_score.carry_size(size)
+        return StateSizes(size, self.window, self.sinks, self.normalize, self.slots, carry)
+
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, state: LinearState | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None = None,
+        state: LinearState | None = None,
+        raw_k: Tensor | None = None,
     ) -> tuple[Tensor, LinearState]:
         """
-        Mix T tokens that follow `state`.
+        Mix T tokens that follow `state`, in the heads that do not keep every token.
 
         Args:
             q: (B, T, H, d), after rotary positions.
@@ -137,35 +131,44 @@ class DiJiangLinearAttention(ProjectedAttention):
             valid: (B, T) bool, False for padding, which no token sees. Default: all real. Padding before or after a sequence
                 leaves no trace; padding between its tokens takes up rows of the window.
             state: of the tokens before. Default: there are none.
+            raw_k: (B, T, G, d), k before rotary positions, which the exact memory's score reads; needed if there is a memory.
 
         Returns:
             o (B, T, H, d), float32 or, where the whole layer is linear, q's dtype; and the state after the last token.
         """
         if torch.is_autocast_enabled(q.device.type):  # it would mix the float32 of states with halves
             with torch.autocast(q.device.type, enabled=False):
-                return self.attend(q, k, v, valid, state)
+                return self.attend(q, k, v, valid, state, raw_k)
+        sizes = self.state_sizes
         if state is None:
-            state = LinearState.empty(k, v, self.feature_map_k.size, self.window, self.sinks, self.normalize)
+            state = LinearState.empty(k, v, sizes)
+        if sizes.slots and raw_k is None:
+            raise ValueError("a layer with attention_memory needs raw_k, the keys before rotary positions")
         rows = state.window_k.shape[2]
         if rows != self.sinks + self.window:
             raise ValueError(
                 f"the state has {rows} rows for sinks and window, the layer {self.sinks} sinks and a window of {self.window}; "
                 "start from a new cache"
             )
+        if state.memory_rank.shape[1] != sum(sizes.slots):
+            raise ValueError(
+                f"the state has {state.memory_rank.shape[1]} slots, the layer {sum(sizes.slots)}; start from a new cache"
+            )
         T = k.shape[1]
         if T == 1 and valid is None and state.settled and self.mode is None:
-            return self.attend_step(q, k, v, state)
+            return self.attend_step(q, k, v, state, raw_k)
         piece_size = PIECE if k.is_cpu else PIECE_ON_GPU
         if not self.window and self.runs_natively(q, k, v, valid):
             piece_size = T  # the native kernel cuts its own pieces
         if piece_size >= T or torch.compiler.is_compiling():  # the compiler would unroll the loop
-            return self.attend_piece(q, k, v, valid, state)
+            return self.attend_piece(q, k, v, valid, state, raw_k)
         outputs = []
         whole = None
         for start in range(0, T, piece_size):
             piece = slice(start, start + piece_size)
             piece_valid = None if valid is None else valid[:, piece]
-            o, state = self.attend_piece(q[:, piece], k[:, piece], v[:, piece], piece_valid, state)
+            piece_raw_k = None if raw_k is None else raw_k[:, piece]
+            o, state = self.attend_piece(q[:, piece], k[:, piece], v[:, piece], piece_valid, state, piece_raw_k)
             if torch.is_grad_enabled():
                 outputs.append(o)
                 continue
@@ -174,17 +177,18 @@ class DiJiangLinearAttention(ProjectedAttention):
         return torch.cat(outputs, dim=1) if whole is None else whole, state
 
     @torch.compiler.disable  # it would compile again for the shapes of each batch of rows
-    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, groups: list[PackedGroup]) -> Tensor:
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, groups: list[PackedGroup], raw_k: Tensor | None = None) -> Tensor:
         """`attend` of several sequences that follow one another in the rows of q, k and v, laid end to end."""
         packed = torch.zeros_like(q, dtype=torch.float32).flatten(0, 1)
         for group in groups:
             rows = [group.unpack(x.flatten(0, 1)) for x in (q, k, v)]
-            o, _ = self.attend(rows[0], rows[1], rows[2], group.valid)
+            group_raw_k = None if raw_k is None else group.unpack(raw_k.flatten(0, 1))
+            o, _ = self.attend(rows[0], rows[1], rows[2], group.valid, raw_k=group_raw_k)
             packed = group.pack_into(packed, o.float())
         return packed.view_as(q)
 
     def attend_piece(
-        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, state: LinearState
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, state: LinearState, raw_k: Tensor | None = None
     ) -> tuple[Tensor, LinearState]:
         """`attend` in one go."""
         T, S = k.shape[1], self.sinks
@@ -197,7 +201,7 @@ class DiJiangLinearAttention(ProjectedAttention):
             tokens = arrived[:, -1]
         new = replace(state, tokens=tokens, seen=state.seen + T, unpadded=state.unpadded and valid is None)
         if not self.window:
-            new.settled = True
+            new.settled = new.full = True
             if self.runs_natively(q, k, v, valid):
                 o, _, new.state = self.native_linear_branch(q, k, v, valid, state.state, normalize=self.normalize)
                 return o, new
@@ -209,50 +213,160 @@ class DiJiangLinearAttention(ProjectedAttention):
         )
         all_rank = torch.cat((state.ranks(), rank), dim=1)
         leaving, new.window_rank = all_rank[:, :T], all_rank[:, T:]
-        visible = None if state.settled and valid is None else leaving >= S
-        numerator, total, new.state = self.linear_branch(q, all_k[:, :T], all_v[:, :T], visible, state.state, rank, leaving)
         sinks, new.sink_filled = self.store_sinks(state, all_k[:, :T], all_v[:, :T], leaving)
+        new.settled = state.settled and valid is None
+        new.full = state.full and new.settled
+        window = Window(all_k, all_v, None if new.settled else all_rank >= 0, sinks)
+        memory = None
+        old_k, old_v, old_rank = all_k[:, :T], all_v[:, :T], leaving
+        visible = None if new.settled else leaving >= S
+        if self.has_memory:
+            assert raw_k is not None
+            scores = self.scores_of_leaving(q, v, raw_k, valid, rank, leaving, window, state, new)
+            leavers = (old_k, old_v, scores, leaving)
+            memory, old_k, old_v, visible, old_rank = self.pass_memory(q, rank, leavers, state, new)
+        numerator, total, new.state = self.linear_branch(q, old_k, old_v, visible, state.state, rank, old_rank)
         new.window_k, new.window_v = (
             torch.cat((sink.transpose(1, 2), x[:, T:].transpose(1, 2)), dim=2)
             for sink, x in ((sinks.k, all_k), (sinks.v, all_v))
         )
         branch = self.scaled_branch(q, numerator, total)
-        new.settled = state.settled and valid is None
-        window = Window(all_k, all_v, None if new.settled else all_rank >= 0, sinks)
-        return window_attention(q, window, branch, scale=self.scaling), new.settle(S)
+        o = window_attention(q, window, branch, scale=self.scaling, memory=memory)
+        return o, new.settle(S, max(self.slots, default=0))
 
-    def attend_step(self, q: Tensor, k: Tensor, v: Tensor, state: LinearState) -> tuple[Tensor, LinearState]:
+    def scores_of_leaving(  # noqa: PLR0913
+        self,
+        q: Tensor,
+        v: Tensor,
+        raw_k: Tensor,
+        valid: Tensor | None,
+        rank: Tensor,
+        leaving: Tensor,
+        window: Window,
+        state: LinearState,
+        new: LinearState,
+    ) -> Tensor:
+        """Scores (B, G, T) of the tokens that leave the window; those of the tokens in it are written to `new`."""
+        assert self.memory_score is not None
+        T = q.shape[1]
+        scores, carry = self.memory_score.arriving(raw_k, v, rank, state.score_carry)
+        scores = torch.cat((state.window_score, scores), dim=2)
+        if self.memory_score.reads_queries:
+            scores = scores + self.memory_score.received(q, window, valid, self.scaling)
+        competing = torch.where(leaving >= self.sinks, leaving, -1)
+        left, new.score_carry = self.memory_score.leaving(
+            self.both_features, scores[:, :, :T], window.k[:, :T], window.v[:, :T], competing, carry
+        )
+        new.window_score = scores[:, :, T:]
+        return rounded(left).masked_fill((competing < 0).unsqueeze(1), EMPTY)
+
+    def both_features(self, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """phi(k), and phi(k) exp(u.k + b), of keys k (B, T, G, d)."""
+        return self.feature_map_k(k, positions, self.feature_scale), self.key_features(k, positions)
+
+    def pass_memory(
+        self,
+        q: Tensor,
+        q_rank: Tensor,
+        old: tuple[Tensor, Tensor, Tensor, Tensor],
+        state: LinearState,
+        new: LinearState,
+    ) -> tuple[HeldKeys, Tensor, Tensor, Tensor | None, Tensor]:
+        """
+        Let tokens that leave the window compete for the memory's slots.
+
+        Args:
+            q: (B, T, H, d), the queries with which they leave.
+            q_rank: (B, T), how many real tokens came before each query.
+            old: keys, values (B, T, G, d), scores (B, G, T) and ranks (B, T) of the leaving tokens.
+            state: before; `new` gets the memory as it is afterwards.
+
+        Returns:
+            What the queries see in the memory; and of the tokens that it lost, one with every query, keys and values
+            (B, T, G, d), which are there (B, T, G) or None if all are, and their ranks (B, T, G).
+        """
+        T = q.shape[1]
+        C = min(queries_per_block(self.window), T)
+        candidates = candidates_of(state, self.slots, *old)
+        plan = plan_memory(candidates.score[:, :, :-T], candidates.score[:, :, -T:], self.slots, C)
+        held = held_keys(candidates, plan, C)
+        if self.gate_temperature is not None:
+            phi_q = self.feature_map_q(q, q_rank, self.feature_scale)
+            phi_k = self.key_features(candidates.k.transpose(1, 2), candidates.rank.transpose(1, 2))
+            held = held._replace(gate=soft_gate(candidates, plan, held, self.gate_temperature, (phi_q, phi_k)))
+        for name, x in memory_after(candidates, plan, self.slots).items():
+            setattr(new, name, x)
+        lost_k, lost_v, there, lost_rank = lost_keys(candidates, plan)
+        return held, lost_k, lost_v, None if state.full and new.settled else there, lost_rank
+
+    def attend_step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: LinearState, raw_k: Tensor | None = None
+    ) -> tuple[Tensor, LinearState]:
         """`attend` of one real token to a settled state, with as few operations as it takes."""
         fused = self.fused_step(q, k, v, state)
         if fused is not None:
             return fused
         S = self.sinks
         new = replace(state, tokens=state.tokens + 1, seen=state.seen + 1)
+        old_k, old_v = k, v
         if self.window:
-            leaving_k, leaving_v = (x[:, :, S : S + 1].transpose(1, 2) for x in (state.window_k, state.window_v))
+            old_k, old_v = (x[:, :, S : S + 1].transpose(1, 2) for x in (state.window_k, state.window_v))
             new.window_k, new.window_v = (
                 torch.cat((rows[:, :, :S], rows[:, :, S + 1 :], x.transpose(1, 2)), dim=2)
                 for rows, x in ((state.window_k, k), (state.window_v, v))
             )
-        else:
-            leaving_k, leaving_v = k, v
-        q_rank = k_rank = None
-        if self.feature_map_k.needs_positions:
-            q_rank = state.tokens[:, None]
-            k_rank = q_rank - self.window
+        q_rank, old_rank = state.tokens[:, None], state.tokens[:, None] - self.window
+        exact_k, exact_v, hidden, there = new.window_k, new.window_v, None, None
+        if self.has_memory:
+            assert raw_k is not None
+            score = self.score_of_leaving(q, v, raw_k, (old_k, old_v), state, new)
+            leaver = (old_k.transpose(1, 2), old_v.transpose(1, 2), score, old_rank[:, 0])
+            fields, lost = replace_weakest(state, self.slots, *leaver)
+            for name, x in fields.items():
+                setattr(new, name, x)
+            old_k, old_v, old_rank = (x.transpose(1, 2) for x in (lost.k, lost.v, lost.rank))
+            there = None if state.full else old_rank >= 0
+            held_k, held_v, empty = held_rows(new, self.slots)
+            exact_k, exact_v = torch.cat((exact_k, held_k), dim=2), torch.cat((exact_v, held_v), dim=2)
+            hidden = F.pad(empty, (S + self.window, 0))
+            new.settle(S, max(self.slots))
         phi_q = self.feature_map_q(q.float(), q_rank, self.feature_scale)
-        phi_k = self.key_features(leaving_k.float(), k_rank)
+        phi_k = self.key_features(old_k.float(), old_rank)
         log_decay = None if self.decay is None else self.decay()
-        numerator, total, new.state = recurrent_step(
-            phi_q, phi_k, leaving_v.float(), log_decay, state.state, sums=self.normalize
-        )
+        if there is not None:
+            phi_k = phi_k * there.unsqueeze(-1)
+            log_decay = None if log_decay is None else log_decay * there
+        numerator, total, new.state = recurrent_step(phi_q, phi_k, old_v.float(), log_decay, state.state, sums=self.normalize)
         if not self.window:
             return divide(numerator, total), new
         branch = self.scaled_branch(q, numerator, total)
-        return window_attention_step(q, new.window_k, new.window_v, branch, scale=self.scaling), new
+        return window_attention_step(q, exact_k, exact_v, branch, scale=self.scaling, hidden=hidden), new
+
+    def score_of_leaving(
+        self, q: Tensor, v: Tensor, raw_k: Tensor, old: tuple[Tensor, Tensor], state: LinearState, new: LinearState
+    ) -> Tensor:
+        """`scores_of_leaving` of the one token that leaves a settled window, keys and values `old` (B, 1, G, d): (B, G, 1)."""
+        assert self.memory_score is not None
+        S = self.sinks
+        rank = state.tokens[:, None]
+        arriving, carry = self.memory_score.arriving(raw_k, v, rank, state.score_carry)
+        scores = torch.cat((state.window_score, arriving), dim=2)
+        if self.memory_score.reads_queries:
+            sinks_k, sinks_v = (x[:, :, :S].transpose(1, 2) for x in (new.window_k, new.window_v))
+            windows = (x[:, :, S:].transpose(1, 2) for x in (new.window_k, new.window_v))
+            rows = (torch.cat(pair, dim=1) for pair in zip(old, windows, strict=True))
+            received = self.memory_score.received(q, Window(*rows, None, Sinks(sinks_k, sinks_v, None)), None, self.scaling)
+            scores = scores + received
+        score, new.score_carry = self.memory_score.leaving(
+            self.both_features, scores[:, :, :1], *old, rank - self.window, carry
+        )
+        new.window_score = scores[:, :, 1:]
+        return rounded(score)
 
     def fused_step(self, q: Tensor, k: Tensor, v: Tensor, state: LinearState) -> tuple[Tensor, LinearState] | None:
         """`attend_step` by the Triton kernel or the C code; None where neither applies, and where gradients are wanted."""
+        if self.has_memory:
+            return None
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
         weights = self.step_weights()
@@ -306,7 +420,9 @@ class DiJiangLinearAttention(ProjectedAttention):
         assert isinstance(map_q, ExponentialMap) and isinstance(map_k, ExponentialMap)
         if state is None:
             state = k.new_zeros(k.shape[0], k.shape[2], map_k.size, v.shape[3] + self.normalize, dtype=torch.float32)
-        key_weight = None if visible is None else visible.float().unsqueeze(-1).expand(*k.shape[:3])
+        if visible is not None and visible.dim() == 2:
+            visible = visible.unsqueeze(-1)
+        key_weight = None if visible is None else visible.float().expand(*k.shape[:3])
         if self.key_scale is not None:
             key_weight = self.key_weight(k) if key_weight is None else self.key_weight(k) * key_weight
         maps = NativeMaps(map_q.matrix(self.feature_scale), map_k.matrix(self.feature_scale), map_q.activation)
@@ -348,10 +464,10 @@ class DiJiangLinearAttention(ProjectedAttention):
             q: (B, T, H, d).
             k: (B, T, G, d).
             v: (B, T, G, e).
-            visible: (B, T) bool, False for keys that no query sees. None: all are seen.
+            visible: (B, T) bool or, by head, (B, T, G), False for keys that no query sees. None: all are seen.
             state: (B, G, M, e + 1), or (B, G, M, e) without normalization. None: zeros.
             q_positions: (B, T), for maps that need them.
-            k_positions: (B, T), for maps that need them.
+            k_positions: (B, T) or, by head, (B, T, G), for maps that need them.
 
         Returns:
             numerator (B, T, H, e), the sum of weights float32 (B, T, H) or None without normalization, and the new state.
@@ -364,9 +480,10 @@ class DiJiangLinearAttention(ProjectedAttention):
         phi_k = self.key_features(k, k_positions).to(dtype)
         log_decay = None if self.decay is None else self.decay()
         if visible is not None:
-            phi_k = phi_k * visible[..., None, None]
+            visible = visible.unsqueeze(-1) if visible.dim() == 2 else visible
+            phi_k = phi_k * visible.unsqueeze(-1)
             # a key decays once for every key that enters the state after it, so padding does not age it
-            log_decay = None if log_decay is None else log_decay * visible[..., None]
+            log_decay = None if log_decay is None else log_decay * visible
         mode = self.mode or ("recurrent" if q.shape[1] == 1 else "chunk")
         return weighted_sums(phi_q, phi_k, v.to(dtype), log_decay=log_decay, sums=self.normalize, state=state, mode=mode)
 
@@ -390,24 +507,28 @@ class DiJiangLinearAttention(ProjectedAttention):
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | list[PackedGroup] | None = None,
+        attention_mask: LinearMasks | None = None,
         past_key_values: DiJiangCache | None = None,
         cache: DiJiangCache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """
-        The layer's output (B, T, hidden), and None for its weights. attention_mask is (B, T) bool, packed groups or None.
-        `kwargs` are the model's, which has checked them; a linear layer needs none of them.
+        The layer's output (B, T, hidden), and None for its weights. `kwargs` are the model's, which has checked them; only the
+        softmax attention of kept heads needs them.
         """
-        q, k, v = self.project(hidden_states, position_embeddings)
+        masks = attention_mask or LinearMasks(None)
+        projected = self.project(hidden_states, position_embeddings)
         caches = one_cache(past_key_values, cache)
-        if isinstance(attention_mask, list):
-            o = self.attend_packed(q, k, v, attention_mask)
-        elif caches is None:
-            o, _ = self.attend(q, k, v, attention_mask)
+        layer_cache: Any = None if caches is None else caches.layers[self.layer_idx]  # a LinearStateLayer
+        q, k, v, raw_k = (self.take_linear_heads(x) for x in projected)
+        if isinstance(masks.linear, list):
+            o = self.attend_packed(q, k, v, masks.linear, raw_k)
         else:
-            layer_cache: Any = caches.layers[self.layer_idx]  # a LinearStateLayer
-            o, state = self.attend(q, k, v, attention_mask, layer_cache.state)
+            o, state = self.attend(q, k, v, masks.linear, None if layer_cache is None else layer_cache.state, raw_k)
+        if self.full_heads:
+            kept = self.attend_to_all(projected, masks.softmax, layer_cache, **kwargs)
+            o = join_heads(kept, o, self.full_heads, self.linear_heads, self.num_key_value_groups)
+        if layer_cache is not None:
             layer_cache.update_state(state, q.shape[1])
         o = o.flatten(2)
         if self.output_norm is not None:
@@ -422,6 +543,20 @@ class DiJiangLinearAttention(ProjectedAttention):
         if self.output_gate is not None:
             o = o * self.output_gate(hidden_states)
         return self.o_proj(o), None
+
+    def take_linear_heads(self, x: Tensor) -> Tensor:
+        """The heads of x (B, T, all query or key/value heads, d) that do not keep every token."""
+        if not self.full_heads:
+            return x
+        return take_heads(x, self.linear_heads, x.shape[2] // self.num_key_value_heads)
+
+    def attend_to_all(self, projected: Projections, mask: Any, layer_cache: Any, **kwargs: Any) -> Tensor:
+        """Softmax attention of the kept heads to every token, (B, T, their query heads, d)."""
+        q = take_heads(projected.q, self.full_heads, self.num_key_value_groups).transpose(1, 2)
+        k, v = (take_heads(x, self.full_heads).transpose(1, 2) for x in (projected.k, projected.v))
+        if layer_cache is not None:
+            k, v = layer_cache.update_kept(k, v)
+        return self.softmax_attention(q, k, v, mask, **kwargs)[0]
 
 
 def divide(numerator: Tensor, total: Tensor | None) -> Tensor:

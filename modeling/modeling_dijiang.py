@@ -12,7 +12,7 @@ from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -21,7 +21,10 @@ from .cache_dijiang import DiJiangCache
 from .configuration_dijiang import DiJiangConfig
 from .decoder_modules import DiJiangMLP, DiJiangRotaryEmbedding, ProjectedAttention, build_norm
 from .feature_map_base import FeatureMap
-from .linear_attention_layer import Decay, DiJiangLinearAttention, LogScale, OutputGate
+from .kept_heads import LinearMasks
+from .layer_parts import Decay, LogScale, OutputGate
+from .linear_attention_layer import DiJiangLinearAttention
+from .memory_scores import LearnedScore
 from .packing import PackedGroup, group_sequences, sequence_bounds
 from .transformers_compat import CACHE_NAME, is_paged, one_cache, refuse_unknown_arguments, warn_of_untested_version
 
@@ -31,15 +34,18 @@ from .decode_step import StepWeights  # noqa: F401
 from .decode_step_native import native_step  # noqa: F401
 from .decode_step_native_source import SOURCE as STEP_SOURCE  # noqa: F401
 from .decode_step_triton import triton_step  # noqa: F401
+from .exact_memory import plan_memory  # noqa: F401
 from .exponential_maps import ExponentialMap  # noqa: F401
 from .feature_maps import build_feature_map  # noqa: F401
 from .frequency import dct_matrix  # noqa: F401
+from .kept_heads import runs  # noqa: F401
 from .linear_attention import linear_attention  # noqa: F401
 from .linear_attention_chunk import CHUNK_SIZE  # noqa: F401
 from .linear_attention_fla import fla_is_usable  # noqa: F401
 from .linear_attention_native import native_is_usable  # noqa: F401
 from .linear_attention_native_source import SOURCE  # noqa: F401
 from .linear_state import LinearState  # noqa: F401
+from .memory_scores import build_memory_score  # noqa: F401
 from .native_build import load_library  # noqa: F401
 from .optional_kernel import OptionalKernel  # noqa: F401
 from .simple_maps import Identity  # noqa: F401
@@ -47,31 +53,11 @@ from .window_attention import block_window_attention  # noqa: F401
 from .window_attention_flex import window_attention  # noqa: F401
 
 
-def eager_attention_forward(
-    module: ProjectedAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention in plain torch: query (B, H, T, d), key and value (B, G, S, d), attention_mask added to the logits."""
-    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
-    weights = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
 class DiJiangSoftmaxAttention(ProjectedAttention):
     """The source model's own attention, full or with a sliding window."""
 
     def __init__(self, config: DiJiangConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.is_causal = True
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
 
     def forward(
@@ -83,7 +69,7 @@ class DiJiangSoftmaxAttention(ProjectedAttention):
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        q, k, v = (x.transpose(1, 2) for x in self.project(hidden_states, position_embeddings))
+        q, k, v = (x.transpose(1, 2) for x in self.project(hidden_states, position_embeddings)[:3])
         cache = one_cache(past_key_values, cache)
         if is_paged(cache) and CACHE_NAME != "cache":
             kwargs["cache"] = cache  # the attention function updates it
@@ -91,10 +77,7 @@ class DiJiangSoftmaxAttention(ProjectedAttention):
             k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
         elif cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        o, weights = attention(
-            self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, sliding_window=self.sliding_window, **kwargs
-        )
+        o, weights = self.softmax_attention(q, k, v, attention_mask, **kwargs)
         return self.o_proj(o.flatten(2)), weights
 
 
@@ -103,7 +86,7 @@ class DiJiangDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: DiJiangConfig, layer_idx: int):
         super().__init__()
-        linear = config.layer_types[layer_idx] == "linear_attention"
+        linear = config.attention_types[layer_idx] == "linear_attention"
         self.self_attn = (DiJiangLinearAttention if linear else DiJiangSoftmaxAttention)(config, layer_idx)
         self.mlp = DiJiangMLP(config)
         self.input_layernorm = build_norm(config)
@@ -127,7 +110,7 @@ class DiJiangPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["DiJiangDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
-    _keep_in_fp32_modules_strict = ["feature_map_q", "feature_map_k", "branch_scale", "key_scale", "decay"]
+    _keep_in_fp32_modules_strict = ["feature_map_q", "feature_map_k", "branch_scale", "key_scale", "decay", "memory_score"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -137,7 +120,7 @@ class DiJiangPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         # loading empties the buffers that __init__ filled, so the maps fill them again
-        if isinstance(module, FeatureMap | LogScale | Decay | OutputGate):
+        if isinstance(module, FeatureMap | LogScale | Decay | OutputGate | LearnedScore):
             module.reset_parameters()
 
 
@@ -219,7 +202,7 @@ class DiJiangModel(DiJiangPreTrainedModel):
         masks = self.masks_by_layer_type(inputs_embeds, attention_mask, cache, position_ids, groups)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
-        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+        for layer, layer_type in zip(self.layers, self.config.attention_types, strict=True):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[layer_type],
@@ -238,7 +221,7 @@ class DiJiangModel(DiJiangPreTrainedModel):
         position_ids: Tensor,
         groups: list[PackedGroup] | None,
     ) -> dict[str, Any]:
-        """Masks by layer type: (B, T) bool or packed groups for linear layers, transformers' own for softmax ones."""
+        """Masks by layer type: `LinearMasks` for linear layers, transformers' own for softmax ones."""
         if isinstance(attention_mask, dict):
             return attention_mask
         arguments: dict[str, Any] = {
@@ -249,14 +232,16 @@ class DiJiangModel(DiJiangPreTrainedModel):
             "position_ids": position_ids,
         }
         masks: dict[str, Any] = {}
-        if "linear_attention" in self.config.layer_types:
+        attention_types = self.config.attention_types
+        if "linear_attention" in attention_types:
             new = None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :].bool()
             if new is not None and not torch.compiler.is_compiling() and bool(new.all()):
                 new = None
-            masks["linear_attention"] = groups if new is None else new
-        if "full_attention" in self.config.layer_types:
+            kept = create_causal_mask(**arguments) if any(self.config.full_heads) else None
+            masks["linear_attention"] = LinearMasks(groups if new is None else new, kept)
+        if "full_attention" in attention_types:
             masks["full_attention"] = create_causal_mask(**arguments)
-        if "sliding_attention" in self.config.layer_types:
+        if "sliding_attention" in attention_types:
             masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
         return masks
 
@@ -386,7 +371,7 @@ class DiJiangForCausalLM(DiJiangPreTrainedModel, GenerationMixin):
             model_kwargs[CACHE_NAME] = cache
         elif generation_config.use_cache is not False:
             # assisted decoding in transformers 5.9 asks for the last one, layers that can be cropped
-            croppable = not {"linear_attention", "sliding_attention"} & set(self.config.layer_types)
+            croppable = not {"linear_attention", "sliding_attention"} & set(self.config.attention_types)
             if generation_config.cache_implementation not in (None, "dynamic", *(("dynamic_full",) if croppable else ())):
                 raise ValueError(
                     f"cache_implementation={generation_config.cache_implementation!r} is not supported; leave it unset"

@@ -62,7 +62,7 @@ class CosFormer(FeatureMap):
     phi(x_i) = [r_i cos(a_i), r_i sin(a_i)], r_i = relu(x_i) + 1e-3, a_i = pi/2 p_i / N (cosFormer, arXiv 2202.08791, which has
     no constant): the kernel is r_i.r_j cos(pi/2 (p_i - p_j) / N). p_i is the token's position, N the config's
     max_position_embeddings; positions past N count as N, so that features are at least 0 and finite at any length. No
-    weights: M = 2d. Input x (B, T, H, d) and positions (B, T), integers, output (B, T, H, 2d).
+    weights: M = 2d. Input x (B, T, H, d) and positions (B, T) or (B, T, H), integers, output (B, T, H, 2d).
     """
 
     settings = ()
@@ -81,8 +81,10 @@ class CosFormer(FeatureMap):
             raise ValueError("the feature map cosformer needs positions (B, T), the index of each token in its sequence")
         angle = positions.clamp(0, self.last_position).float() * (math.pi / 2 / self.last_position)
         cos, sin = angle.cos().clamp_min(0.0), angle.sin()  # in float32 the cosine of pi/2 is negative
+        if positions.dim() == 2:  # one for all heads
+            cos, sin = cos.unsqueeze(-1), sin.unsqueeze(-1)
         r = (x.float() * scale).relu() + FLOOR
-        return torch.cat((r * cos[..., None, None], r * sin[..., None, None]), dim=-1)
+        return torch.cat((r * cos.unsqueeze(-1), r * sin.unsqueeze(-1)), dim=-1)
 
 
 @register_feature_map("identity")

@@ -1,8 +1,8 @@
 """
-The window branch of a linear layer, exact softmax attention to a sliding window and a few sink tokens, and its merge with the
-linear branch under one denominator. In blocks, so that it is linear in length.
+The exact branch of a linear layer, softmax attention to a sliding window, a few sink tokens and the tokens that the exact
+memory holds, and its merge with the linear branch under one denominator. In blocks, so that it is linear in length.
 
-B batch, T new tokens, W window, S sinks, H query heads, G key/value heads, d head size.
+B batch, T new tokens, W window, S sinks, M slots of the memory, H query heads, G key/value heads, d head size.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .exact_memory import HeldKeys
 from .linear_attention import TINY
 
 # a block of queries meets its own keys and a window more; it has as many queries as the window is wide, within these bounds
@@ -77,12 +78,19 @@ def queries_per_block(window: int) -> int:
 
 
 def block_window_attention(
-    q: Tensor, window: Window, branch: LinearBranch, *, scale: float, block_size: int | None = None
+    q: Tensor,
+    window: Window,
+    branch: LinearBranch,
+    *,
+    scale: float,
+    block_size: int | None = None,
+    memory: HeldKeys | None = None,
 ) -> Tensor:
     """
-    Attention to the window, the sinks and, through the linear branch, to everything older, under one denominator:
+    Attention to the window, the sinks, the exact memory and, through the linear branch, to everything else, under one
+    denominator:
 
-        (sum_window exp(scale q.k) v + exp(c) numerator) / (sum_window exp(scale q.k) + exp(c) total)
+        (sum_exact exp(scale q.k) v + exp(c) numerator) / (sum_exact exp(scale q.k) + exp(c) total)
 
     It is one softmax over rows of scores in which the linear branch is one more key, of score c + log total.
 
@@ -92,6 +100,7 @@ def block_window_attention(
         branch: of these queries.
         scale: factor on q.k.
         block_size: queries per block. With T it is one dense block, quadratic in T. Default: `queries_per_block`.
+        memory: what the queries of each block see in the exact memory, of blocks of this size. None: there is no memory.
 
     Returns:
         (B, T, H, d) float32.
@@ -105,9 +114,16 @@ def block_window_attention(
     N = -(-T // C)
     S = sinks.k.shape[1]
     total, branch_score = branch.as_key()
-    if pad := N * C - T:  # by cat: torch 2.13 compiles the gradient of F.pad wrongly where lengths are dynamic
-        q, k, v, branch_score = (torch.cat((x, x.new_zeros(B, pad, *x.shape[2:])), dim=1) for x in (q, k, v, branch_score))
-        valid = valid if valid is None else torch.cat((valid, valid.new_zeros(B, pad)), dim=1)
+    if memory is not None and memory.k.shape[2] != N:
+        raise ValueError(f"the memory has {memory.k.shape[2]} blocks, the queries {N}")
+
+    def padded(x: Tensor) -> Tensor:
+        """With zeros at its end so that the queries make whole blocks: (B, n, ...) -> (B, n + N * C - T, ...)."""
+        # by cat: torch 2.13 compiles the gradient of F.pad wrongly where lengths are dynamic
+        return torch.cat((x, x.new_zeros(B, N * C - T, *x.shape[2:])), dim=1) if N * C > T else x
+
+    q, k, v, branch_score = padded(q), padded(k), padded(v), padded(branch_score)
+    valid = valid if valid is None else padded(valid)
 
     def by_block(x: Tensor) -> Tensor:
         """(B, N * C, H, ...) -> (B, G, N, R * C, ...)."""
@@ -136,24 +152,56 @@ def block_window_attention(
             queries = torch.arange(N * C, device=q.device).view(N, 1, C, 1)
             sink_scores = sink_scores.masked_fill(sinks.arrival[:, None, None, None, None, :] > queries, HIDDEN)
         columns.append(sink_scores.flatten(3, 4))
+    if memory is not None:
+        columns.append(held_scores(q, memory, None if memory.gate is None else by_block(padded(branch.log_scale))))
     weights = torch.cat(columns, dim=-1).softmax(dim=-1)
     o = torch.bmm(weights[..., : W + C].reshape(B * G * N, R * C, W + C), windows(v)).view(B, G, N * R * C, d)
     if S:
-        o = o + weights[..., W + C + 1 :].reshape(B, G, N * R * C, S) @ sinks.v.float().transpose(1, 2)
+        sink_weights = weights[..., W + C + 1 : W + C + 1 + S].reshape(B, G, N * R * C, S)
+        o = o + sink_weights @ sinks.v.float().transpose(1, 2)
+    if memory is not None:
+        held_weights = weights[..., W + C + 1 + S :].flatten(0, 2)
+        o = o + torch.bmm(held_weights, memory.v.flatten(0, 2).float()).view_as(o)
     branch_weight = by_token(weights[..., W + C].flatten(2)) / total
     return torch.addcmul(by_token(o), branch.numerator, branch_weight.unsqueeze(-1))
 
 
-def window_attention_step(q: Tensor, window_k: Tensor, window_v: Tensor, branch: LinearBranch, *, scale: float) -> Tensor:
+def held_scores(q: Tensor, memory: HeldKeys, log_scale: Tensor | None) -> Tensor:
     """
-    `block_window_attention` of one query that sees all of N keys: the step of decoding.
+    The scores of the memory's keys.
+
+    Args:
+        q: (B, G, N, R * C, d), scaled.
+        memory: what they see.
+        log_scale: (B, G, N, R * C), c; needed with a soft gate, under which a key is also a part of the linear branch.
+
+    Returns:
+        (B, G, N, R * C, M + C).
+    """
+    B, G, N, rows, d = q.shape
+    C, keys = memory.hidden.shape[3:]
+    scores = torch.bmm(q.reshape(B * G * N, rows, d), memory.k.flatten(0, 2).float().transpose(1, 2))
+    scores = scores.view(B, G, N, rows // C, C, keys)
+    if memory.gate is not None:
+        assert log_scale is not None
+        linear = memory.gate.log_linear + log_scale.view(B, G, N, rows // C, C, 1)
+        scores = torch.logaddexp(scores + memory.gate.log_exact.unsqueeze(3), linear)
+    return scores.masked_fill(memory.hidden.unsqueeze(3), HIDDEN).flatten(3, 4)
+
+
+def window_attention_step(
+    q: Tensor, window_k: Tensor, window_v: Tensor, branch: LinearBranch, *, scale: float, hidden: Tensor | None = None
+) -> Tensor:
+    """
+    `block_window_attention` of one query that sees all of N keys, or all that are not hidden: the step of decoding.
 
     Args:
         q: (B, 1, H, d).
-        window_k: (B, G, N, d), sinks and window.
+        window_k: (B, G, N, d), sinks, window and exact memory.
         window_v: (B, G, N, d).
         branch: of this query.
         scale: factor on q.k.
+        hidden: (B, G, N) bool, keys that the query does not see.
 
     Returns:
         (B, 1, H, d) float32.
@@ -162,6 +210,8 @@ def window_attention_step(q: Tensor, window_k: Tensor, window_v: Tensor, branch:
     R = H // G
     total = branch.total.clamp_min(TINY)
     scores = torch.bmm((q.float() * scale).view(B * G, R, d), window_k.flatten(0, 1).float().transpose(1, 2))
+    if hidden is not None:
+        scores = scores.masked_fill(hidden.view(B * G, 1, -1), HIDDEN)
     branch_score = (total.log() + branch.log_scale).view(B * G, R, 1)
     weights = torch.cat((scores, branch_score), dim=-1).softmax(dim=-1)
     o = torch.bmm(weights[..., :-1], window_v.flatten(0, 1).float()).view(B, 1, H, d)

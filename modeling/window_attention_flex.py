@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from .exact_memory import HeldKeys
 from .linear_attention import TINY
 from .optional_kernel import OptionalKernel
 from .window_attention import BLOCK_SIZE, HIDDEN, LinearBranch, Window, block_window_attention
@@ -29,8 +30,15 @@ def flex_forms(compiled: bool) -> tuple[Any, Any]:
     return (torch.compile(forms[0]), torch.compile(forms[1])) if compiled else forms
 
 
-def window_attention(q: Tensor, window: Window, branch: LinearBranch, *, scale: float) -> Tensor:
-    """`block_window_attention` by the form that suits q's device. The log says once if it is FlexAttention, or why not."""
+def window_attention(
+    q: Tensor, window: Window, branch: LinearBranch, *, scale: float, memory: HeldKeys | None = None
+) -> Tensor:
+    """
+    `block_window_attention` by the form that suits q's device. The log says once if it is FlexAttention, or why not; with a
+    memory it is the blocks on any device.
+    """
+    if memory is not None:
+        return block_window_attention(q, window, branch, scale=scale, memory=memory)
     T = q.shape[1]
     W = window.k.shape[1] - T
     if q.is_cuda and W == 1:

@@ -8,10 +8,28 @@ MAPS = tuple(FEATURE_MAPS)
 SIGNED_MAPS = tuple(name for name, feature_map in FEATURE_MAPS.items() if not feature_map.positive)
 DECAYS = ("none", "retnet", "learned")
 WINDOWS = ((0, 0), (1, 0), (5, 2))
-# every layer that a config allows: features with signs have no denominator that a window could share
+# what a layer may remember besides its window, as settings by name
+MEMORIES = {
+    "slots": {"attention_memory": 3, "memory_score": "learned"},
+    "kept": {"full_heads": [[0], [1]]},
+    "both": {"full_heads": [[1], []], "attention_memory": [[4, 2], [1, 3]], "memory_score": "learned"},
+}
+# every layer that a config allows, (map, decay, (window, sinks[, memory])): features with signs have no denominator that a
+# window could share
 EVERY = tuple(
-    (name, decay, window) for name in MAPS for decay in DECAYS for window in (WINDOWS[:1] if name in SIGNED_MAPS else WINDOWS)
+    (name, decay, window)
+    for name in MAPS
+    for decay in DECAYS
+    for window in (WINDOWS[:1] if name in SIGNED_MAPS else (*WINDOWS, *((*WINDOWS[-1], memory) for memory in MEMORIES)))
 )
+
+
+def case_settings(case: tuple) -> dict:
+    """The settings of a case of `EVERY`."""
+    feature_map, decay, (window, sinks, *memory) = case
+    settings = {"feature_map": feature_map, "decay": decay, "attention_window": window, "attention_sinks": sinks}
+    return settings | (MEMORIES[memory[0]] if memory else {})
+
 
 # models of every kind of layer
 CASES = {
@@ -24,6 +42,7 @@ CASES = {
         "sliding_window": 4,
         "decay": "learned",
     },
+    "memories": {"full_heads": [[1], [0, 1]], "attention_memory": 3, "memory_score": "learned"},
 }
 
 
@@ -71,7 +90,7 @@ def tiny_model(seed: int = 0, **overrides) -> DiJiangForCausalLM:
     model = DiJiangForCausalLM(tiny_config(**overrides)).eval()
     with torch.no_grad():
         for layer in model.model.layers:
-            for part in ("feature_map_q", "feature_map_k", "branch_scale", "key_scale", "decay"):
+            for part in ("feature_map_q", "feature_map_k", "branch_scale", "key_scale", "decay", "memory_score"):
                 module = getattr(layer.self_attn, part, None)
                 for parameter in module.parameters() if module is not None else ():
                     parameter += 0.2 * torch.randn_like(parameter)
