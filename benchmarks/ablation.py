@@ -154,7 +154,7 @@ class Study:
         for block, teacher_pass in zip(self.blocks["held out"], self.passes["held out"], strict=True):
             for i, attention in linear_layers(model.student).items():
                 with model.autocast(block.device):
-                    q, k, v = attention.project(teacher_pass.inputs[i], teacher_pass.position_embeddings)
+                    q, k, v, _ = attention.project(teacher_pass.inputs[i], teacher_pass.position_embeddings)
                     output = attention.attend(q, k, v)[0].flatten(2)
                     target = teacher_pass.outputs[i]
                     if model.stage.trains == "attention":

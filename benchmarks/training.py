@@ -53,7 +53,7 @@ def attention_alone(align, ids: torch.Tensor):
     inputs = []
     for i, layer in linear_layers(align.student).items():
         with torch.no_grad(), align.autocast(ids.device):
-            inputs.append((layer, layer.project(teacher_pass.inputs[i], teacher_pass.position_embeddings)))
+            inputs.append((layer, layer.project(teacher_pass.inputs[i], teacher_pass.position_embeddings)[:3]))
 
     def call() -> None:
         for layer, (q, k, v) in inputs:

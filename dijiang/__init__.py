@@ -24,6 +24,8 @@ _ROOM_OF = {
     "linear_attention": "modeling",
     "convert_model": "convert",
     "refresh_code": "convert",
+    "add_memories": "train",
+    "convert_with_memories": "train",
     "load_recipe": "train",
     "recover": "train",
     "run_stage": "train",

@@ -31,7 +31,8 @@ class GrowingRows:
         start, self.length = self.length, self.length + x.shape[2]
         rows = self.rows(start)
         if rows is None:
-            self.buffer = x.contiguous()
+            # a view of what all heads share would keep that alive
+            self.buffer = x if torch.compiler.is_compiling() else x.clone(memory_format=torch.contiguous_format)
         elif x.requires_grad or self.buffer.requires_grad or torch.compiler.is_compiling():
             self.buffer = torch.cat((rows, x), dim=2)
         else:

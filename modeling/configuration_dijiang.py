@@ -234,6 +234,15 @@ class DiJiangConfig(PretrainedConfig):
         slots = slots[layer] if isinstance(slots, list) else slots
         return list(slots) if isinstance(slots, list) else [slots] * self.num_key_value_heads
 
+    def bytes_per_token(self, element_size: int) -> int:
+        """Bytes that the cache grows by with each token of a sequence, keys and values of `element_size` bytes a number."""
+        G = self.num_key_value_heads
+        kept = sum(
+            G if kind == "full_attention" else len(heads)
+            for kind, heads in zip(self.attention_types, self.full_heads, strict=True)
+        )
+        return 2 * kept * self.head_dim * element_size
+
     def linear_heads(self, layer: int) -> list[int]:
         """The key/value heads of a linear layer that do not keep every token."""
         return [head for head in range(self.num_key_value_heads) if head not in self.full_heads[layer]]

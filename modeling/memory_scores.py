@@ -116,7 +116,7 @@ def build_memory_score(config: DiJiangConfig, heads: list[int], layer_idx: int) 
 @register_memory_score("learned")
 class LearnedScore(MemoryScore):
     """
-    A small network per head on a token's key, before rotary positions, and value: w_2 . relu(W_1 [k, v] + b_1). It is fitted
+    A small network per head on a token's key, before rotary positions, and value: w_2 . gelu(W_1 [k, v] + b_1). It is fitted
     to the largest attention that later queries give the token (arXiv 2410.01805 has the idea); until then all tokens score
     alike, so that the memory holds the oldest.
     """
@@ -140,7 +140,7 @@ class LearnedScore(MemoryScore):
 
     def arriving(self, k: Tensor, v: Tensor, rank: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
         x = torch.cat((k, v), dim=-1).float().transpose(1, 2)
-        hidden = (x @ self.W_1.float().transpose(1, 2) + self.b_1.float().unsqueeze(1)).relu()
+        hidden = F.gelu(x @ self.W_1.float().transpose(1, 2) + self.b_1.float().unsqueeze(1))
         return (hidden @ self.w_2.float().unsqueeze(-1)).squeeze(-1), carry
 
 

@@ -22,6 +22,8 @@ APP_SETTINGS: dict[str, Any] = {
 }
 COMMANDS = (
     convert.convert,
+    convert.select,
+    convert.fit,
     convert.refresh_code,
     train.align,
     train.distill,

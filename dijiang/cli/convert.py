@@ -1,9 +1,14 @@
-"""The commands that make checkpoints: convert and refresh-code."""
+"""The commands that make checkpoints: convert, select, fit and refresh-code."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from dijiang.bundled import TRAIN_TEXT
+from dijiang.train.memories.config import FitConfig, SelectConfig
+
+from .options import with_settings
 
 Source = Annotated[str, typer.Argument(help="Hub id, checkpoint folder or GGUF file of the softmax model.")]
 
@@ -24,18 +29,87 @@ def convert(
     dtype: Annotated[
         str, typer.Option(help="Type of the stored weights: auto (the source's), float32, bfloat16, float16.")
     ] = "auto",
+    fit: Annotated[
+        list[Path] | None, typer.Option("--fit", metavar="TEXT", help="Also run select and fit, on this text. Repeatable.")
+    ] = None,
+    heads: Annotated[int, typer.Option(min=0, help="With --fit: heads that keep every token.")] = 7,
+    slots: Annotated[int, typer.Option(min=1, help="With --fit: tokens that each other head holds, the mean.")] = 128,
 ) -> None:
     """
     Turn a GPT-NeoX- or LLaMA-type model into a DiJiang checkpoint.
 
-    Example: dijiang convert HuggingFaceTB/SmolLM2-135M smollm2-dijiang --set attention_window=128
+    Example: dijiang convert HuggingFaceTB/SmolLM2-135M smollm2-dijiang --fit my-text.txt
 
-    With `--set layer_types=full_attention` (`sliding_attention` for a model with a sliding window) the result computes
-    what the source does.
+    Without --fit the model forgets what its window lost, until it is trained. With
+    `--set layer_types=full_attention` the result computes what the source does.
     """
     from dijiang.convert import convert_model, parse_overrides
 
-    folder = convert_model(source, output, preset, dtype=dtype, **parse_overrides(set_ or []))
+    overrides = parse_overrides(set_ or [])
+    if fit:
+        from dijiang.train.memories.run import convert_with_memories
+
+        select = SelectConfig(heads=heads) if heads else None
+        settings: dict[str, Any] = {"select": select, "fit": FitConfig(slots=slots), "texts": fit}
+        folder = convert_with_memories(source, output, preset, dtype=dtype, **settings, **overrides)
+    else:
+        folder = convert_model(source, output, preset, dtype=dtype, **overrides)
+    typer.echo(f"wrote {folder}")
+
+
+Checkpoint = Annotated[Path, typer.Argument(help="Folder of a DiJiang checkpoint with a window.")]
+Output = Annotated[Path, typer.Argument(help="New folder for the checkpoint with these memories.")]
+Teacher = Annotated[str, typer.Option(help="The softmax model that the checkpoint was converted from.")]
+Texts = Annotated[
+    list[Path] | None, typer.Option("--data", metavar="TEXT", help="UTF-8 text; default: a text of this package. Repeatable.")
+]
+
+
+@with_settings(
+    SelectConfig,
+    {
+        "heads": "Heads to keep, 7 by default.",
+        "bytes_per_token": "As many heads as fit into this growth of the cache.",
+        "method": "greedy, gates, content_free, induction, random, perplexity, ...",
+    },
+)
+def select(checkpoint: Checkpoint, output: Output, teacher: Teacher, data: Texts = None, *, settings: SelectConfig) -> None:
+    """
+    Choose the key/value heads that keep every token, by what recall needs.
+
+    Example: dijiang select smollm2-dijiang smollm2-heads --teacher HuggingFaceTB/SmolLM2-135M --heads 7
+
+    No weight is trained. Leaves the ranking of all heads in `selection.json` and its picture in `selection.png`.
+    """
+    from dijiang.evaluate.report.selection_figure import draw_selection
+    from dijiang.evaluate.report.style import missing_packages
+    from dijiang.train.memories.run import SELECTION_FILE, add_memories
+
+    folder = add_memories(checkpoint, output, teacher=teacher, select=settings, texts=data or [TRAIN_TEXT])
+    if not missing_packages("matplotlib"):
+        draw_selection(folder / SELECTION_FILE)
+    typer.echo(f"wrote {folder}")
+
+
+@with_settings(
+    FitConfig,
+    {
+        "slots": "Tokens that a head holds, the mean over heads; 128 by default.",
+        "large_slots": "Slots in place of every token, for constant memory.",
+        "text_tokens": "Tokens of text to fit on.",
+    },
+)
+def fit(checkpoint: Checkpoint, output: Output, teacher: Teacher, data: Texts = None, *, settings: FitConfig) -> None:
+    """
+    Give the heads that forget a memory for the tokens that later ones will ask for.
+
+    Example: dijiang fit smollm2-heads smollm2-ready --teacher HuggingFaceTB/SmolLM2-135M --data my-text.txt
+
+    Fits a score to the teacher's attention in a few minutes; no weight of the model is trained.
+    """
+    from dijiang.train.memories.run import add_memories
+
+    folder = add_memories(checkpoint, output, teacher=teacher, fit=settings, texts=data or [TRAIN_TEXT])
     typer.echo(f"wrote {folder}")
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from dijiang_testing.model_checks import CASES, assert_close, random_ids, tiny_model
 
+from dijiang.modeling.cache_dijiang import GrowingRows
+
 each_case = pytest.mark.parametrize("case", CASES)
 each_seed = pytest.mark.parametrize("seed", [0, 1, 2])
 
@@ -14,7 +16,7 @@ def cache_tensors(cache) -> list[torch.Tensor]:
     """Every tensor of every layer, rows first."""
     tensors = []
     for layer in cache.layers:
-        tensors += layer.state.tensors() if hasattr(layer, "state") else [layer.keys, layer.values]
+        tensors += layer.tensors() if hasattr(layer, "state") else [layer.keys, layer.values]
     return tensors
 
 
@@ -52,3 +54,30 @@ def test_copied_cache_continues_as_the_original_and_on_its_own(case, seed):
     assert torch.equal(
         torch.cat(steps, 1), torch.cat([model(t, past_key_values=copy).logits for t in ids[:, 15:].split(1, 1)], 1)
     )
+
+
+@each_seed
+@pytest.mark.parametrize("case", [case for case in CASES if case != "mixed"])  # sliding layers of transformers keep views
+@torch.no_grad()
+def test_measured_bytes_equal_declared_bytes(case, seed):
+    """Those of a prompt exactly; steps take spare rows in which kept heads grow, an eighth or 64 tokens at most."""
+    model = tiny_model(seed, **CASES[case])
+    for T in (1, 13, 57):
+        cache = model(random_ids(1, T, seed), use_cache=True).past_key_values
+        assert cache.memory_bytes() == model.cache_bytes(T)
+        model(random_ids(1, 1, seed), past_key_values=cache)
+        spare = max(64, (T + 1) // 8) * model.config.bytes_per_token(4)
+        assert model.cache_bytes(T + 1) <= cache.memory_bytes() <= model.cache_bytes(T + 1) + spare
+    growth = model.cache_bytes(2001) - model.cache_bytes(2000)
+    assert growth == model.config.bytes_per_token(4)
+    assert (growth > 0) == (case == "memories")
+
+
+@torch.no_grad()
+def test_rows_of_kept_heads_grow_with_few_copies_and_hold_what_was_appended():
+    rows, parts = GrowingRows(), list(torch.randn(2, 3, 700, 4).split([90, *[1] * 600, 10], dim=2))
+    buffers = set()
+    for i, part in enumerate(parts):
+        assert torch.equal(rows.append(part), torch.cat(parts[: i + 1], dim=2))
+        buffers.add(rows.buffer.data_ptr())
+    assert len(buffers) < 12

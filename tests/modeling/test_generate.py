@@ -17,6 +17,13 @@ CASES = {
         "layer_types": ["linear_attention", "full_attention", "sliding_attention"],
         "sliding_window": 4,
     },
+    "slots": {"attention_memory": 3, "memory_score": "learned"},
+    "kept heads and slots": {
+        "full_heads": [[1], []],
+        "attention_memory": [[0, 4], [2, 0]],
+        "memory_score": "window_attention",
+    },
+    "all heads kept in one layer": {"full_heads": [[0, 1], [0]]},
     "softmax": {"layer_types": ["full_attention", "full_attention"]},
 }
 MODES = {

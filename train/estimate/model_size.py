@@ -59,6 +59,7 @@ def model_size(model: DiJiangForCausalLM) -> ModelSize:
     matrices = [module for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
     adaptable = [module for module in matrices if type(module) is nn.Linear]
     head = model.lm_head.weight.numel()
+    linear_query_heads = sum(len(layer.linear_heads) * layer.num_key_value_groups for layer in linear)
     embeddings = {id(weight): weight.numel() for weight in (model.lm_head.weight, model.model.embed_tokens.weight)}
     added = sum(parameter.numel() for parameter in added_parameters(model).values())
     return ModelSize(
@@ -75,7 +76,7 @@ def model_size(model: DiJiangForCausalLM) -> ModelSize:
         sides=sum(sum(module.weight.shape) for module in adaptable),
         projection_sides=sum(sum(module.weight.shape) for module in projections),
         mixing_flops=sum(chunk_mixing_flops(layer) for layer in linear),
-        softmax_flops=2.0 * config.num_attention_heads * config.head_dim * (config.num_hidden_layers - len(linear)),
+        softmax_flops=2.0 * config.head_dim * (config.num_attention_heads * config.num_hidden_layers - linear_query_heads),
     )
 
 
@@ -87,12 +88,13 @@ def count_weights(layers: list[DiJiangLinearAttention], names: tuple[str, ...]) 
 
 def chunk_mixing_flops(layer: DiJiangLinearAttention) -> float:
     """FLOPs per token of one linear layer between its projections, forward, in the chunk form that training uses."""
-    H = layer.num_heads
-    G = layer.num_key_value_heads
+    G = len(layer.linear_heads)
+    H = G * layer.num_key_value_groups
     d = layer.head_dim
     M = layer.feature_map_q.size
     projected = "feature_dim" in FEATURE_MAPS[layer.config.feature_map].settings
     features = 2 * (H + G) * M * d if projected else 0
     state = 2 * H * CHUNK_SIZE * (M + d) + 2 * (H + G) * M * d
-    exact = layer.window + layer.sinks + queries_per_block(layer.window)
+    exact = layer.window + layer.sinks + queries_per_block(layer.window) * (2 if layer.has_memory else 1)
+    exact += sum(layer.slots) / G
     return features + state + (4 * H * d * exact if layer.window else 0)

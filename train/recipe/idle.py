@@ -12,6 +12,11 @@ PLAIN_TEXT = (".txt", ".md", ".txt.gz", ".md.gz")
 # section, its keys, when they have no effect (in recipe r, whose section is s), and the reason that an error gives
 IDLE = (
     ("convert", ["settings.decay_spans"], lambda r, s: student_settings(r).get("decay") == "none", "decay: none"),
+    ("select", ["heads"], lambda r, s: s.bytes_per_token is not None, "select.bytes_per_token"),
+    ("select", ["samples", "lengths"], lambda r, s: not s.reads_samples, "a select.method that reads no samples"),
+    ("fit", ["least_slots"], lambda r, s: not s.spread, "fit.spread: false"),
+    ("fit", ["large_slots"], lambda r, s: r.select is None, "no select"),
+    ("fit", ["recall_length", "recall_share"], lambda r, s: not s.recall_samples, "fit.recall_samples: 0"),
     ("align", ["weight_decay", "attention_learning_rate"], lambda r, s: s.trains == "kernel", "align.trains: kernel"),
     ("align", ["branch_scale_offset"], lambda r, s: s.calibrate_blocks == 0, "align.calibrate_blocks: 0"),
     ("align", ["branch_scale_offset"], lambda r, s: not has_window(r), "attention_window: 0"),
@@ -24,6 +29,7 @@ IDLE = (
     ("distill", ["attention_learning_rate"], lambda r, s: s.trains == "kernel", "distill.trains: kernel"),
     ("distill", ["learning_rate", "train_embeddings"], lambda r, s: s.trains != "all", "distill.trains: attention or kernel"),
     ("distill", ["temperature", "teacher_top_k"], lambda r, s: s.kl_weight == 0, "distill.kl_weight: 0"),
+    ("distill", ["memory_temperature"], lambda r, s: not has_learned_memory(r), "no fit"),
     ("data", ["held_out_tokens"], lambda r, s: not s.held_out, "no data.held_out"),
     ("run", ["evaluate_every"], lambda r, s: not r.data.held_out, "no data.held_out"),
     ("run", ["gradient_checkpointing"], lambda r, s: r.distill is None, "align alone, which trains layers one by one"),
@@ -60,6 +66,12 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
 def starts_at_zero(stage: StageConfig) -> bool:
     """True if every sequence fills its position range, so that none can start later."""
     return stage.position_range == stage.block_size and stage.start_block_size is None
+
+
+def has_learned_memory(recipe: Recipe) -> bool:
+    """Whether the student has an exact memory whose scores can train."""
+    settings = student_settings(recipe)
+    return recipe.fit is not None or bool(settings.get("attention_memory") and settings.get("memory_score") == "learned")
 
 
 def has_window(recipe: Recipe) -> bool:

@@ -17,6 +17,7 @@ from dijiang.common.settings import apply_words, build, join, parse_yaml, refuse
 from dijiang.convert import PRESETS
 from dijiang.convert.layer_settings import check_keys
 
+from ..memories.config import FitConfig, SelectConfig
 from .idle import without_effect
 from .schema import AlignConfig, ConvertConfig, DataConfig, DistillConfig, Recipe, RunConfig, SourceConfig
 
@@ -24,6 +25,8 @@ SECTIONS = {
     "convert": ConvertConfig,
     "data": DataConfig,
     "data.train": SourceConfig,
+    "select": SelectConfig,
+    "fit": FitConfig,
     "align": AlignConfig,
     "distill": DistillConfig,
     "run": RunConfig,

@@ -7,6 +7,8 @@ from typing import ClassVar, Literal
 from dijiang.common.conditions import require, require_at_least, require_between, require_not_negative, require_positive
 from dijiang.common.settings import accepts_former_names
 
+from ..memories.config import FitConfig, SelectConfig
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertConfig:
@@ -269,6 +271,8 @@ class DistillConfig(StageConfig):
         teacher_top_k: number of the teacher's most likely tokens at each position that are written to disk before training, so
             that the teacher need not be in memory; 0: the teacher runs next to the student.
         chunk_tokens: tokens whose logits are in memory at a time.
+        memory_temperature: train the learned scores of the exact memory too, through a soft gate of this temperature, in units
+            of the score; null: they stay as they were fitted.
     """
 
     tokens: int = 200_000
@@ -284,12 +288,12 @@ class DistillConfig(StageConfig):
     temperature: float = 1.0
     teacher_top_k: int = 0
     chunk_tokens: int = 256
+    memory_temperature: float | None = None
 
     def __post_init__(self):
         StageConfig.__post_init__(self)
-        require_positive(
-            self, "kernel_learning_rate", "attention_learning_rate", "learning_rate", "temperature", "chunk_tokens"
-        )
+        rates = ("kernel_learning_rate", "attention_learning_rate", "learning_rate")
+        require_positive(self, *rates, "temperature", "chunk_tokens", "memory_temperature")
         require_not_negative(self, "lora_rank", "kl_weight", "ce_weight", "teacher_top_k")
         require(self.kl_weight + self.ce_weight > 0, "kl_weight and ce_weight are both 0: no loss is left")
         one_length = not (self.teacher_top_k and self.start_block_size)
@@ -309,10 +313,12 @@ class Recipe:
 
     Attributes:
         source: hub id, folder or GGUF file of the softmax model, which is also the teacher.
-        output: folder of everything the job writes: `converted`, and for each stage its `checkpoints`, its logs and, once it
-            is complete, `model`.
-        data: text of both stages.
+        output: folder of everything the job writes: `converted`, `memories`, and for each stage its `checkpoints`, its logs
+            and, once it is complete, `model`.
+        data: text of all stages.
         convert: settings of the conversion.
+        select: which heads keep every token; None: none.
+        fit: the exact memory of the others; None: there is none, or an unfitted one that `convert` asks for.
         align: settings of the first stage; None: no such stage.
         distill: settings of the second stage; None: no such stage.
         run: device, memory, checkpoints and logs of both stages.
@@ -322,6 +328,8 @@ class Recipe:
     output: str
     data: DataConfig
     convert: ConvertConfig = field(default_factory=ConvertConfig)
+    select: SelectConfig | None = None
+    fit: FitConfig | None = None
     align: AlignConfig | None = None
     distill: DistillConfig | None = None
     run: RunConfig = field(default_factory=RunConfig)

@@ -1,6 +1,6 @@
 """The align stage's model: the student, its teacher, and every layer's loss between them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -124,16 +124,20 @@ class AlignModel(RecoveryModel):
         """
         The squared error of a layer's attention over the squared target, summed over the combined output and the linear
         branch by their weights. With `trains: attention` outputs are compared after the output projection, whose weights
-        train too, else before it.
+        train too, else before it. Heads that keep every token are the teacher's own and have no error.
         """
         config = self.stage
         target = teacher_pass.outputs[i]
         after = config.trains == "attention"
         with self.autocast(target.device):
             with nullcontext() if after else torch.no_grad():
-                q, k, v = attention.project(teacher_pass.inputs[i], teacher_pass.position_embeddings)
+                projected = attention.project(teacher_pass.inputs[i], teacher_pass.position_embeddings)
+                own = [attention.take_linear_heads(x) for x in projected]
+            by_head = target.unflatten(2, (attention.num_heads, -1))
             if after:
                 target = self.teacher.model.layers[i].self_attn.o_proj(target)
+            else:
+                target = attention.take_linear_heads(by_head).flatten(2)
             target, total = target.float(), 0.0
             for weight, without_window in ((config.combined_weight, False), (config.linear_weight, True)):
                 if alone:
@@ -141,8 +145,12 @@ class AlignModel(RecoveryModel):
                 if not weight:
                     continue
                 with linear_branch_alone(attention) if without_window else nullcontext():
-                    output = attend(attention, q, k, v, groups).flatten(2)
-                output = attention.o_proj(output.to(q.dtype)) if after else output
+                    output = attend(attention, own, groups)
+                if after:
+                    output = attention.with_kept_heads(by_head, output)
+                    output = attention.o_proj(output.flatten(2).to(own[0].dtype))
+                else:
+                    output = output.flatten(2)
                 total = total + weight * (output.float() - target).square().mean() / target.square().mean()
         return total
 
@@ -156,9 +164,10 @@ class AlignModel(RecoveryModel):
         fits = []
         for i, attention in linear_layers(self.student).items():
             with self.autocast(input_ids.device):
-                q, k, v = attention.project(teacher_pass.inputs[i], teacher_pass.position_embeddings)
-            target = teacher_pass.outputs[i].float().view_as(q)
-            fits.append(calibrate_layer(attention, q, k, v, target, self.stage.branch_scale_offset))
+                projected = attention.project(teacher_pass.inputs[i], teacher_pass.position_embeddings)
+            target = teacher_pass.outputs[i].float().view_as(projected.q)
+            q, k, v, raw_k, target = (attention.take_linear_heads(x) for x in (*projected, target))
+            fits.append(calibrate_layer(attention, q, k, v, target, self.stage.branch_scale_offset, raw_k))
         fits = [fit for fit in fits if fit is not None]
         return sum(fits) / len(fits) if fits else None
 
@@ -206,17 +215,24 @@ def trained_parameters(student: DiJiangForCausalLM, config: AlignConfig) -> dict
     return groups
 
 
-def attend(attention: DiJiangLinearAttention, q, k, v, groups: list[PackedGroup] | None) -> torch.Tensor:
-    """The layer's output (B, T, H, d), where documents of one row do not see each other."""
-    return attention.attend(q, k, v)[0] if groups is None else attention.attend_packed(q, k, v, groups)
+def attend(
+    attention: DiJiangLinearAttention, projected: Sequence[torch.Tensor], groups: list[PackedGroup] | None
+) -> torch.Tensor:
+    """
+    The output (B, T, H, d) of heads that do not keep every token, from their `Projections`; documents of one row do not see
+    each other.
+    """
+    q, k, v, raw_k = projected
+    return attention.attend(q, k, v, raw_k=raw_k)[0] if groups is None else attention.attend_packed(q, k, v, groups, raw_k)
 
 
 @contextmanager
 def linear_branch_alone(attention: DiJiangLinearAttention) -> Iterator[None]:
-    """Let the layer attend through its feature map to all tokens in the block, without window and sinks."""
-    saved = attention.window, attention.sinks
+    """Let the layer attend through its feature map to all tokens in the block, without window, sinks and exact memory."""
+    saved = attention.window, attention.sinks, attention.slots
     attention.window = attention.sinks = 0
+    attention.slots = (0,) * len(attention.slots)
     try:
         yield
     finally:
-        attention.window, attention.sinks = saved
+        attention.window, attention.sinks, attention.slots = saved

@@ -22,7 +22,13 @@ T_SCALES = (1.0, 2.0, 3.0, 4.0)
 
 @torch.no_grad()
 def calibrate_layer(
-    attention: DiJiangLinearAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, target: torch.Tensor, offset: float
+    attention: DiJiangLinearAttention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    target: torch.Tensor,
+    offset: float,
+    raw_k: torch.Tensor | None = None,
 ) -> float | None:
     """
     Set the layer's map, key scale and branch scale in place, with the multiple of the radii T that fits `target` best.
@@ -35,6 +41,7 @@ def calibrate_layer(
         target: (B, T, H, d), the output of softmax attention for them.
         offset: subtracted from the fitted b. The linear branch then starts below its share of the softmax's mass, which costs
             less than an untrained map at full weight.
+        raw_k: (B, T, G, d), k before rotary positions; needed if there is an exact memory.
 
     Returns:
         R^2 of the fit of c(q), the mean over heads; None without a window, where nothing is fitted.
@@ -60,7 +67,7 @@ def calibrate_layer(
         if softmax_sum is not None:
             gap = softmax_sum - linear_log_sum(attention, q, k)
             fit = fit_branch_scale(attention, scaled_q[:, start:], gap[:, start:], offset)
-        error = (attention.attend(q, k, v)[0] - target).square().mean().item()
+        error = (attention.attend(q, k, v, raw_k=raw_k)[0] - target).square().mean().item()
         if error < best_error:
             best_error = error
             best_fit = fit

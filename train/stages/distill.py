@@ -3,6 +3,7 @@
 import torch
 
 from dijiang.modeling import DiJiangForCausalLM
+from dijiang.modeling.linear_attention_layer import linear_layers
 
 from ..recipe.schema import DistillConfig
 from .base import RecoveryModel, next_token_labels
@@ -55,9 +56,11 @@ class DistillModel(RecoveryModel):
         Raises:
             ValueError: in training, if there is neither a teacher nor teacher_ids, and kl_weight is not 0.
         """
+        config = self.stage
+        for layer in linear_layers(self.student).values():
+            layer.gate_temperature = config.memory_temperature if self.training else None
         if not self.training:
             return {"loss": self.text_loss(input_ids, position_ids)}
-        config = self.stage
         targets = {}
         if teacher_ids is not None:
             targets["top_k"] = teacher_ids.flatten(0, 1), teacher_logprobs.flatten(0, 1)
@@ -75,7 +78,7 @@ class DistillModel(RecoveryModel):
 
     def parameter_groups(self) -> list[dict]:
         """The parameters that train, by learning rate: dicts of `name` (kernel, attention or rest), `params` and `lr`."""
-        added = {id(parameter) for parameter in added_parameters(self.student).values()}
+        added = {id(parameter) for parameter in added_parameters(self.student, scores=True).values()}
         stage = self.stage
         rates = {"kernel": stage.kernel_learning_rate, "attention": stage.attention_learning_rate, "rest": stage.learning_rate}
         groups: dict[str, list[torch.nn.Parameter]] = {name: [] for name in rates}

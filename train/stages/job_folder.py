@@ -13,9 +13,12 @@ from filelock import FileLock, Timeout
 from dijiang.checkpoint.code_files import before_refreshing
 from dijiang.checkpoint.lineage import refuse_other_source
 from dijiang.checkpoint.provenance import provenance_text, read_provenance
+from dijiang.checkpoint.source import load_tokenizer, open_source
 from dijiang.common.outputs import write_text_whole
 from dijiang.convert import convert_model
 
+from ..memories.material import training_text
+from ..memories.run import add_memories
 from ..recipe.load import NOT_LEARNED, differences, dump_recipe, load_recipe
 from ..recipe.schema import Recipe, StageConfig
 
@@ -38,6 +41,7 @@ class StageFolder:
         model: the result; exists only when it is complete.
         teacher_logits: the teacher's most likely tokens, if the stage reads them from disk.
         converted: the converted source.
+        memories: the converted source with kept heads or a fitted memory, if the recipe asks for them.
         source: the checkpoint that the stage starts from.
         recipe_file: the recipe that the stage was begun with.
     """
@@ -51,7 +55,9 @@ class StageFolder:
         self.model = self.path / "model"
         self.teacher_logits = self.path / "teacher_logits"
         self.converted = self.output / "converted"
-        self.source = self.output / "align" / "model" if stage == "distill" and recipe.align else self.converted
+        self.memories = self.output / "memories"
+        self.start = self.memories if recipe.select or recipe.fit else self.converted
+        self.source = self.output / "align" / "model" if stage == "distill" and recipe.align else self.start
         self.recipe_file = self.path / RECIPE_FILE
 
     @contextmanager
@@ -90,13 +96,19 @@ class StageFolder:
             else:
                 path.unlink()
         self.refuse_other_recipe()
-        convert = self.recipe.convert
-        if self.source != self.converted:
+        recipe, convert = self.recipe, self.recipe.convert
+        if self.source != self.start:
             if not self.source.exists():
                 raise ValueError(f"{self.source} is not there yet; run the align stage first")
-        elif not self.converted.exists():
-            settings = {"dtype": convert.dtype, "progress": progress}
-            convert_model(self.recipe.source, self.converted, convert.preset, **settings, **convert.settings)
+        else:
+            if not self.converted.exists() and not self.start.exists():
+                settings = {"dtype": convert.dtype, "progress": progress}
+                convert_model(recipe.source, self.converted, convert.preset, **settings, **convert.settings)
+            if not self.start.exists():
+                tokenizer = load_tokenizer(open_source(self.converted))
+                text = training_text(recipe.data, tokenizer, progress=progress)
+                memories = {"select": recipe.select, "fit": recipe.fit, "texts": text, "progress": progress}
+                add_memories(self.converted, self.memories, teacher=recipe.source, **memories)
         if not self.recipe_file.exists():
             write_text_whole(self.recipe_file, dump_recipe(self.recipe))
 

@@ -11,12 +11,16 @@ from .adapters import add_adapters
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MATRICES = ("gate_proj", "up_proj", "down_proj")
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
-ADDED_PARTS = ("feature_map_q", "feature_map_k", "branch_scale", "key_scale", "decay")  # of a layer's attention, by conversion
+# of a layer's attention, by conversion
+ADDED_PARTS = ("feature_map_q", "feature_map_k", "branch_scale", "key_scale", "decay", "memory_score")
 OUTPUT_PARTS = ("output_norm", "output_gate")  # added after its attention
 
 
-def added_parameters(model: DiJiangForCausalLM) -> dict[str, torch.nn.Parameter]:
-    """The parameters to train that conversion added to the linear layers' attention, by name; without OUTPUT_PARTS."""
+def added_parameters(model: DiJiangForCausalLM, *, scores: bool = False) -> dict[str, torch.nn.Parameter]:
+    """
+    The parameters to train that conversion added to the linear layers' attention, by name; without OUTPUT_PARTS. The scores of
+    the exact memory, which only a soft gate lets train, are left out unless `scores`.
+    """
     parameters = {}
     for i, attention in linear_layers(model).items():
         for part in ADDED_PARTS:
@@ -24,6 +28,8 @@ def added_parameters(model: DiJiangForCausalLM) -> dict[str, torch.nn.Parameter]
             if part == "decay" and attention.config.decay != "learned":
                 continue
             if part.startswith("feature_map") and not attention.config.learn_features:
+                continue
+            if part == "memory_score" and not scores:
                 continue
             if (module := getattr(attention, part)) is not None:
                 prefix = f"model.layers.{i}.self_attn.{part}"
@@ -49,7 +55,7 @@ def select_trained(student: DiJiangForCausalLM, config: DistillConfig, dtype: to
             alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
             add_adapters(student, modules, config.lora_rank, alpha, config.seed)
     output_parts = [name for name, _ in student.named_parameters() if belongs_to(name, OUTPUT_PARTS)]
-    trained = {*weights, *added_parameters(student), *output_parts}
+    trained = {*weights, *added_parameters(student, scores=config.memory_temperature is not None), *output_parts}
     for name, parameter in student.named_parameters():
         adapter = config.lora_rank and ".lora_" in name
         parameter.requires_grad_(adapter or name in trained)

@@ -120,4 +120,4 @@ def test_without_effect_knows_defaults_too():
     plain = Recipe(source="s", output="o", data=DataConfig(train=[SourceConfig(path="a/b")]), distill=DistillConfig())
     idle = set(without_effect(plain))
     unread = {"data.held_out_tokens", "run.evaluate_every", "run.compile", "data.train.0.weight"}
-    assert unread | {"convert.settings.decay_spans"} == idle
+    assert unread | {"convert.settings.decay_spans", "distill.memory_temperature"} == idle

@@ -34,7 +34,7 @@ def plain_losses(model, ids, positions=None, weights=(1.0, 0.0), after=False) ->
     kept = run_teacher(model.teacher, ids, positions)
     losses = {}
     for i, attention in linear_layers(model.student).items():
-        q, k, v = attention.project(kept.inputs[i], kept.position_embeddings)
+        q, k, v, _ = attention.project(kept.inputs[i], kept.position_embeddings)
         target, total = kept.outputs[i], 0
         if after:
             target = model.teacher.model.layers[i].self_attn.o_proj(target)
@@ -124,7 +124,7 @@ def test_documents_of_a_row_are_compared_on_their_own(make, tokens):
     for part in ids.split(lengths, dim=1):
         kept = run_teacher(model.teacher, part)
         for i, attention in linear_layers(model.student).items():
-            output = attention.attend(*attention.project(kept.inputs[i], kept.position_embeddings))[0].flatten(2)
+            output = attention.attend(*attention.project(kept.inputs[i], kept.position_embeddings)[:3])[0].flatten(2)
             squares[i][0] += (output - kept.outputs[i]).square().sum().item()
             squares[i][1] += kept.outputs[i].square().sum().item()
     for i, (error, target) in squares.items():

@@ -30,7 +30,7 @@ def test_captures_are_what_attention_reads_and_writes(teacher, tokens):
         if i + 1 < len(teacher.model.layers):  # the last hidden state is normed
             assert (after - hidden[i + 1]).abs().max() < 1e-4
         # softmax attention, written out
-        q, k, v = (x.transpose(1, 2) for x in attention.project(teacher_pass.inputs[i], teacher_pass.position_embeddings))
+        q, k, v = (x.transpose(1, 2) for x in attention.project(teacher_pass.inputs[i], teacher_pass.position_embeddings)[:3])
         k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
         mixed = (q @ k.mT * 8**-0.5 + causal).softmax(-1) @ v
         assert (mixed.transpose(1, 2).flatten(2) - teacher_pass.outputs[i]).abs().max() < 1e-5

@@ -1,0 +1,1 @@
+"""Fitting of the exact memory: which tokens its scores hold, and how many slots each head gets."""

@@ -1,0 +1,117 @@
+"""Selection of heads and the fit of slots, from checkpoint to checkpoint, on a tiny model."""
+
+import json
+
+import pytest
+import torch
+
+from dijiang.checkpoint.provenance import read_provenance
+from dijiang.convert import convert_model, load_source
+from dijiang.train.memories.config import FitConfig, SelectConfig
+from dijiang.train.memories.material import fit_rows, read_texts, selection_samples
+from dijiang.train.memories.run import add_memories, convert_with_memories
+
+SELECT = SelectConfig(heads=1, samples=2, lengths=(900,))  # a byte or two per token, so that samples are long
+FIT = FitConfig(slots=20, least_slots=16, text_tokens=400, block_size=200, recall_samples=1, recall_length=900, steps=20)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The cat sat on the mat, and a rat that sat near saw it. " * 60, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, pair, text):
+    """A checkpoint with a kept head and slots."""
+    folder = tmp_path_factory.mktemp("made") / "memories"
+    return add_memories(pair.checkpoint, folder, teacher=pair.teacher, select=SELECT, fit=FIT, texts=[text], progress=False)
+
+
+def test_checkpoint_has_the_memories_and_says_how_it_got_them(made, pair):
+    model, _ = load_source(made)
+    kept = model.config.full_heads
+    selection = json.loads((made / "selection.json").read_text())
+    assert sum(map(len, kept)) == 1
+    layer, head = selection["order"][0]
+    assert kept[layer] == [head] and len(selection["order"]) == 4
+    slots = model.config.attention_memory
+    assert sum(map(sum, slots)) == 3 * 20 // 16 * 16 or sum(map(sum, slots)) <= 3 * 20
+    assert slots[layer][head] == 0 and model.config.memory_score == "learned"
+    stages = read_provenance(made)["stages"]
+    assert [stage["stage"] for stage in stages] == ["convert", "select", "fit"]
+    assert stages[1]["teacher"] == stages[2]["teacher"] == "teacher" and stages[1]["texts"] == ["text.txt"]
+    assert json.loads((made / "memory_fit.json").read_text())["slots"] == slots
+    # nothing of the model's own weights has changed
+    before, _ = load_source(pair.checkpoint)
+    for name, x in before.named_parameters():
+        if "_proj" in name or "norm" in name or "embed" in name:
+            assert torch.equal(model.get_parameter(name), x), name
+
+
+def test_one_command_makes_the_same_as_three(tmp_path, made, pair, text):
+    settings = {"attention_window": 4, "attention_sinks": 2, "branch_scale_init": 0.5}
+    options = {"select": SELECT, "fit": FIT, "texts": [text], "progress": False}
+    folder = convert_with_memories(pair.teacher, tmp_path / "at-once", **options, **settings)
+    ids = torch.randint(0, 300, (1, 120), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, second = (load_source(path)[0](ids).logits for path in (folder, made))
+    assert torch.equal(first, second)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in made.iterdir()}
+
+
+def test_large_slots_make_memory_constant(tmp_path, made, pair, text):
+    fit = FitConfig(**{name: getattr(FIT, name) for name in FIT.__slots__} | {"large_slots": 50})
+    folder = add_memories(made, tmp_path / "constant", teacher=pair.teacher, fit=fit, texts=[text], progress=False)
+    kept, constant = (load_source(path)[0] for path in (made, folder))
+    assert kept.config.bytes_per_token(4) > 0 and constant.config.bytes_per_token(4) == 0
+    layer = next(i for i, heads in enumerate(kept.config.full_heads) if heads)
+    assert constant.config.attention_memory[layer][kept.config.full_heads[layer][0]] == 50
+    # until the large slots are full the head attends to everything, as the kept one does
+    ids = torch.randint(0, 300, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(constant(ids).logits, kept(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_material_has_the_sizes_that_were_asked_for(tokenizer, text):
+    tokens, names = read_texts(tokenizer, [text, text])
+    assert names == ["text.txt", "text.txt"] and 2 * len(read_texts(tokenizer, [text]).tokens) == len(tokens)
+    rows = fit_rows(tokenizer, tokens, FIT)
+    assert [len(row.input_ids) for row in rows] == [400, 900]
+    rows = fit_rows(tokenizer, tokens, FitConfig(text_tokens=900, block_size=200, recall_samples=0))
+    assert [len(row.input_ids) for row in rows] == [400, 200, 200] and all(not row.answers for row in rows)
+    config = SelectConfig(samples=5, lengths=(900, 700))
+    assert sorted(len(sample.input_ids) for sample in selection_samples(tokenizer, tokens, config)) == [
+        700,
+        700,
+        900,
+        900,
+        900,
+    ]
+    with pytest.raises(ValueError, match="the text has 3 tokens and fitting reads 400 at a time; give more text"):
+        fit_rows(tokenizer, tokens[:3], FIT)
+    with pytest.raises(ValueError, match="no text given"):
+        read_texts(tokenizer, [])
+
+
+def test_what_does_not_fit_is_refused_in_one_line_and_leaves_nothing(tmp_path, made, pair, text, make_source):
+    other, _ = make_source("llama", seed=5, num_key_value_heads=2)
+    no_window = convert_model(pair.teacher, tmp_path / "none", "paper", progress=False)
+    options = {"teacher": pair.teacher, "texts": [text], "progress": False}
+    for checkpoint, changes, message in (
+        (pair.teacher, {"select": SELECT}, "is no DiJiang checkpoint"),
+        (pair.checkpoint, {"select": SELECT, "teacher": other}, "their weights differ"),
+        (made, {"select": SELECT}, "keeps heads already"),
+        (no_window, {"fit": FIT}, "needs a window"),
+        (pair.checkpoint, {"select": SelectConfig(bytes_per_token=1)}, "bytes_per_token=1 is less than the 64 that one head"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            add_memories(checkpoint, tmp_path / "out", **options | changes)
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    for settings, message in (
+        ({"slots": 16}, "least_slots=32 is more than slots=16"),
+        ({"recall_share": 2}, "recall_share=2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FitConfig(**settings)

@@ -1,0 +1,188 @@
+"""Checkpoint in, checkpoint out: selection of heads that keep every token, and the fit of the others' exact memory."""
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dijiang.checkpoint.code_files import with_newest_code
+from dijiang.checkpoint.lineage import refuse_misfit, refuse_other_source
+from dijiang.checkpoint.provenance import add_stage, public_name, read_provenance, write_provenance
+from dijiang.checkpoint.source import open_source
+from dijiang.common.outputs import new_folder
+from dijiang.convert import convert_model, load_source
+from dijiang.convert.fitting.fit import FitSettings, fit_memory
+from dijiang.convert.memories import with_memories, write_with_memories
+from dijiang.convert.selection.job import SelectionJob
+from dijiang.convert.selection.methods import select_heads
+from dijiang.convert.selection.selection import Selection, full_heads_of, heads_within
+from dijiang.modeling import DiJiangForCausalLM
+
+from .config import FitConfig, SelectConfig
+from .material import Text, fit_rows, read_texts, selection_samples
+
+SELECTION_FILE = "selection.json"
+FIT_FILE = "memory_fit.json"
+TEXT_ROWS, TEXT_LENGTH = 4, 512  # of plain text, for the methods that rank heads by it
+
+
+def add_memories(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    teacher: str | Path,
+    select: SelectConfig | None = None,
+    fit: FitConfig | None = None,
+    texts: Sequence[str | Path] | Text,
+    progress: bool = True,
+) -> Path:
+    """
+    Give a checkpoint memories that recall what its window lost, without training any weight of the model.
+
+    Args:
+        checkpoint: folder of a DiJiang checkpoint with a window.
+        output: folder that does not exist yet, or is empty. It appears only when it is complete, with `selection.json` and
+            `memory_fit.json`.
+        teacher: the softmax model that the checkpoint was converted from.
+        select: which heads keep every token; None: those that do already.
+        fit: the exact memory of the others; None: the one that there is.
+        texts: UTF-8 files to select and fit on, or their tokens.
+        progress: show progress on stderr.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ValueError: if checkpoint, teacher, texts and settings do not fit each other; nothing is left on disk then.
+    """
+    source = open_source(checkpoint)
+    if not source.is_dijiang:
+        raise ValueError(f"{checkpoint} is no DiJiang checkpoint; make one with `dijiang convert`")
+    provenance = read_provenance(source.folder)
+    refuse_other_source(provenance, teacher)
+    with new_folder(output) as folder:
+        student, tokenizer = load_source(source.folder, dtype=torch.float32)
+        teacher_model, _ = load_source(teacher, dtype=torch.float32)
+        refuse_misfit(student, teacher_model, teacher)
+        text, names = texts if isinstance(texts, Text) else read_texts(tokenizer, texts)
+        model = student
+        if select is not None:
+            selection, model = keep_heads(model, tokenizer, text, select, progress=progress)
+            write_json(folder / SELECTION_FILE, selection.to_json())
+            facts = {"config": asdict(select), "full_heads": model.config.full_heads, "seconds": selection.seconds}
+            provenance = add_stage(provenance, "select", teacher=public_name(teacher), texts=names, **facts)
+        if fit is not None:
+            model, found = fit_slots(model, teacher_model, tokenizer, text, fit, progress=progress)
+            write_json(folder / FIT_FILE, found)
+            facts = {"config": asdict(fit), "tokens": found["tokens"], "seconds": found["seconds"]["all"]}
+            provenance = add_stage(provenance, "fit", teacher=public_name(teacher), texts=names, **facts)
+        write_with_memories(source.folder, folder, model)
+        write_provenance(folder, with_newest_code(folder, provenance))
+    return Path(output)
+
+
+def keep_heads(
+    student: DiJiangForCausalLM,
+    tokenizer: Any,
+    text: torch.Tensor,
+    config: SelectConfig,
+    *,
+    progress: bool = True,
+) -> tuple[Selection, DiJiangForCausalLM]:
+    """Rank the heads of `student`; the ranking, and the model in which the first of them keep every token."""
+    if any(student.config.full_heads):
+        raise ValueError("the checkpoint keeps heads already; select heads on the one that it was made from")
+    count = config.heads
+    if config.bytes_per_token is not None:
+        size = (student.config.dtype or torch.float32).itemsize
+        count = heads_within(config.bytes_per_token, student.config, size)
+        if not count:
+            needed = 2 * student.config.head_dim * size
+            raise ValueError(f"bytes_per_token={config.bytes_per_token} is less than the {needed} that one head needs")
+    samples = selection_samples(tokenizer, text, config)
+    rows = text[: TEXT_ROWS * TEXT_LENGTH]
+    job = SelectionJob(
+        model=student,
+        samples=samples,
+        text=rows[: len(rows) // TEXT_LENGTH * TEXT_LENGTH].view(-1, min(TEXT_LENGTH, len(rows))),
+        heads=count,
+        seed=config.seed,
+        progress=progress,
+    )
+    selection = select_heads(job, config.method)
+    return selection, with_memories(student, full_heads=full_heads_of(selection, count))
+
+
+def fit_slots(
+    student: DiJiangForCausalLM,
+    teacher: DiJiangForCausalLM,
+    tokenizer: Any,
+    text: torch.Tensor,
+    config: FitConfig,
+    *,
+    progress: bool = True,
+) -> tuple[DiJiangForCausalLM, dict[str, Any]]:
+    """The model with a fitted memory, and the facts of the fit."""
+    large: tuple[tuple[int, int], ...] = ()
+    if config.large_slots is not None:
+        large = tuple((layer, head) for layer, heads in enumerate(student.config.full_heads) for head in heads)
+        student = with_memories(student, full_heads=[[] for _ in student.config.full_heads])
+    settings = FitSettings(
+        slots=config.slots,
+        spread=config.spread,
+        least_slots=config.least_slots,
+        large_heads=large,
+        large_slots=config.large_slots or 0,
+        recall_share=config.recall_share,
+        steps=config.steps,
+        seed=config.seed,
+    )
+    fitted = fit_memory(student, teacher, fit_rows(tokenizer, text, config), settings, progress=progress)
+    model = fitted.with_slots(settings)
+    return model, fitted.facts | {"slots": model.config.attention_memory}
+
+
+def convert_with_memories(
+    source: str | Path,
+    output: str | Path,
+    preset: str = "recommended",
+    *,
+    select: SelectConfig | None = None,
+    fit: FitConfig | None = None,
+    texts: Sequence[str | Path],
+    dtype: str = "auto",
+    progress: bool = True,
+    **config_overrides: Any,
+) -> Path:
+    """
+    `convert_model` and `add_memories` in one: the model that is worth using without training. Arguments are theirs; by default
+    seven heads keep every token and the others hold 128.
+    """
+    with ExitStack() as stack:
+        folder = stack.enter_context(new_folder(output))
+        converted = folder / "converted"
+        convert_model(source, converted, preset, dtype=dtype, progress=progress, **config_overrides)
+        finished = add_memories(
+            converted,
+            folder / "finished",
+            teacher=source,
+            select=select or SelectConfig(),
+            fit=fit or FitConfig(),
+            texts=texts,
+            progress=progress,
+        )
+        for path in [*converted.iterdir()]:
+            path.unlink()
+        converted.rmdir()
+        for path in [*finished.iterdir()]:
+            path.rename(folder / path.name)
+        finished.rmdir()
+    return Path(output)
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
