@@ -50,6 +50,10 @@ def check_effect(overrides: dict[str, Any], config: DiJiangConfig) -> None:
         unused["branch_scale_init"] = "attention_window=0"
     if config.decay == "none":
         unused["decay_spans"] = "decay=none"
+    if not any(any(config.memory_slots(layer)) for layer in range(config.num_hidden_layers)):
+        unused |= dict.fromkeys(("memory_score", "memory_score_dim"), "attention_memory=0")
+    elif config.memory_score != "learned":
+        unused["memory_score_dim"] = f"memory_score={config.memory_score}"
     if not config.has_linear_layers:
         unused = dict.fromkeys(set(OVERRIDABLE) - {"layer_types", "sliding_window"}, "no linear layer")
     if "sliding_attention" not in (config.layer_types or ()):

@@ -111,6 +111,9 @@ class Students:
         window = {"attention_window": item.attention_window, "attention_sinks": item.attention_sinks}
         if not item.attention_memory:
             return with_memories(self.base, full_heads=full, **window)
+        if item.memory_score != "learned" and not item.spread:
+            slots = {"attention_memory": item.attention_memory, "memory_score": item.memory_score}
+            return with_memories(self.base, full_heads=full, **slots, **window)
         large = tuple((layer, head) for layer, heads in enumerate(full) for head in heads) if item.large_slots else ()
         settings = FitSettings(
             slots=item.attention_memory, spread=item.spread, large_heads=large, large_slots=item.large_slots or 0,

@@ -13,6 +13,7 @@ _MODULE_OF = {
     "linear_only": ".quality.ablations",
     "logits_without_package": ".quality.reload",
     "no_attention": ".quality.ablations",
+    "no_memory": ".quality.ablations",
     "perplexity": "dijiang.common.perplexity",
     "run_evaluation": ".quality.run",
     "run_latency": ".latency.run",

@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from .attention_scores import content_free, induction
 from .controls import random_heads, teacher_gradient, uniform
 from .gates import count_heads
@@ -43,7 +45,7 @@ def select_heads(job: SelectionJob, method: str = "greedy", **options: Any) -> S
     if not 1 <= job.heads <= total:
         raise ValueError(f"heads={job.heads}, and the model's linear layers have {total} key/value heads; choose 1 to {total}")
     started = time.perf_counter()
-    with frozen(job.model):
+    with frozen(job.model), torch.enable_grad():
         ranking = METHODS[method](job, **options)
     assert sorted(ranking.order) == job.candidates
     count, heads = count_heads(job.model)

@@ -38,14 +38,14 @@ COMMANDS = (
 )
 
 app = typer.Typer(
-    help="Convert a pretrained transformer into a linear-attention model, recover its quality, measure it; prune it.",
+    help="Convert a pretrained transformer to linear attention, recover it, measure it, prune it.",
     add_completion=False,
     **APP_SETTINGS,
 )
-benchmark = typer.Typer(help="Measure speed and memory next to softmax attention, and feature maps.", **APP_SETTINGS)
+benchmark = typer.Typer(help="Measure speed and memory next to softmax attention, feature maps, and recall.", **APP_SETTINGS)
 for command in COMMANDS:
     app.command()(command)
-for command in (evaluate.latency, evaluate.kernels):
+for command in (evaluate.latency, evaluate.kernels, evaluate.recall):
     benchmark.command()(command)
 app.add_typer(benchmark, name="benchmark")
 

@@ -32,8 +32,10 @@ def convert(
     fit: Annotated[
         list[Path] | None, typer.Option("--fit", metavar="TEXT", help="Also run select and fit, on this text. Repeatable.")
     ] = None,
-    heads: Annotated[int, typer.Option(min=0, help="With --fit: heads that keep every token.")] = 7,
-    slots: Annotated[int, typer.Option(min=1, help="With --fit: tokens that each other head holds, the mean.")] = 128,
+    heads: Annotated[int | None, typer.Option(min=0, help="With --fit: heads that keep every token.  [default: 7]")] = None,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="With --fit: tokens that each other head holds, the mean.  [default: 128]")
+    ] = None,
 ) -> None:
     """
     Turn a GPT-NeoX- or LLaMA-type model into a DiJiang checkpoint.
@@ -49,9 +51,12 @@ def convert(
     if fit:
         from dijiang.train.memories.run import convert_with_memories
 
-        select = SelectConfig(heads=heads) if heads else None
-        settings: dict[str, Any] = {"select": select, "fit": FitConfig(slots=slots), "texts": fit}
+        settings: dict[str, Any] = {"texts": fit}
+        settings["select"] = None if heads == 0 else SelectConfig(heads=heads or 7)
+        settings["fit"] = FitConfig(slots=128 if slots is None else slots)
         folder = convert_with_memories(source, output, preset, dtype=dtype, **settings, **overrides)
+    elif heads is not None or slots is not None:
+        raise ValueError("--heads and --slots have no effect without --fit TEXT")
     else:
         folder = convert_model(source, output, preset, dtype=dtype, **overrides)
     typer.echo(f"wrote {folder}")

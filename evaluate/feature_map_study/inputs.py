@@ -169,7 +169,7 @@ def capture(model, input_ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Te
     projections = []
 
     def project(module, args, kwargs):
-        projections.append(module.project(args[0], kwargs["position_embeddings"]))
+        projections.append(module.project(args[0], kwargs["position_embeddings"])[:3])
 
     with hooks(layer.self_attn.register_forward_pre_hook(project, with_kwargs=True) for layer in model.model.layers):
         model.model(input_ids=input_ids, use_cache=False)

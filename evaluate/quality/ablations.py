@@ -1,4 +1,7 @@
-"""Ablations: the same model with one part of its attention taken away for the length of a block."""
+"""
+Ablations: the same model with one part of its attention taken away for the length of a block. Heads that keep every token
+are no part of a linear layer's own memory, so they stay in all of them but `no_attention`.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +18,7 @@ NO_WEIGHT = -1e4  # log-scale at which the linear branch has no weight in float3
 @contextmanager
 def window_only(model: DiJiangForCausalLM) -> Iterator[DiJiangForCausalLM]:
     """
-    Take the linear branch away from every linear layer, which leaves softmax on window and sinks.
+    Take the linear branch away from every linear layer, which leaves softmax on window, sinks and exact memory.
 
     Raises:
         ValueError: if a linear layer has no window.
@@ -38,16 +41,31 @@ def window_only(model: DiJiangForCausalLM) -> Iterator[DiJiangForCausalLM]:
 
 @contextmanager
 def linear_only(model: DiJiangForCausalLM) -> Iterator[DiJiangForCausalLM]:
-    """Take window and sinks away from every linear layer, which then attends to all tokens through its feature map."""
-    layers = list(linear_layers(model).values())
-    saved = [(layer.window, layer.sinks) for layer in layers]
-    try:
-        for layer in layers:
-            layer.window = layer.sinks = 0
+    """
+    Take window, sinks and exact memory away from every linear layer, which then attends to all tokens through its feature map.
+    """
+    with zeroed(model, "window", "sinks", "slots"):
         yield model
+
+
+@contextmanager
+def no_memory(model: DiJiangForCausalLM) -> Iterator[DiJiangForCausalLM]:
+    """Take the exact memory away from every linear layer: what leaves the window goes into the linear state at once."""
+    with zeroed(model, "slots"):
+        yield model
+
+
+@contextmanager
+def zeroed(model: DiJiangForCausalLM, *names: str) -> Iterator[None]:
+    """Set these sizes of every linear layer, each a number or a tuple of numbers, to zero."""
+    saved = [(layer, name, getattr(layer, name)) for layer in linear_layers(model).values() for name in names]
+    try:
+        for layer, name, size in saved:
+            setattr(layer, name, (0,) * len(size) if isinstance(size, tuple) else 0)
+        yield
     finally:
-        for layer, (window, sinks) in zip(layers, saved, strict=True):
-            layer.window, layer.sinks = window, sinks
+        for layer, name, size in saved:
+            setattr(layer, name, size)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from dijiang.common.conditions import require, require_at_least
 
+from .recall_kinds import refuse_unknown_kinds
+
 AT_LEAST_ONE = ("text_tokens", "stride", "recall_samples", "prompts", "prompt_length", "new_tokens", "limit", "batch_size")
 
 
@@ -21,6 +23,8 @@ class EvaluationConfig:
         lengths: tokens of a perplexity window (None: `usual_length`, or the models' context if that is shorter).
         stride: tokens between the starts of windows (None: the length, so that windows do not overlap).
         recall_lengths: tokens of a recall sample (None: those of `usual_recall_lengths` that fit the models' context).
+        recall_kinds: kinds of recall: `needle`, `associative recall`, `several keys` (a needle among others), `long code` (a
+            UUID among others), `copied span` (of random words), `list by position` (None: all that fit the lengths).
         recall_samples: samples of each kind and length of recall.
         prompts: prompts whose greedy continuations are compared with the teacher's.
         prompt_length: tokens of a prompt, fewer where the context is shorter.
@@ -42,6 +46,7 @@ class EvaluationConfig:
     lengths: tuple[int, ...] | None = None
     stride: int | None = None
     recall_lengths: tuple[int, ...] | None = None
+    recall_kinds: tuple[str, ...] | None = None
     recall_samples: int = 24
     prompts: int = 16
     prompt_length: int = 128
@@ -64,7 +69,8 @@ class EvaluationConfig:
         for name in ("lengths", "recall_lengths"):
             shortest = min(getattr(self, name) or (1,))
             require(shortest >= 1, f"{name} holds {shortest}, which must be at least 1")
-        for name in ("texts", "lengths", "recall_lengths", "tasks"):
+        refuse_unknown_kinds(self.recall_kinds or ())
+        for name in ("texts", "lengths", "recall_lengths", "recall_kinds", "tasks"):
             words = [str(x) for x in getattr(self, name) or ()]
             if len(set(words)) < len(words):
                 raise ValueError(f"{name} holds {max(words, key=words.count)} twice; give each once")

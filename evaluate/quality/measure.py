@@ -56,7 +56,7 @@ def measure(
         cache: results come from it if they were measured before, and are put into it one by one.
         progress: show a bar on stderr.
     """
-    environment = environment_of(comparison)
+    environment = environment_of(comparison.dtype, comparison.device, comparison.tokenizer)
     result = Measurement(scores={task.key: {} for task in tasks})
     todo: list[tuple[Variant, Task, dict]] = []
     for variant in comparison.variants():
@@ -117,13 +117,13 @@ def score_facts(task: Task, variant: Variant, comparison: Comparison) -> dict:
     return facts
 
 
-def environment_of(comparison: Comparison) -> dict:
+def environment_of(dtype: torch.dtype, device: str, tokenizer) -> dict:
     """Code, versions, dtype, device and tokenizer, which all results depend on."""
     return {
         "code": code_fingerprint(*MEASURING_CODE),
         "versions": versions(),
-        "dtype": str(comparison.dtype),
-        "device": comparison.device,
-        "tokenizer": tokenizer_fingerprint(comparison.tokenizer),
-        "special_tokens": {key: str(value) for key, value in comparison.tokenizer.special_tokens_map.items()},
+        "dtype": str(dtype),
+        "device": device,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "special_tokens": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
     }

@@ -22,6 +22,7 @@ from ..report.tables import SHORT
 from .bootstrap import LEVEL, RESAMPLES
 from .config import EvaluationConfig
 from .measure import measure
+from .memory_use import memory_facts
 from .result import comparison_facts, task_row, training_curves
 from .task_base import TaskInputs
 from .tasks import build_tasks
@@ -101,9 +102,9 @@ def run_evaluation(
     texts = read_texts(config, comparison.tokenizer)
     inputs = TaskInputs(config=config, tokenizer=comparison.tokenizer, texts=texts, context=comparison.context)
     tasks = build_tasks(inputs)
-    map_rows = inputs.first_text[1][: config.map_tokens][None] if config.map_tokens and comparison.same_heads else None
-    if not comparison.same_heads:
-        inputs.left_out["attention maps"] = "teacher and student differ in layers or heads"
+    map_rows = inputs.first_text[1][: config.map_tokens][None] if config.map_tokens and not comparison.no_maps else None
+    if comparison.no_maps:
+        inputs.left_out["attention maps"] = comparison.no_maps
     try:
         measured = measure(tasks, map_rows, comparison, ResultCache(cache or cache_folder("evaluations")), progress=progress)
     except torch.OutOfMemoryError:  # of a GPU
@@ -118,6 +119,7 @@ def run_evaluation(
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         **comparison_facts(comparison, next(iter(measured.scores.values()))),
         "settings": asdict(config) | {key: [Path(x).name for x in getattr(config, key)] for key in ("texts", "tasks")},
+        "memory": memory_facts(comparison, config.lengths),
         "tasks": [task_row(task, measured.scores[task.key], variants, config.seed) for task in tasks],
         "left_out": inputs.left_out,
         "maps": measured.maps,

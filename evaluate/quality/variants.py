@@ -15,14 +15,16 @@ from dijiang.checkpoint.provenance import hash_files, public_name, read_provenan
 from dijiang.checkpoint.source import Source, load_tokenizer
 from dijiang.convert import load_source
 from dijiang.convert.families import open_convertible
+from dijiang.modeling import DiJiangConfig
 
-from .ablations import linear_only, no_attention, window_only
+from .ablations import linear_only, no_attention, no_memory, window_only
 
 # the training-free baseline has at least these, also next to a student whose own window is smaller
 BASELINE_WINDOW = 64
 BASELINE_SINKS = 4
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 NO_WINDOW = "the student has no window"
+WITHOUT_LINEAR = "DiJiang without the linear branch"
 BASELINE_PREFIX = "beside:"  # of the keys of a user's baselines in results
 
 
@@ -101,9 +103,18 @@ class Comparison:
 
     @property
     def same_heads(self) -> bool:
-        """Whether the student's attention can be compared with the teacher's, layer by layer and head by head."""
+        """Whether the student has the teacher's layers and heads."""
         student, teacher = self.student.config, self.teacher.config
         return all(getattr(student, key) == getattr(teacher, key) for key in ("num_hidden_layers", "num_attention_heads"))
+
+    @property
+    def no_maps(self) -> str | None:
+        """Why the student's attention cannot be compared with the teacher's head by head; None if it can."""
+        if not self.same_heads:
+            return "teacher and student differ in layers or heads"
+        if any(self.student.config.full_heads) or has_memory(self.student.config):
+            return "maps are drawn of window, sinks and linear branch, and the student has kept heads or an exact memory"
+        return None
 
     def window_sinks_settings(self) -> dict:
         """Settings of the training-free baseline: the student's layers, window and sinks, for the teacher's weights."""
@@ -121,9 +132,11 @@ class Comparison:
         near = f"window {baseline['attention_window']} + {baseline['attention_sinks']} sinks"
         own = f"window {config.attention_window} + {config.attention_sinks} sinks"
         missing = None if config.attention_window else NO_WINDOW
+        slots, kept = has_memory(config), any(config.full_heads)
         ablations = (
-            ("window_only", f"DiJiang, {own} alone", window_only, missing),
-            ("linear_only", "DiJiang, linear branch alone", linear_only, missing),
+            ("window_only", WITHOUT_LINEAR if slots or kept else f"DiJiang, {own} alone", window_only, missing),
+            *([("no_memory", "DiJiang without exact memory", no_memory, None)] if slots else []),
+            ("linear_only", f"DiJiang, linear branch {'and kept heads ' if kept else ''}alone", linear_only, missing),
             ("no_attention", "DiJiang, linear layers without attention", no_attention, None),
         )
         return [
@@ -145,6 +158,12 @@ class Comparison:
         settings = self.window_sinks_settings() if training_free else {}
         loaded_model, _ = load_source(source.gguf or source.folder, dtype=self.dtype, **settings)
         yield loaded_model.to(self.device)
+
+
+def has_memory(config: DiJiangConfig) -> bool:
+    """Whether a linear layer of a DiJiang model has slots of exact memory."""
+    layers = [i for i, kind in enumerate(config.layer_types) if kind == "linear_attention"]
+    return any(config.memory_slots(i)[head] for i in layers for head in config.linear_heads(i))
 
 
 def compare(

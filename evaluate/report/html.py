@@ -12,14 +12,14 @@ from .map_figures import draw_maps
 from .quality_figures import draw_quality
 from .results import read_results
 from .style import refuse_missing_packages
-from .tables import heading, mib, number, percent, share_headings, sparsity, with_interval
+from .tables import heading, headings, memory_rows, mib, number, percent, share_headings, sparsity, with_interval
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.jinja"
 FIGURES: dict[str, Callable[[dict, Path], list[Path]]] = {"evaluation": draw_quality, "latency": draw_latency}
 CAPTIONS = {
     "perplexity": "Perplexity with 95 % bootstrap intervals over windows of text.",
     "perplexity_by_position": "Perplexity by position: what more context is worth to each model.",
-    "recall": "Finding a sentence, and pairs of words, again by length; bands are 95 % bootstrap intervals.",
+    "recall": "Finding again what was read, by kind and length; bands are 95 % bootstrap intervals.",
     "recovered": "Share of the teacher's lead over the floor that the student has, with 95 % bootstrap intervals. The floor "
     "is chance or, for perplexity and agreement, the student without attention.",
     "training": "Training loss and held-out perplexity against the tokens trained on.",
@@ -74,7 +74,8 @@ def write_report(results: dict[str, dict], folder: Path) -> Path:
         figures += draw_maps(evaluation["maps"], pictures)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"number": number, "with_interval": with_interval, "mib": mib}
-    environment.filters |= {"heading": heading, "share_headings": share_headings, "sparsity": sparsity}
+    environment.filters |= {"heading": heading, "headings": headings, "share_headings": share_headings, "sparsity": sparsity}
+    environment.filters |= {"memory_rows": memory_rows}
     page = folder / "report.html"
     shown = [{"name": path.stem, "caption": CAPTIONS[path.stem], "data": encoded(path)} for path in figures]
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(

@@ -10,7 +10,6 @@ import shlex
 from itertools import groupby
 from pathlib import Path
 
-import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
 from jinja2 import Environment, StrictUndefined
@@ -23,11 +22,10 @@ from dijiang.common.outputs import write_whole
 from dijiang.convert.mapping import build_on_meta, new_modules
 from dijiang.modeling import FEATURE_MAPS
 from dijiang.modeling.configuration_dijiang import LAYER_TYPES
-from dijiang.modeling.linear_attention_layer import linear_layers
-from dijiang.modeling.linear_state import LinearState
 
+from ..quality.memory_use import memory_use
 from ..quality.variants import file_hashes
-from .tables import NOTHING, markdown_table, mib, number, percent, with_interval
+from .tables import NOTHING, heading, markdown_table, memory_rows, mib, number, percent, with_interval
 
 FILE_NAME = "README.md"
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
@@ -186,21 +184,23 @@ def shareable(command: str, names: set[str]) -> str:
 
 def model_facts(config) -> dict:
     """Facts of the config; bytes are those of one sequence, tensors in the stored dtype."""
+    head_bytes = 2 * config.head_dim * config.dtype.itemsize  # of a key and a value
+    kept = sum(map(len, config.full_heads))
+    slots = [config.memory_slots(i)[head] for i in range(config.num_hidden_layers) for head in config.linear_heads(i)]
     model = build_on_meta(config)
     new = sum(parameter.numel() for module in new_modules(model).values() for parameter in module.parameters())
-    state_bytes = 0
-    for layer in linear_layers(model).values():
-        k = torch.empty(1, 1, layer.num_key_value_heads, layer.head_dim, dtype=config.dtype, device="meta")
-        state = LinearState.empty(k, k, layer.feature_map_k.size, layer.window, layer.sinks, layer.normalize)
-        state_bytes += sum(tensor.nbytes for tensor in state.tensors())
-    names = ["attention_window", "attention_sinks", "feature_map", *FEATURE_MAPS[config.feature_map].settings]
+    exact = [*(["full_heads"] if kept else []), *(["attention_memory", "memory_score"] if any(slots) else [])]
+    names = ["attention_window", "attention_sinks", *exact, "feature_map", *FEATURE_MAPS[config.feature_map].settings]
     return {
         "parameters": (sum(parameter.numel() for parameter in model.parameters()), new),
         "layers": {kind: [i for i, layer in enumerate(config.layer_types) if layer == kind] for kind in LAYER_TYPES},
         "settings": [*names, *SHARED_SETTINGS, *(["decay_spans"] if config.decay != "none" else [])],
         "dtype": dtype_name(config.dtype),
-        "state_bytes": state_bytes,
-        "token_bytes": 2 * config.num_key_value_heads * config.head_dim * config.dtype.itemsize,  # of a softmax layer
+        "state_bytes": memory_use(config, (0,), config.dtype)["bytes_per_sequence"]["0"],
+        "token_bytes": head_bytes * config.num_key_value_heads,  # of a softmax layer
+        "kept_heads": kept,
+        "head_bytes": head_bytes,
+        "slots": max(slots, default=0),
     }
 
 
@@ -253,7 +253,7 @@ def eval_results(evaluation: dict) -> list[EvalResult]:
 def evaluation_facts(evaluation: dict | None, source: str) -> dict:
     """Facts of an evaluation."""
     if evaluation is None:
-        return dict.fromkeys(("evaluation", "results", "left_out", "command", "recall", "parts"))
+        return dict.fromkeys(("evaluation", "results", "left_out", "command", "recall", "parts", "near_alone"))
     tasks = evaluation["tasks"]
     baselines = evaluation.get("beside", {})  # those of a user do not belong on the student's card
     variants = {key: title for key, title in evaluation["subjects"].items() if key not in baselines}
@@ -268,12 +268,15 @@ def evaluation_facts(evaluation: dict | None, source: str) -> dict:
         ]
         for task in tasks
     ]
+    own = evaluation | {"subjects": variants}
+    rows += [[title, "memory", NOTHING, NOTHING, *cells, NOTHING, NOTHING] for title, cells in memory_rows(own).items()]
 
     def measured(kind: str, *keys: str) -> list[dict]:
         return [task for task in tasks if task["kind"] == kind and None not in [score(task, key) for key in keys]]
 
     recalls = measured("recall", "student", "teacher")
     perplexities = measured("perplexity", "student", "teacher", "window_only", "linear_only")
+    title = variants.get("window_only", "")
     return {
         "evaluation": evaluation,
         "results": markdown_table(
@@ -289,6 +292,7 @@ def evaluation_facts(evaluation: dict | None, source: str) -> dict:
         and shareable(evaluation["command"], {source, *(model["name"] for model in baselines.values())}),
         "recall": max(recalls, key=lambda task: score(task, "teacher") - score(task, "student"), default=None),
         "parts": perplexities[0] if perplexities else None,
+        "near_alone": "window and sinks" if heading("window_only", title) == heading("window_only") else "no linear branch",
     }
 
 

@@ -14,6 +14,7 @@ STYLE = {
     "window_only": (STUDENT_COLOR, ":"),
     "linear_only": (ABLATION_COLOR, "-."),
     "no_attention": (ABLATION_COLOR, ":"),
+    "no_memory": (STUDENT_COLOR, "-."),
 }
 # of a user's baselines, colors first
 EXTRA_COLORS = ("#5a9a3c", "#8a4fa3", "#c0394b", "#1f9d94", "#b8930f")
@@ -22,7 +23,8 @@ EXTRA_LINES = ("-", "--", "-.", ":")
 LEGEND_ROW = 0.18
 LEGEND_HANDLE = 0.5
 CHARACTER = 0.06
-NEAR_TEACHER = ("teacher", "window_sinks", "student", "window_only")  # the other ablations would flatten the axis
+PANELS = 3  # in a row of a figure
+NEAR_TEACHER = ("teacher", "window_sinks", "student", "window_only", "no_memory")  # the other ablations would flatten the axis
 
 
 def styles(variants: dict[str, str]) -> dict[str, tuple[str, str]]:
@@ -122,9 +124,13 @@ def draw_by_position(tasks: list[dict], variants: dict[str, str], path: Path) ->
 def draw_recall(tasks: list[dict], variants: dict[str, str], path: Path) -> Path:
     """Draw accuracy against length with its intervals, and the chance level, a panel for each kind."""
     kinds = list(dict.fromkeys(task["settings"]["kind"] for task in tasks))
-    width = max(6.0, 4.4 * len(kinds))
-    height = 3.1 + legend_height([*variants.values(), "chance"], width)
-    with drawn(path, 1, len(kinds), size=(width, height)) as (figure, _):
+    columns = min(len(kinds), PANELS)
+    rows = math.ceil(len(kinds) / columns)
+    width = max(6.0, 4.4 * columns)
+    height = 3.1 * rows + legend_height([*variants.values(), "chance"], width)
+    with drawn(path, rows, columns, size=(width, height)) as (figure, _):
+        for empty in figure.axes[len(kinds) :]:
+            empty.remove()
         for axes, kind in zip(figure.axes, kinds, strict=True):
             of_kind = [task for task in tasks if task["settings"]["kind"] == kind]
             lengths = [task["settings"]["length"] for task in of_kind]

@@ -11,10 +11,14 @@ ABLATION_COLOR = "#b8c4cf"
 BASELINE_COLOR = "#c8743c"
 
 
+def missing_packages(*packages: str) -> list[str]:
+    """Those of `packages` that are not installed."""
+    return [package for package in packages if find_spec(package) is None]
+
+
 def refuse_missing_packages(*packages: str) -> None:
     """Raise ValueError if one of `packages` is not installed; by default those that draw figures and fill in pages."""
-    missing = [package for package in packages or ("matplotlib", "jinja2") if find_spec(package) is None]
-    if missing:
+    if missing := missing_packages(*packages or ("matplotlib", "jinja2")):
         raise ValueError(f"reports are made with {' and '.join(missing)}, missing here; run: pip install {' '.join(missing)}")
 
 
@@ -29,7 +33,7 @@ def drawn(path: Path, rows: int = 1, columns: int = 1, *, size: tuple[float, flo
     figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained")
     try:
         yield figure, axes
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, format="png")
     finally:
         pyplot.close(figure)
 

@@ -8,12 +8,14 @@ from rich.markup import escape
 from rich.table import Table
 
 NOTHING = "–"
+CONSTANT = "constant"  # in place of the bytes per token, where memory does not grow
 FEW_ZEROS = 0.005  # a share that dense weights may have too
 SHORT = {
     "teacher": "teacher",
     "window_sinks": "training-free",
     "student": "DiJiang",
     "window_only": "window alone",
+    "no_memory": "no exact memory",
     "linear_only": "linear alone",
     "no_attention": "no attention",
 }
@@ -44,9 +46,36 @@ def with_interval(score: dict | None, shown: Callable[[float], str] = number) ->
     return shown(score["value"]) + ("" if None in ends else " [{}, {}]".format(*map(shown, ends)))
 
 
-def heading(key: str) -> str:
-    """Heading of a variant's column; that of a user's baseline is its name."""
+def heading(key: str, title: str = "") -> str:
+    """
+    Heading of the column of the variant `key`; that of a user's baseline is its name. `window_only` of a student that has kept
+    heads or an exact memory, which its title tells, leaves more than the window.
+    """
+    if key == "window_only" and "without" in title:
+        return "no linear branch"
     return SHORT.get(key) or key.partition(":")[2]
+
+
+def headings(evaluation: dict) -> list[str]:
+    """Headings of the columns of all variants."""
+    return [heading(key, title) for key, title in evaluation["subjects"].items()]
+
+
+def memory_rows(evaluation: dict) -> dict[str, list[str]]:
+    """
+    By title, a row of cells for all variants: bytes that every token adds, and memory of a sequence by its length. Nothing for
+    results of earlier versions, which do not know it.
+    """
+    memory = evaluation.get("memory")
+    if not memory:
+        return {}
+    uses = [memory["variants"].get(key) for key in evaluation["subjects"]]
+    growth = [NOTHING if use is None else CONSTANT if use["constant"] else f"+{use['bytes_per_token']:,}" for use in uses]
+    rows = {"bytes per token": growth}
+    for length in next(iter(memory["variants"].values()))["bytes_per_sequence"]:
+        sizes = [NOTHING if use is None else mib(use["bytes_per_sequence"][length]) for use in uses]
+        rows[f"sequence of {int(length):,} tokens"] = sizes
+    return rows
 
 
 def share_headings(evaluation: dict) -> list[str]:
@@ -63,8 +92,11 @@ def sparsity(evaluation: dict, key: str) -> str | None:
 
 
 def score_table(evaluation: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: each task with the value of every variant, and the student's share recovered over either floor."""
-    header = ["", *map(heading, evaluation["subjects"]), *share_headings(evaluation)]
+    """
+    Header and rows: each task with the value of every variant, and the student's share recovered over either floor; then the
+    memory of every variant.
+    """
+    header = ["", *headings(evaluation), *share_headings(evaluation)]
     rows = []
     for task in evaluation["tasks"]:
         values = [task["values"][key] for key in evaluation["subjects"]]
@@ -72,6 +104,7 @@ def score_table(evaluation: dict) -> tuple[list[str], list[list[str]]]:
         shares = (task[key] for key in ("recovered", "over_training_free"))
         shown += [NOTHING if share is None else percent(share["value"]) for share in shares]
         rows.append([f"{task['kind'].replace('_', '-')}: {task['name']}", *shown])
+    rows += [[f"memory: {title}", *cells, NOTHING, NOTHING] for title, cells in memory_rows(evaluation).items()]
     return header, rows
 
 

@@ -77,8 +77,9 @@ class FitConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_positive(self, "slots", "text_tokens", "block_size", "recall_length", "steps")
+        require_positive(self, "slots", "text_tokens", "block_size", "recall_length")
         require_at_least(1, self, "large_slots", "least_slots")
+        require_at_least(20, self, "steps")
         require_at_least(0, self, "recall_samples")
         require_between(0, 1, self, "recall_share")
         require(

@@ -159,8 +159,8 @@ def convert_with_memories(
     **config_overrides: Any,
 ) -> Path:
     """
-    `convert_model` and `add_memories` in one: the model that is worth using without training. Arguments are theirs; by default
-    seven heads keep every token and the others hold 128.
+    `convert_model` and `add_memories` in one: the model that is worth using without training. Arguments are theirs;
+    `SelectConfig()` and `FitConfig()` keep seven heads and let the others hold 128 tokens.
     """
     with ExitStack() as stack:
         folder = stack.enter_context(new_folder(output))
@@ -170,8 +170,8 @@ def convert_with_memories(
             converted,
             folder / "finished",
             teacher=source,
-            select=select or SelectConfig(),
-            fit=fit or FitConfig(),
+            select=select,
+            fit=fit,
             texts=texts,
             progress=progress,
         )

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from dijiang.common.perplexity import perplexity_of
 from dijiang.convert import load_source
-from dijiang.evaluate.quality.recall import associative_samples, chance, needle_samples, recall_scores
+from dijiang.evaluate.quality.recall import chance, recall_scores
+from dijiang.evaluate.quality.recall_samples import associative_samples, needle_samples
 from dijiang.train.data.token_cache import TokenFile
 
 BLOCKS = {1024: 16, 4096: 4}  # of each held-out source, by length

@@ -20,7 +20,7 @@ from dijiang.train.recipe.load import bundled_recipes
 
 COMMANDS = (
     *("convert", "align", "distill", "recover", "estimate", "demo", "evaluate", "report", "card", "benchmark kernels"),
-    *("benchmark latency", "prune", "unpack", "refresh-code"),
+    *("benchmark latency", "benchmark recall", "prune", "unpack", "refresh-code", "select", "fit"),
 )
 
 

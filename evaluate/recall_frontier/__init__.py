@@ -1,0 +1,1 @@
+"""The frontier of recall and perplexity against the memory of one sequence."""
