@@ -7,6 +7,7 @@ B batch, T tokens, H query heads, G key/value heads, d head size, M features, S 
 do not keep every token, except in `forward`.
 """
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +19,10 @@ from transformers.utils import logging
 from .cache_dijiang import DiJiangCache
 from .configuration_dijiang import DiJiangConfig
 from .decode_step import StepWeights
-from .decode_step_native import native_step
+from .decode_step_native import StepMemory, native_step
 from .decode_step_triton import triton_step
 from .decoder_modules import ProjectedAttention, Projections
+from .exact_attention_native import PassedMemory, exact_is_native, native_pass_memory, native_received, native_window_attention
 from .exact_memory import (
     HeldKeys,
     candidates_of,
@@ -35,19 +37,22 @@ from .exact_memory import (
 from .exponential_maps import ExponentialMap
 from .feature_map_base import MAX_EXPONENT
 from .feature_maps import build_feature_map
+from .kept_attention_native import native_attend_to_all
 from .kept_heads import LinearMasks, join_heads, take_heads
 from .layer_parts import Decay, LogScale, OutputGate
 from .linear_attention import TINY, WeightedSums, recurrent_step, weighted_sums
 from .linear_attention_chunk import PIECE, PIECE_ON_GPU
 from .linear_attention_native import NativeMaps, native_is_usable, native_linear_attention, native_supports
 from .linear_state import EMPTY, LinearState, StateSizes
-from .memory_scores import build_memory_score, rounded
+from .memory_scores import LearnedScore, WindowAttentionScore, build_memory_score, rounded
 from .packing import PackedGroup
 from .transformers_compat import one_cache
 from .window_attention import LinearBranch, Sinks, Window, queries_per_block, window_attention_step
 from .window_attention_flex import window_attention
 
 logger = logging.get_logger(__name__)
+# tokens per piece where all of a layer runs in C: the fastest of 512, 2,048 and 8,192 within noise
+PIECE_OF_NATIVE = 2048
 
 
 def linear_layers(model: nn.Module) -> dict[int, "DiJiangLinearAttention"]:
@@ -158,8 +163,11 @@ class DiJiangLinearAttention(ProjectedAttention):
         if T == 1 and valid is None and state.settled and self.mode is None:
             return self.attend_step(q, k, v, state, raw_k)
         piece_size = PIECE if k.is_cpu else PIECE_ON_GPU
-        if not self.window and self.runs_natively(q, k, v, valid):
-            piece_size = T  # the native kernel cuts its own pieces
+        if self.runs_natively(q, k, v, valid):  # the native kernels cut their own pieces
+            if not self.window:
+                piece_size = T
+            elif self.attends_natively(q, k, v, state):
+                piece_size = PIECE_OF_NATIVE
         if piece_size >= T or torch.compiler.is_compiling():  # the compiler would unroll the loop
             return self.attend_piece(q, k, v, valid, state, raw_k)
         outputs = []
@@ -217,22 +225,46 @@ class DiJiangLinearAttention(ProjectedAttention):
         new.settled = state.settled and valid is None
         new.full = state.full and new.settled
         window = Window(all_k, all_v, None if new.settled else all_rank >= 0, sinks)
-        memory = None
+        native = self.attends_natively(q, all_k, all_v, state)
+        memory: HeldKeys | PassedMemory | None = None
         old_k, old_v, old_rank = all_k[:, :T], all_v[:, :T], leaving
         visible = None if new.settled else leaving >= S
         if self.has_memory:
             assert raw_k is not None
             scores = self.scores_of_leaving(q, v, raw_k, valid, rank, leaving, window, state, new)
-            leavers = (old_k, old_v, scores, leaving)
-            memory, old_k, old_v, visible, old_rank = self.pass_memory(q, rank, leavers, state, new)
+            if native:
+                memory, passed = native_pass_memory(state, self.slots, all_k, all_v, scores, leaving)
+                for name, x in passed.items():
+                    setattr(new, name, x)
+                old_k, old_v, visible, old_rank = memory.lost_k, memory.lost_v, memory.there, memory.lost_rank
+            else:
+                leavers = (old_k, old_v, scores, leaving)
+                memory, old_k, old_v, visible, old_rank = self.pass_memory(q, rank, leavers, state, new)
+            visible = None if state.full and new.settled else visible
         numerator, total, new.state = self.linear_branch(q, old_k, old_v, visible, state.state, rank, old_rank)
         new.window_k, new.window_v = (
             torch.cat((sink.transpose(1, 2), x[:, T:].transpose(1, 2)), dim=2)
             for sink, x in ((sinks.k, all_k), (sinks.v, all_v))
         )
-        branch = self.scaled_branch(q, numerator, total)
-        o = window_attention(q, window, branch, scale=self.scaling, memory=memory)
+        assert self.branch_scale is not None and total is not None  # a layer with a window has both
+        if native:
+            assert not isinstance(memory, HeldKeys)
+            log_scale = self.branch_scale.weight, self.branch_scale.bias, self.feature_scale
+            o = native_window_attention(q, window, numerator, total, log_scale, scale=self.scaling, memory=memory)
+        else:
+            assert not isinstance(memory, PassedMemory)
+            branch = self.scaled_branch(q, numerator, total)
+            o = window_attention(q, window, branch, scale=self.scaling, memory=memory)
         return o, new.settle(S, max(self.slots, default=0))
+
+    def attends_natively(self, q: Tensor, k: Tensor, v: Tensor, state: LinearState) -> bool:
+        """Whether the C code applies to the exact branch and its memory."""
+        if self.mode is not None or self.gate_temperature is not None:
+            return False
+        one_dtype = state.memory_k.dtype == state.memory_v.dtype == k.dtype
+        # offloaded weights are on no device until their own module is called
+        ready = self.branch_scale is not None and all(x.is_cpu for x in self.branch_scale.parameters())
+        return one_dtype and ready and exact_is_native(q, k, v)
 
     def scores_of_leaving(  # noqa: PLR0913
         self,
@@ -252,7 +284,11 @@ class DiJiangLinearAttention(ProjectedAttention):
         scores, carry = self.memory_score.arriving(raw_k, v, rank, state.score_carry)
         scores = torch.cat((state.window_score, scores), dim=2)
         if self.memory_score.reads_queries:
-            scores = scores + self.memory_score.received(q, window, valid, self.scaling)
+            native = type(self.memory_score) is WindowAttentionScore and self.attends_natively(q, window.k, window.v, state)
+            if native:
+                scores = scores + native_received(q, window, self.scaling)
+            else:
+                scores = scores + self.memory_score.received(q, window, valid, self.scaling)
         competing = torch.where(leaving >= self.sinks, leaving, -1)
         left, new.score_carry = self.memory_score.leaving(
             self.both_features, scores[:, :, :T], window.k[:, :T], window.v[:, :T], competing, carry
@@ -271,7 +307,7 @@ class DiJiangLinearAttention(ProjectedAttention):
         old: tuple[Tensor, Tensor, Tensor, Tensor],
         state: LinearState,
         new: LinearState,
-    ) -> tuple[HeldKeys, Tensor, Tensor, Tensor | None, Tensor]:
+    ) -> tuple[HeldKeys, Tensor, Tensor, Tensor, Tensor]:
         """
         Let tokens that leave the window compete for the memory's slots.
 
@@ -283,7 +319,7 @@ class DiJiangLinearAttention(ProjectedAttention):
 
         Returns:
             What the queries see in the memory; and of the tokens that it lost, one with every query, keys and values
-            (B, T, G, d), which are there (B, T, G) or None if all are, and their ranks (B, T, G).
+            (B, T, G, d), which are there (B, T, G), and their ranks (B, T, G).
         """
         T = q.shape[1]
         C = min(queries_per_block(self.window), T)
@@ -297,13 +333,13 @@ class DiJiangLinearAttention(ProjectedAttention):
         for name, x in memory_after(candidates, plan, self.slots).items():
             setattr(new, name, x)
         lost_k, lost_v, there, lost_rank = lost_keys(candidates, plan)
-        return held, lost_k, lost_v, None if state.full and new.settled else there, lost_rank
+        return held, lost_k, lost_v, there, lost_rank
 
     def attend_step(
         self, q: Tensor, k: Tensor, v: Tensor, state: LinearState, raw_k: Tensor | None = None
     ) -> tuple[Tensor, LinearState]:
         """`attend` of one real token to a settled state, with as few operations as it takes."""
-        fused = self.fused_step(q, k, v, state)
+        fused = self.fused_step(q, k, v, state, raw_k)
         if fused is not None:
             return fused
         S = self.sinks
@@ -363,16 +399,33 @@ class DiJiangLinearAttention(ProjectedAttention):
         new.window_score = scores[:, :, 1:]
         return rounded(score)
 
-    def fused_step(self, q: Tensor, k: Tensor, v: Tensor, state: LinearState) -> tuple[Tensor, LinearState] | None:
+    def fused_step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: LinearState, raw_k: Tensor | None = None
+    ) -> tuple[Tensor, LinearState] | None:
         """`attend_step` by the Triton kernel or the C code; None where neither applies, and where gradients are wanted."""
-        if self.has_memory:
-            return None
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
         weights = self.step_weights()
         if weights is None:
             return None
-        return triton_step(weights, q, k, v, state) or native_step(weights, q, k, v, state)
+        if not self.has_memory:
+            return triton_step(weights, q, k, v, state) or native_step(weights, q, k, v, state)
+        assert raw_k is not None
+        exact = self.step_memory(q, v, raw_k, state)
+        return None if exact is None else native_step(weights, q, k, v, state, exact)
+
+    def step_memory(self, q: Tensor, v: Tensor, raw_k: Tensor, state: LinearState) -> StepMemory | None:
+        """The exact memory as the C code takes it; None for scores that read queries in a way that it does not know."""
+        score = self.memory_score
+        if type(score) is WindowAttentionScore:
+            return StepMemory(self.slots, receives=True)
+        if type(score) is LearnedScore and all(x.is_cpu and x.dtype == torch.float32 for x in score.parameters()):
+            return StepMemory(self.slots, network=(score.W_1, score.b_1, score.w_2, raw_k))
+        if score is None or score.reads_queries:
+            return None
+        S = self.sinks
+        old_k, old_v = (x[:, :, S : S + 1].transpose(1, 2) for x in (state.window_k, state.window_v))
+        return StepMemory(self.slots, leaving=functools.partial(self.score_of_leaving, q, v, raw_k, (old_k, old_v), state))
 
     def step_weights(self) -> StepWeights | None:
         """The weights that the fused steps read; None for maps that are not exponentials of one matrix."""
@@ -550,12 +603,23 @@ class DiJiangLinearAttention(ProjectedAttention):
             return x
         return take_heads(x, self.linear_heads, x.shape[2] // self.num_key_value_heads)
 
+    def with_kept_heads(self, outputs: Tensor, o: Tensor) -> Tensor:
+        """`outputs` (B, T, all query heads, d) with those of the heads that do not keep every token from o (B, T, H, d)."""
+        if not self.full_heads:
+            return o
+        kept = take_heads(outputs, self.full_heads, self.num_key_value_groups)
+        return join_heads(kept, o, self.full_heads, self.linear_heads, self.num_key_value_groups)
+
     def attend_to_all(self, projected: Projections, mask: Any, layer_cache: Any, **kwargs: Any) -> Tensor:
         """Softmax attention of the kept heads to every token, (B, T, their query heads, d)."""
         q = take_heads(projected.q, self.full_heads, self.num_key_value_groups).transpose(1, 2)
         k, v = (take_heads(x, self.full_heads).transpose(1, 2) for x in (projected.k, projected.v))
         if layer_cache is not None:
             k, v = layer_cache.update_kept(k, v)
+        if mask is None and q.shape[2] == 1 and self.config._attn_implementation == "sdpa":
+            o = native_attend_to_all(q, k, v, self.scaling)
+            if o is not None:
+                return o
         return self.softmax_attention(q, k, v, mask, **kwargs)[0]
 
 

@@ -8,9 +8,6 @@ B batch, T tokens, H query heads, G key/value heads, R = H // G, M features, d h
 """
 
 import ctypes
-import functools
-import os
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
 from typing import NamedTuple
 
@@ -19,12 +16,11 @@ from torch import Tensor
 
 from .exponential_maps import Exponents
 from .linear_attention_native_source import SOURCE
-from .native_build import load_library
+from .native_build import load_library, run_on_threads
 
 POINTERS = ("W_q", "b_q", "W_k", "b_k", "key_weight", "log_decay", "state", "o", "total", "new_state")
 SIZES = ("B", "T", "H", "G", "M", "d", "e", "bf16", "softmax", "sums", "normalize", "tasks", "most")
 BLOCK = 64  # tokens, as in the source
-WITHOUT_OPENMP = 2  # what dijiang_run returns where the compiler has no OpenMP
 # (b, g) pairs that go through the tokens together: their states and matrices must fit the processor's second cache
 BUNDLE = 4
 # most pieces of one pair: the last one costs no less than `ratio` of the whole, however many there are
@@ -83,16 +79,6 @@ def native_supports(q: Tensor, k: Tensor, v: Tensor, M: int) -> bool:
         and q.numel() > 0
         and v.numel() > 0
     )
-
-
-@functools.cache
-def helpers(count: int) -> ThreadPoolExecutor:
-    """`count` threads besides the caller's."""
-    return ThreadPoolExecutor(count, thread_name_prefix="dijiang")
-
-
-if hasattr(os, "register_at_fork"):  # threads do not survive a fork
-    os.register_at_fork(after_in_child=helpers.cache_clear)
 
 
 def plan_tasks(T: int, threads: int, pairs: int, ratio: float) -> list[tuple[int, int, int, int]]:
@@ -208,12 +194,5 @@ def native_linear_attention(  # noqa: PLR0913
         tasks=len(tasks), most=max(last - first for first, last, *_ in tasks), table=ctypes.addressof(table),
     )  # fmt: skip
     call.memory = tensors, q, k, v, table  # the other threads still read them if this one is interrupted
-    pointer = ctypes.pointer(call)
-    threads = min(threads, len(tasks))
-    failed = library.dijiang_run(pointer, threads)
-    if failed == WITHOUT_OPENMP:
-        futures = [helpers(threads - 1).submit(library.dijiang_work, pointer) for _ in range(threads - 1)]
-        failed = any([library.dijiang_work(pointer), *(future.result() for future in futures)])
-    if failed:
-        raise MemoryError("the native kernel could not get its scratch memory")
+    run_on_threads(library, call, min(threads, len(tasks)))
     return o, total, new_state

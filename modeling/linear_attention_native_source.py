@@ -1,44 +1,17 @@
 """The C source of linear_attention_native.py, in a Python file because transformers copies no other files with a model."""
 
-SOURCE = r"""
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-#ifdef __SSE__
-#include <xmmintrin.h>
-#endif
+from .native_vectors_source import VECTORS
 
-/* Vectors of the processor's own size: wider ones compile too, into code that is several times slower. One tile of a product
-   is ROWS x VECS of them in registers: 16 sums of AVX-512's and NEON's 32 registers, 8 of the 16 of others. */
-#ifdef __AVX512F__
-enum { WIDTH = 16, ROWS = 4, VECS = 4 };
-#elif defined(__AVX__)
-enum { WIDTH = 8, ROWS = 4, VECS = 2 };
-#elif defined(__aarch64__)
-enum { WIDTH = 4, ROWS = 4, VECS = 4 };
+SOURCE = (
+    VECTORS
+    + r"""
+/* One tile of a product is ROWS x VECS vectors in registers: 16 sums of AVX-512's and NEON's 32 registers, 8 of the 16 of
+   others. */
+#if defined(__AVX512F__) || defined(__aarch64__)
+enum { ROWS = 4, VECS = 4 };
 #else
-enum { WIDTH = 4, ROWS = 4, VECS = 2 };
+enum { ROWS = 4, VECS = 2 };
 #endif
-enum { BLOCK = 64, LANES = BLOCK / WIDTH }; /* tokens per block, and vectors that hold one number of each */
-
-typedef float vec __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
-typedef uint32_t bits __attribute__((vector_size(4 * WIDTH)));
-typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
-typedef vec any_vec __attribute__((aligned(4), may_alias));
-typedef halves any_halves __attribute__((aligned(2), may_alias));
-#define INLINE static inline __attribute__((always_inline))
-#define ZERO ((vec){0})
-#define V(p) (*(any_vec *)(p))
-
-struct input {
-    const char *x; /* float32 or bfloat16 */
-    long steps[3]; /* over B, T and heads, in bytes */
-};
 
 struct call {
     struct input q, k, v;
@@ -50,13 +23,6 @@ struct call {
     const long *table; /* per task its first (b, g) pair, the end of its pairs, its first token, the end of its tokens */
     long next;         /* the next task */
 };
-
-INLINE vec load(const char *row, long at, int bf16)
-{
-    if (!bf16)
-        return V((const float *)row + at);
-    return (vec)(__builtin_convertvector(*(any_halves *)((const uint16_t *)row + at), bits) << 16);
-}
 
 /* rows of one head, `step` bytes apart */
 struct rows { const char *x; long step, n, width; int bf16; };
@@ -73,41 +39,6 @@ INLINE void fetch(struct rows r, long m, long M)
     for (long i = m * BLOCK / M; i < (m + ROWS) * BLOCK / M; i++)
         for (long byte = 0; byte < r.width * (r.bf16 ? 2 : 4); byte += 64)
             __builtin_prefetch(r.x + (BLOCK + i) * r.step + byte, 0, 2);
-}
-
-INLINE void store(void *x, long at, vec value, int bf16)
-{
-    if (!bf16) {
-        V((float *)x + at) = value;
-        return;
-    }
-    bits b = (bits)value;
-    b += 0x7fff + (b >> 16 & 1); /* round to nearest, ties to even */
-    *(any_halves *)((uint16_t *)x + at) = __builtin_convertvector(b >> 16, halves);
-}
-
-/* a where `mask`, else b. Comparisons with NaN are false. */
-INLINE vec choose(ints mask, vec a, vec b)
-{
-    return (vec)((mask & (ints)a) | (~mask & (ints)b));
-}
-
-INLINE vec at_least(vec x, vec low) { return choose(x < low, low, x); }
-
-INLINE vec at_most(vec x, vec high) { return choose(x > high, high, x); }
-
-/* exp(x), relative error below 2e-7; x at most 88. Below -87 it stays at 1e-38, NaN stays NaN. */
-INLINE vec exponential(vec x)
-{
-    x = at_least(x, ZERO - 87.0f);
-    vec shifted = x * 0x1.715476p+0f + 0x1.8p+23f; /* rounds: the low bits are now the integer n, x = n log 2 + r */
-    vec n = shifted - 0x1.8p+23f;
-    vec r = x - n * 0.693359375f + n * 2.12194440e-4f; /* log 2 in two parts, the first exact times n */
-    vec p = 0.008312503336352882f * r + 0.04189033460940764f;
-    p = p * r + 0.16667115375946315f;
-    p = p * r + 0.49999230280142115f;
-    p = p * (r * r) + r + 1.0f;
-    return (vec)((ints)p + ((ints)shifted << 23)); /* times 2^n */
 }
 
 /* c[r][:] += sum_p a[r * row + p * step] * b[p * b_step + :] */
@@ -136,13 +67,6 @@ INLINE void multiply(vec (*c)[VECS], int vecs, const float *a, long row, long st
         default: f(__VA_ARGS__, at, VECS);                         \
         }
 
-#if defined(__AVX512F__) && (defined(__clang__) || __GNUC__ >= 12)
-#define ZIP(to, a, b)                                                                                            \
-    to[0] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);               \
-    to[1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#define ZIPS(to, from) _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) { ZIP((to + 2 * i), from[i], from[i + 8]) }
-#endif
-
 /* rows of a block as columns, out (d, BLOCK), 0 after the last: with tokens in the lanes softmax needs no sums across lanes */
 static void load_columns(float *out, struct rows x)
 {
@@ -152,21 +76,10 @@ static void load_columns(float *out, struct rows x)
 #pragma GCC unroll 16
             for (int i = 0; i < WIDTH; i++)
                 rows[i] = t + i < x.n ? load(x.x + (t + i) * x.step, c, x.bf16) : ZERO;
-#ifdef ZIPS
-            vec other[WIDTH];
-#pragma GCC unroll 2
-            for (int round = 0; round < 2; round++) { /* interleaving the halves log2(16) times transposes */
-                ZIPS(other, rows)
-                ZIPS(rows, other)
-            }
+            transpose(rows);
 #pragma GCC unroll 16
             for (int i = 0; i < WIDTH; i++)
                 V(out + (c + i) * BLOCK + t) = rows[i];
-#else
-            for (int i = 0; i < WIDTH; i++)
-                for (int k = 0; k < WIDTH; k++)
-                    out[(c + k) * BLOCK + t + i] = rows[i][k];
-#endif
         }
 }
 
@@ -330,7 +243,7 @@ static void block(const struct call *c, float *scratch, struct memory *memory, l
             WIDTHS(output, 0, e, to, a, v, phi_q, S, M, e, decay, scale, i)
     }
     for (long m = 0; m < M; m++) {
-        float *row = phi_k + m * BLOCK, s = 0.0f;
+        float *row = phi_k + m * BLOCK;
         if (c->log_decay) { /* from the token to the end of the block */
             for (long i = 0; i < BLOCK; i++)
                 row[i] *= decay[n - 1 - i];
@@ -338,9 +251,7 @@ static void block(const struct call *c, float *scratch, struct memory *memory, l
         vec sum = ZERO;
         for (int w = 0; w < LANES; w++)
             sum += V(row + WIDTH * w);
-        for (int i = 0; i < WIDTH; i++)
-            s += sum[i];
-        key_sum[m] = key_sum[m] * decay[n] + s;
+        key_sum[m] = key_sum[m] * decay[n] + sum_lanes(sum);
     }
     for (long m = 0; m < M; m += ROWS) {
         fetch(values, m, M);
@@ -348,7 +259,6 @@ static void block(const struct call *c, float *scratch, struct memory *memory, l
     }
 }
 
-/* works on tasks until none is left, in any number of threads at once. Returns nonzero if memory ran out */
 int dijiang_work(struct call *c)
 {
     const long M = c->M, d = c->d, e = c->e, T = c->T;
@@ -356,16 +266,8 @@ int dijiang_work(struct call *c)
     float *scratch;
     if (posix_memalign((void **)&scratch, 64, (shared + c->most * own) * sizeof(float)))
         return 1;
-#ifdef MADV_HUGEPAGE /* a large output is new memory; its pages of 4 KB take longer to map than to fill */
-    const uintptr_t page = 2 << 20, from = ((uintptr_t)c->o + page - 1) & -page;
-    const uintptr_t to = ((uintptr_t)c->o + c->B * T * c->H * e * (c->bf16 && c->normalize ? 2 : 4)) & -page;
-    if (to > from)
-        madvise((void *)from, to - from, MADV_HUGEPAGE);
-#endif
-#ifdef __SSE__
-    const unsigned mode = _mm_getcsr();
-    _mm_setcsr(mode | 0x8040); /* tiny weights become 0: numbers below 1e-38 cost a hundred cycles each */
-#endif
+    use_large_pages(c->o, c->B * T * c->H * e * (c->bf16 && c->normalize ? 2 : 4));
+    const unsigned mode = flush_tiny();
     for (long i; (i = __atomic_fetch_add(&c->next, 1, __ATOMIC_RELAXED)) < c->tasks;) {
         const long *task = c->table + 4 * i, first = task[0], pairs = task[1] - first, start = task[2], end = task[3];
 #define MEMORY(p) ((struct memory *)(scratch + shared + (p) * own))
@@ -379,24 +281,9 @@ int dijiang_work(struct call *c)
         for (long p = 0; p < pairs && end == T; p++)
             end_pair(c, MEMORY(p), first + p);
     }
-#ifdef __SSE__
-    _mm_setcsr(mode);
-#endif
+    restore_tiny(mode);
     free(scratch);
     return 0;
 }
-
-/* dijiang_work on this number of threads: torch's own if both use one OpenMP library, else they would wait for each other.
-   Returns 2 if there is no OpenMP */
-int dijiang_run(struct call *c, int threads)
-{
-#ifdef _OPENMP
-    int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-    failed |= dijiang_work(c);
-    return failed;
-#else
-    return 2;
-#endif
-}
 """
+)

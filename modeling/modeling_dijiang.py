@@ -24,6 +24,7 @@ from .feature_map_base import FeatureMap
 from .kept_heads import LinearMasks
 from .layer_parts import Decay, LogScale, OutputGate
 from .linear_attention_layer import DiJiangLinearAttention
+from .linear_state import LinearState
 from .memory_scores import LearnedScore
 from .packing import PackedGroup, group_sequences, sequence_bounds
 from .transformers_compat import CACHE_NAME, is_paged, one_cache, refuse_unknown_arguments, warn_of_untested_version
@@ -34,19 +35,20 @@ from .decode_step import StepWeights  # noqa: F401
 from .decode_step_native import native_step  # noqa: F401
 from .decode_step_native_source import SOURCE as STEP_SOURCE  # noqa: F401
 from .decode_step_triton import triton_step  # noqa: F401
+from .exact_attention_native import exact_is_native  # noqa: F401
+from .exact_attention_native_source import SOURCE as EXACT_SOURCE  # noqa: F401
 from .exact_memory import plan_memory  # noqa: F401
 from .exponential_maps import ExponentialMap  # noqa: F401
 from .feature_maps import build_feature_map  # noqa: F401
 from .frequency import dct_matrix  # noqa: F401
-from .kept_heads import runs  # noqa: F401
+from .kept_attention_native import native_attend_to_all  # noqa: F401
 from .linear_attention import linear_attention  # noqa: F401
 from .linear_attention_chunk import CHUNK_SIZE  # noqa: F401
 from .linear_attention_fla import fla_is_usable  # noqa: F401
 from .linear_attention_native import native_is_usable  # noqa: F401
 from .linear_attention_native_source import SOURCE  # noqa: F401
-from .linear_state import LinearState  # noqa: F401
-from .memory_scores import build_memory_score  # noqa: F401
 from .native_build import load_library  # noqa: F401
+from .native_vectors_source import VECTORS  # noqa: F401
 from .optional_kernel import OptionalKernel  # noqa: F401
 from .simple_maps import Identity  # noqa: F401
 from .window_attention import block_window_attention  # noqa: F401
@@ -122,6 +124,23 @@ class DiJiangPreTrainedModel(PreTrainedModel):
         # loading empties the buffers that __init__ filled, so the maps fill them again
         if isinstance(module, FeatureMap | LogScale | Decay | OutputGate | LearnedScore):
             module.reset_parameters()
+
+    def cache_bytes(self, tokens: int, dtype: torch.dtype | None = None) -> int:
+        """
+        Bytes of the cache of one sequence of `tokens`, keys and values in `dtype`, by default the model's own: what
+        `DiJiangCache.memory_bytes` finds after a prompt.
+        """
+        dtype = dtype or self.dtype
+        config = self.config
+        total = tokens * config.bytes_per_token(dtype.itemsize)
+        of_sliding = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+        if config.sliding_window is not None:
+            total += config.attention_types.count("sliding_attention") * of_sliding * min(tokens, config.sliding_window - 1)
+        for module in self.modules():
+            if isinstance(module, DiJiangLinearAttention):
+                k = torch.empty(1, 1, len(module.linear_heads), module.head_dim, dtype=dtype, device="meta")
+                total += sum(x.nbytes for x in LinearState.empty(k, k, module.state_sizes).tensors())
+        return total
 
 
 class DiJiangModel(DiJiangPreTrainedModel):

@@ -14,12 +14,16 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 FLAGS = ["-O3", "-fno-math-errno", "-fPIC", "-shared", "-x", "c"]
 # flags that let a compiler use vectors for sums. Not -ffast-math: a library linked with it changes how the whole process
 # rounds tiny numbers
 REORDERED_SUMS = ["-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
+
+WITHOUT_OPENMP = 2  # what dijiang_run returns where the compiler has no OpenMP
 
 
 def load_library(source: str, reordered_sums: bool = False) -> tuple[ctypes.CDLL | None, str]:
@@ -101,3 +105,29 @@ def build(source: str, compiler: list[str], flags: list[str], folder: Path) -> c
                 raise RuntimeError(f"{shlex.join(compiler)} cannot compile native code: {lines[0][:200]}")
             os.replace(built, library)  # in one step, so that two processes may do this at once
     return ctypes.CDLL(str(library))
+
+
+@functools.cache
+def helpers(count: int) -> ThreadPoolExecutor:
+    """`count` threads besides the caller's."""
+    return ThreadPoolExecutor(count, thread_name_prefix="dijiang")
+
+
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork
+    os.register_at_fork(after_in_child=helpers.cache_clear)
+
+
+def run_on_threads(library: ctypes.CDLL, call: Any, threads: int) -> None:
+    """
+    Run a kernel of native_vectors_source.py on all tasks of `call`, a structure.
+
+    Raises:
+        MemoryError: if it could not get its scratch memory.
+    """
+    pointer = ctypes.pointer(call)
+    failed = library.dijiang_run(pointer, threads)
+    if failed == WITHOUT_OPENMP:
+        futures = [helpers(threads - 1).submit(library.dijiang_work, pointer) for _ in range(threads - 1)]
+        failed = any([library.dijiang_work(pointer), *(future.result() for future in futures)])
+    if failed:
+        raise MemoryError("the native kernel could not get its scratch memory")

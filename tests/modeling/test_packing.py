@@ -9,6 +9,7 @@ from dijiang_testing.model_checks import (
     EVERY,
     assert_close,
     assert_same_gradients,
+    case_settings,
     gradients,
     op_inputs,
     random_ids,
@@ -158,8 +159,7 @@ def separate_logits(model, ids, lengths) -> torch.Tensor:
 
 @pytest.mark.parametrize("case", EVERY, ids=str)
 def test_packed_row_equals_separate_rows_forward_and_backward(case):
-    feature_map, decay, (window, sinks) = case
-    model = tiny_model(feature_map=feature_map, decay=decay, attention_window=window, attention_sinks=sinks)
+    model = tiny_model(**case_settings(case))
     ids, targets = random_ids(1, sum(LENGTHS)), random_ids(1, sum(LENGTHS), seed=1)
     results = []
     for logits in (
