@@ -26,6 +26,7 @@ from dijiang.evaluate.recall_frontier.config import FrontierConfig
 from dijiang.evaluate.recall_frontier.configurations import RECALL, Configuration
 from dijiang.evaluate.recall_frontier.run import Teacher, run_frontier
 from dijiang.modeling import DiJiangForCausalLM
+from dijiang.train.memories.branch import start_branches
 from dijiang.train.memories.config import FitConfig, SelectConfig
 from dijiang.train.memories.material import fit_rows, read_texts
 from dijiang.train.memories.run import keep_heads
@@ -104,7 +105,14 @@ class Students:
         return FittedScores(model=model, curves=curves, facts=content)
 
     def build(self, item: Configuration) -> DiJiangForCausalLM:
-        """The student of a configuration."""
+        """The student of a configuration, its linear branch started if `fit` says so."""
+        model = self.with_memories_of(item)
+        if self.fit.linear_branch:
+            start_branches(model, self.teacher, fit_rows(self.tokenizer, self.text, self.fit)[0].input_ids)
+        return model
+
+    def with_memories_of(self, item: Configuration) -> DiJiangForCausalLM:
+        """The student of a configuration, its linear branch silent."""
         full = [[] for _ in range(self.base.config.num_hidden_layers)]
         if item.full_heads:
             full = full_heads_of(self.ranking(item.selection, item.draw), item.full_heads)

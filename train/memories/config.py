@@ -60,6 +60,8 @@ class FitConfig:
         recall_samples: made-up samples of recall to fit on besides.
         recall_length: tokens of such a sample.
         recall_share: of what is learned from that comes from recall samples.
+        linear_branch: give the linear branch the weight at which it helps each head most; false: it stays silent until it is
+            trained.
         steps: of the fit.
         seed: of samples and fit.
     """
@@ -73,6 +75,7 @@ class FitConfig:
     recall_samples: int = 7
     recall_length: int = 1024
     recall_share: float = 0.5
+    linear_branch: bool = True
     steps: int = 300
     seed: int = 0
 

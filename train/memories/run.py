@@ -14,6 +14,7 @@ from dijiang.checkpoint.lineage import refuse_misfit, refuse_other_source
 from dijiang.checkpoint.provenance import add_stage, public_name, read_provenance, write_provenance
 from dijiang.checkpoint.source import open_source
 from dijiang.common.outputs import new_folder
+from dijiang.common.progress import progress_bar
 from dijiang.convert import convert_model, load_source
 from dijiang.convert.fitting.fit import FitSettings, fit_memory
 from dijiang.convert.memories import with_memories, write_with_memories
@@ -21,7 +22,9 @@ from dijiang.convert.selection.job import SelectionJob
 from dijiang.convert.selection.methods import select_heads
 from dijiang.convert.selection.selection import Selection, full_heads_of, heads_within
 from dijiang.modeling import DiJiangForCausalLM
+from dijiang.modeling.linear_attention_layer import linear_layers
 
+from .branch import start_branches
 from .config import FitConfig, SelectConfig
 from .material import Text, fit_rows, read_texts, selection_samples
 
@@ -141,9 +144,15 @@ def fit_slots(
         steps=config.steps,
         seed=config.seed,
     )
-    fitted = fit_memory(student, teacher, fit_rows(tokenizer, text, config), settings, progress=progress)
+    rows = fit_rows(tokenizer, text, config)
+    fitted = fit_memory(student, teacher, rows, settings, progress=progress)
     model = fitted.with_slots(settings)
-    return model, fitted.facts | {"slots": model.config.attention_memory}
+    facts = fitted.facts | {"slots": model.config.attention_memory}
+    if config.linear_branch:
+        layers = linear_layers(model)
+        with progress_bar("Starting the linear branch", len(layers), shown=progress, unit="items") as advance:
+            facts["branch_offsets"] = start_branches(model, teacher, rows[0].input_ids, advance)
+    return model, facts
 
 
 def convert_with_memories(
