@@ -16,7 +16,7 @@ FIT = (
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("The cat sat on the mat, and a rat that sat near saw it. " * 60, encoding="utf-8")
+    path.write_text("The cat sat on the mat, and a rat that sat near saw it. " * 150, encoding="utf-8")
     return path
 
 
