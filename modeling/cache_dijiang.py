@@ -29,28 +29,24 @@ class GrowingRows:
     def append(self, x: Tensor) -> Tensor:
         """Add rows x (B, heads, T, d); return all rows."""
         start, self.length = self.length, self.length + x.shape[2]
-        rows = self.rows(start)
-        if rows is None:
+        if self.buffer is None:
             # a view of what all heads share would keep that alive
             self.buffer = x if torch.compiler.is_compiling() else x.clone(memory_format=torch.contiguous_format)
         elif x.requires_grad or self.buffer.requires_grad or torch.compiler.is_compiling():
-            self.buffer = torch.cat((rows, x), dim=2)
+            self.buffer = torch.cat((self.buffer[:, :, :start], x), dim=2)
         else:
             if self.buffer.shape[2] < self.length:
+                rows = self.buffer[:, :, :start]
                 capacity = self.length + max(self.SPARE, self.length // 8)
                 self.buffer = x.new_empty(*x.shape[:2], capacity, x.shape[3])
                 self.buffer[:, :, :start] = rows
             self.buffer[:, :, start : self.length] = x
-        return self.rows(self.length)
-
-    def rows(self, length: int) -> Tensor | None:
-        """The first `length` rows."""
-        return None if self.buffer is None else self.buffer[:, :, :length]
+        return self.buffer[:, :, : self.length]
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn` to the rows."""
         if self.buffer is not None:
-            self.buffer = fn(self.rows(self.length))
+            self.buffer = fn(self.buffer[:, :, : self.length])
 
 
 class LinearStateLayer(CacheLayerMixin):

@@ -230,7 +230,7 @@ class DiJiangConfig(PretrainedConfig):
 
     def memory_slots(self, layer: int) -> list[int]:
         """Slots of the exact memory by key/value head of a layer; those of kept heads are not used."""
-        slots = self.attention_memory
+        slots: Any = self.attention_memory
         slots = slots[layer] if isinstance(slots, list) else slots
         return list(slots) if isinstance(slots, list) else [slots] * self.num_key_value_heads
 

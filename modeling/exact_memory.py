@@ -226,10 +226,12 @@ def lost_keys(candidates: Candidates, plan: MemoryPlan) -> tuple[Tensor, Tensor,
 def memory_after(candidates: Candidates, plan: MemoryPlan, slots: tuple[int, ...]) -> dict[str, Tensor]:
     """The fields of a `LinearState` that the memory has after the last arriving token."""
     B, G, _, d = candidates.k.shape
-    last = F.pad(plan.last, (0, max(slots) - plan.last.shape[2]), value=-1)
-    there = (side_by_side(slots, max(slots), last.device) >= 0).flatten()
-    last = last.flatten(1)[:, there]  # of all heads, one after another
-    head = torch.arange(G, device=last.device).repeat_interleave(torch.tensor(slots, device=last.device))
+    columns = max(slots)
+    last = F.pad(plan.last, (0, columns - plan.last.shape[2]), value=-1)
+    # of all heads, one after another; lists, since the compiler refuses what depends on the values of tensors
+    own = torch.tensor([head * columns + i for head, count in enumerate(slots) for i in range(count)], device=last.device)
+    head = torch.tensor([head for head, count in enumerate(slots) for _ in range(count)], device=last.device)
+    last = last.flatten(1).index_select(1, own)
     n = candidates.rank.shape[2]
     row = last.clamp_min(0) + head * n
     rows = (row + torch.arange(B, device=last.device)[:, None] * (G * n)).flatten()

@@ -389,10 +389,10 @@ class DiJiangLinearAttention(ProjectedAttention):
         scores = torch.cat((state.window_score, arriving), dim=2)
         if self.memory_score.reads_queries:
             sinks_k, sinks_v = (x[:, :, :S].transpose(1, 2) for x in (new.window_k, new.window_v))
-            windows = (x[:, :, S:].transpose(1, 2) for x in (new.window_k, new.window_v))
-            rows = (torch.cat(pair, dim=1) for pair in zip(old, windows, strict=True))
-            received = self.memory_score.received(q, Window(*rows, None, Sinks(sinks_k, sinks_v, None)), None, self.scaling)
-            scores = scores + received
+            rows_k = torch.cat((old[0], new.window_k[:, :, S:].transpose(1, 2)), dim=1)
+            rows_v = torch.cat((old[1], new.window_v[:, :, S:].transpose(1, 2)), dim=1)
+            window = Window(rows_k, rows_v, None, Sinks(sinks_k, sinks_v, None))
+            scores = scores + self.memory_score.received(q, window, None, self.scaling)
         score, new.score_carry = self.memory_score.leaving(
             self.both_features, scores[:, :, :1], *old, rank - self.window, carry
         )

@@ -20,6 +20,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 
 from dijiang.modeling import DiJiangForCausalLM, DiJiangForSequenceClassification
+from dijiang.modeling.kept_heads import LinearMasks
+from dijiang.modeling.linear_attention_layer import linear_layers
 from dijiang.modeling.window_attention import LinearBranch, Sinks, Window, block_window_attention
 
 KERNEL = ("feature_map_q", "feature_map_k", "branch_scale", "key_scale", "decay")
@@ -141,6 +143,8 @@ def test_half_precision_model_is_near_the_full_one(case):
 def test_loss_reaches_every_trainable_parameter(case):
     model, ids = build(case), random_ids(2, 40)
     model.train()
+    for layer in linear_layers(model).values():
+        layer.gate_temperature = 1.0  # through which the scores of an exact memory train
     model(ids, labels=ids, use_cache=False).loss.backward()
     without = {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
     assert without == set()
@@ -315,7 +319,7 @@ def test_a_linear_layer_is_one_graph_with_masks_and_in_decoding(feature_map):
     x, q, k, v = torch.randn(2, 21, 48), *(torch.randn(2, 22, heads, 8) for heads in (6, 2, 2))
     positions = model.model.rotary_emb(x, torch.arange(21)[None])
     for valid in (None, mask):
-        arguments = {"position_embeddings": positions, "attention_mask": valid}
+        arguments = {"position_embeddings": positions, "attention_mask": LinearMasks(valid)}
         explained = torch._dynamo.explain(layer)(x, **arguments)
         assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
         result = torch.compile(layer, backend="eager", fullgraph=True)(x, **arguments)

@@ -116,7 +116,7 @@ def test_a_linear_layers_map_times_values_is_what_it_attends(name):
         expected = layer.attend(q, k, v)[0].detach()
         found = torch.einsum("bhij,bjhd->bihd", weights, v.repeat_interleave(H // G, dim=2))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        assert (weights.triu(1) == 0.0).all()
+        assert (weights.triu(1) < 1e-30).all()  # exp of the C code ends at exp(-87)
         if layer.normalize:
             assert (weights >= 0.0).all()
             torch.testing.assert_close(weights.sum(-1), torch.ones(B, H, T), rtol=0, atol=1e-5)
