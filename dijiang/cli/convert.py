@@ -110,7 +110,7 @@ def fit(checkpoint: Checkpoint, output: Output, teacher: Teacher, data: Texts = 
 
     Example: dijiang fit smollm2-heads smollm2-ready --teacher HuggingFaceTB/SmolLM2-135M --data my-text.txt
 
-    Fits a score to the teacher's attention in a few minutes; no weight of the model is trained.
+    Fits a score to the teacher's attention; no weight of the model is trained.
     """
     from dijiang.train.memories.run import add_memories
 

@@ -105,9 +105,7 @@ def softmax_bytes(config: DiJiangConfig, tokens: int, element_size: int, *, kept
 
 
 def declared_bytes(config: DiJiangConfig, tokens: int, dtype: torch.dtype) -> int:
-    """`config.bytes_per_sequence`; where the config does not declare it yet, the sum over the layers of a model on meta."""
-    if hasattr(config, "bytes_per_sequence"):
-        return config.bytes_per_sequence(tokens, dtype.itemsize)
+    """The sum over the layers of a model on meta."""
     total = softmax_bytes(config, tokens, dtype.itemsize, kept_heads=True)
     for layer in linear_layers(build_on_meta(config)).values():
         k = torch.empty(1, 1, len(layer.linear_heads), layer.head_dim, dtype=dtype, device="meta")

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from .material import Text, fit_rows, read_texts, selection_samples
 
 SELECTION_FILE = "selection.json"
 FIT_FILE = "memory_fit.json"
+HELD_ASIDE = 7  # samples, one of each kind, on which recall is measured after each step
 TEXT_ROWS, TEXT_LENGTH = 4, 512  # of plain text, for the methods that rank heads by it
 
 
@@ -107,10 +108,12 @@ def keep_heads(
             needed = 2 * student.config.head_dim * size
             raise ValueError(f"bytes_per_token={config.bytes_per_token} is less than the {needed} that one head needs")
     samples = selection_samples(tokenizer, text, config)
+    aside = replace(config, samples=min(HELD_ASIDE, config.samples), seed=config.seed + 1)
     rows = text[: TEXT_ROWS * TEXT_LENGTH]
     job = SelectionJob(
         model=student,
         samples=samples,
+        held_aside=selection_samples(tokenizer, text, aside),
         text=rows[: len(rows) // TEXT_LENGTH * TEXT_LENGTH].view(-1, min(TEXT_LENGTH, len(rows))),
         heads=count,
         seed=config.seed,
