@@ -47,7 +47,7 @@ def with_memories(model: DiJiangForCausalLM, **settings: Any) -> DiJiangForCausa
     stored = dict(model.named_parameters())
     for name, target in list(new.named_parameters()):
         is_added = any(name.startswith(f"{module}.") for module in added)
-        value = stored.get(name)
+        value: Tensor | None = stored.get(name)
         if is_added and value is not None:
             value = rows_of_linear_heads(name, value, target, old, config)
         if value is None:

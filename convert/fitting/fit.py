@@ -146,7 +146,8 @@ def fit_memory(
     if not rows:
         raise ValueError(f"no text of {3 * window} tokens or more, three windows; give a longer text")
     memory = {"attention_memory": 1, "memory_score": "learned", "memory_score_dim": settings.width}
-    model = with_memories(student, **memory).to(next(student.parameters()).device)
+    model: Any = with_memories(student, **memory)
+    model.to(next(student.parameters()).device)
     layers = linear_layers(model)
     by_length = sorted(rows, key=lambda row: (-len(row.input_ids), bool(row.answers)))
     measured = [by_length[0], *[row for row in by_length[1:] if row.answers][:1]] if settings.spread else []
@@ -222,7 +223,7 @@ def projection_hooks(
     """Hooks that call `use(i, attention, projections)` as a pass of the teacher reaches each of `layers`."""
     for i in layers:
 
-        def project(module: nn.Module, args: tuple, kwargs: dict, i: int = i) -> None:
+        def project(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i) -> None:
             attention: Any = module
             use(i, attention, attention.project(args[0], kwargs["position_embeddings"]))
 

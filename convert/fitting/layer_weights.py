@@ -1,6 +1,7 @@
 """How much an error in a layer's attention costs the model."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ def layer_weights(model: DiJiangForCausalLM, input_ids: Tensor, seed: int = 0) -
     offsets: list[Tensor] = []
     squares: list[Tensor] = []
 
-    def offset_output(module: nn.Module, args: tuple, output: tuple) -> tuple:
+    def offset_output(module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
         attention = output[0]
         offsets.append(torch.zeros_like(attention, requires_grad=True))
         squares.append(attention.detach().float().square().sum(-1).mean())
