@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -14,9 +13,9 @@ from dijiang.common.hooks import hooks
 from dijiang.common.progress import progress_bar
 from dijiang.modeling import DiJiangForCausalLM
 from dijiang.modeling.decoder_modules import Projections
-from dijiang.modeling.kept_heads import take_heads
 from dijiang.modeling.linear_attention_layer import DiJiangLinearAttention, linear_layers
 
+from ..exact_masks import seen_keys
 from ..memories import with_memories
 from .labels import FEWEST_QUERIES, removal_labels, sampled_queries
 from .layer_weights import layer_weights
@@ -26,6 +25,7 @@ from .slots import Head, spread_slots
 # numbers of slots at which the error of every head is measured
 SIZES = (32, 64, 128, 256, 512)
 FISHER_TOKENS = 640
+EVERY = 8  # of how many queries of a text one is looked at
 # every fourth query of a short sequence gives labels, every eighth of a long one
 LONG = 2048
 
@@ -150,9 +150,9 @@ def fit_memory(
     model.to(next(student.parameters()).device)
     layers = linear_layers(model)
     by_length = sorted(rows, key=lambda row: (-len(row.input_ids), bool(row.answers)))
-    measured = [by_length[0], *[row for row in by_length[1:] if row.answers][:1]] if settings.spread else []
+    measured = [by_length[0], *[row for row in by_length[1:] if row.answers]] if settings.spread else []
     tokens = sum(len(row.input_ids) for row in rows)
-    work = tokens + settings.steps + sum(len(row.input_ids) for row in measured) * len(SIZES)
+    work = tokens + settings.steps + sum(len(row.input_ids) for row in measured)
     with progress_bar("Fitting the memory", work, shown=progress) as advance:
         inputs = LabeledTokens(model, sinks=sinks)
         for row in rows:
@@ -255,36 +255,80 @@ def error_curves(
 ) -> dict[Head, list[float]]:
     """
     The error of each linear head with as many slots as `SIZES` says: the mean square of what the layer's output is off by, the
-    other heads left alone, over that of the output, times the layer's weight; summed over rows. The head's own window, sinks
-    and linear branch are in place.
+    other heads left alone, over that of the output, times the layer's weight. The mean over queries of text plus the mean over
+    the queries that predict a token of an answer. Linear branches are silent.
     """
     layers = linear_layers(model)
     curves = {(i, head): [0.0] * len(SIZES) for i, layer in layers.items() for head in layer.linear_heads}
+    answers = sum(len(answer_positions(row)) for row in rows)
 
     def measure(i: int, module: Any, projected: Projections) -> None:
         layer = layers[i]
-        q, k, v = (x.transpose(1, 2) for x in projected[:3])
-        full = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=layer.scaling, enable_gqa=True).transpose(1, 2)
-        scale = module.o_proj(full.flatten(2)).float().square().sum(-1).mean()
-        R = layer.num_key_value_groups
-        target = take_heads(full, layer.linear_heads, R).float()
-        own = [layer.take_linear_heads(x) for x in projected]
-        weight = module.o_proj.weight.float().unflatten(1, (layer.num_key_value_heads, -1))
-        for n, size in enumerate(SIZES):
-            layer.slots = (size,) * len(layer.linear_heads)
-            o, _ = layer.attend(own[0], own[1], own[2], raw_k=own[3])
-            off = (o.float() - target).unflatten(2, (-1, R)).flatten(3)
-            for j, head in enumerate(layer.linear_heads):
-                error = (off[:, :, j] @ weight[:, head].T).square().sum(-1).mean() / scale
-                curves[i, head][n] += weights[i] * error.item()
+        squares = lost_by_slots(layer, projected, module.o_proj.weight, queries, SIZES)
+        for j, head in enumerate(layer.linear_heads):
+            for n in range(len(SIZES)):
+                curves[i, head][n] += weights[i] * share * squares[n, j].item()
 
-    before = {i: layer.slots for i, layer in layers.items()}
-    try:
-        for row in rows:
-            with hooks(projection_hooks(teacher, layers, measure)):
-                teacher.model(input_ids=row.input_ids[None].to(next(teacher.parameters()).device), use_cache=False)
-            advance(len(row.input_ids) * len(SIZES))
-    finally:
-        for i, layer in layers.items():
-            layer.slots = before[i]
+    for row in rows:
+        T = len(row.input_ids)
+        queries = answer_positions(row) - 1 if row.answers else torch.arange(model.config.attention_window, T, EVERY)
+        share = len(queries) / answers if row.answers else 1 / sum(not row.answers for row in rows)
+        with hooks(projection_hooks(teacher, layers, measure)):
+            teacher.model(input_ids=row.input_ids[None].to(next(teacher.parameters()).device), use_cache=False)
+        advance(T)
     return curves
+
+
+def answer_positions(row: Row) -> Tensor:
+    """Positions of the tokens of a row's answers, (n,)."""
+    return torch.cat([torch.arange(start, end) for start, end in row.answers] or [torch.empty(0, dtype=torch.long)])
+
+
+def lost_by_slots(
+    layer: DiJiangLinearAttention, projected: Projections, o_proj: Tensor, queries: Tensor, sizes: Sequence[int]
+) -> Tensor:
+    """
+    What each head of a layer is off by, with as many slots as `sizes` says, its linear branch silent.
+
+    Args:
+        layer: with a learned score.
+        projected: of all of its heads, of one sequence.
+        o_proj: (hidden, H * d), the weight of the output projection.
+        queries: (n,), positions that are looked at.
+        sizes: numbers of slots.
+
+    Returns:
+        (sizes, linear heads), the mean square of the difference to exact attention, after the output projection, over the mean
+        square of the whole layer's exact output.
+    """
+    q, k, v = (x[0].float() for x in projected[:3])
+    (T, G), R = k.shape[:2], layer.num_key_value_groups
+    queries = queries.to(q.device)
+    before = layer.slots
+    seen = []
+    try:
+        _, own_k, own_v, own_raw_k = (layer.take_linear_heads(x) for x in projected)
+        for size in sizes:
+            layer.slots = (size,) * len(layer.linear_heads)
+            seen.append(seen_keys(layer, own_k, own_v, own_raw_k, queries)[0])
+    finally:
+        layer.slots = before
+    future = torch.arange(T, device=q.device) > queries[:, None]
+    parts = o_proj.float().unflatten(1, (G, -1)).transpose(0, 1)  # (G, hidden, R * d)
+    errors = q.new_zeros(len(sizes), len(layer.linear_heads))
+    output = q.new_zeros(len(queries), parts.shape[1])
+    for g in range(G):
+        scores = torch.einsum("nrd,td->rnt", q[queries, g * R : (g + 1) * R] * layer.scaling, k[:, g])
+
+        def attended(hidden: Tensor, scores: Tensor = scores, g: int = g) -> Tensor:
+            mixed = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v[:, g]
+            return mixed.transpose(0, 1).flatten(1) @ parts[g].T
+
+        exact = attended(future)
+        output += exact
+        if g not in layer.linear_heads:
+            continue
+        own = layer.linear_heads.index(g)
+        for n in range(len(sizes)):
+            errors[n, own] = (attended(~seen[n][min(own, len(seen[n]) - 1)]) - exact).square().sum(-1).mean()
+    return errors / output.square().sum(-1).mean()

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from dijiang.modeling.linear_attention_layer import DiJiangLinearAttention, linear_layers
 
+from ..exact_masks import is_masked_softmax, masked_attention
+
 Attend = Callable[..., tuple[Tensor, Any]]
 
 
@@ -71,21 +73,22 @@ def gated(layer: DiJiangLinearAttention, own_attend: Attend, gate: Tensor) -> At
     """`own_attend` of a layer, mixed with full attention by the gates (G,) of its heads."""
     # a part that no gate lets through is not computed, unless a gradient asks for it
     constant = None if gate.requires_grad else gate.tolist()
+    by_mask = is_masked_softmax(layer)
 
     def attend(
-        q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, state: Any = None, *args: Any, **kwargs: Any
+        q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, state: Any = None, raw_k: Tensor | None = None
     ) -> tuple[Tensor, Any]:
         if valid is not None or state is not None:
             raise ValueError("gates are for whole sequences; give no padding, no packed rows and no cache")
         with torch.autocast(q.device.type, enabled=False):  # else the layer would call this function again, not its own
             if constant is not None and not any(constant):
-                return own_attend(q, k, v, valid, state, *args, **kwargs)
+                return own_attend(q, k, v, raw_k=raw_k)
             full = full_attention(q, k, v, layer.scaling)
             if constant is not None and all(a == 1 for a in constant):
                 return full, None
-            own, new_state = own_attend(q, k, v, valid, state, *args, **kwargs)
+            own = masked_attention(layer, q, k, v, raw_k) if by_mask else own_attend(q, k, v, raw_k=raw_k)[0]
             a = gate.repeat_interleave(q.shape[2] // k.shape[2]).to(full)[:, None]
-            return own + a * (full - own), new_state
+            return own + a * (full - own), None
 
     return attend
 
