@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from dijiang.common.memory import PeakMemory
 from dijiang.evaluate.latency.timing import alternate, floor_seconds, machine_limits, ratios
-from dijiang.modeling import DiJiangConfig, DiJiangModel, linear_attention_chunk, linear_attention_layer
+from dijiang.modeling import DiJiangConfig, DiJiangModel, layer_linear_heads, linear_attention_chunk
 
 HEADS, HEAD_DIM = 9, 64  # of SmolLM2-135M, every query head with keys and values of its own
 FEATURES = {64: False, 128: True}  # by number of features m, whether they come in pairs
@@ -168,7 +168,7 @@ def try_pieces(dtype: str, tokens: int, rounds: int) -> list[dict]:
     defaults = (linear_attention_chunk.PIECE, linear_attention_chunk.CHUNK_SIZE)
 
     def run(layer, piece, block):
-        linear_attention_chunk.PIECE = linear_attention_layer.PIECE = piece
+        linear_attention_chunk.PIECE = layer_linear_heads.PIECE = piece
         linear_attention_chunk.CHUNK_SIZE = block
         return layer.attend(*inputs)
 

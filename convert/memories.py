@@ -14,13 +14,10 @@ from torch import Tensor
 from dijiang.checkpoint.files import companions
 from dijiang.checkpoint.shard_writer import ShardWriter
 from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
+from dijiang.modeling.linear_attention_layer import ADDED_PARTS
 
 from .loader import fill_rotary
 from .mapping import build_on_meta, fill_new_modules, is_finite, new_modules
-
-# modules of a linear layer with one row per query head; all others that it adds have one per key/value head
-OF_QUERY_HEADS = ("feature_map_q", "branch_scale")
-OF_KEY_HEADS = ("feature_map_k", "key_scale", "decay", "memory_score")
 
 
 def with_memories(model: DiJiangForCausalLM, **settings: Any) -> DiJiangForCausalLM:
@@ -68,7 +65,7 @@ def rows_of_linear_heads(name: str, value: Tensor, fresh: Tensor, old: DiJiangCo
     """
     layer = int(name.split(".layers.")[1].split(".")[0])
     part = name.split(".self_attn.")[1].split(".")[0]
-    if part not in (*OF_QUERY_HEADS, *OF_KEY_HEADS) or old.linear_heads(layer) == new.linear_heads(layer):
+    if part not in ADDED_PARTS or old.linear_heads(layer) == new.linear_heads(layer):
         return value if value.shape == fresh.shape else None
     if value.shape[1:] != fresh.shape[1:]:
         return None
@@ -121,4 +118,4 @@ def write_with_memories(checkpoint: Path, folder: Path, model: DiJiangForCausalL
 def is_of_linear_layer(name: str) -> bool:
     """Whether a parameter belongs to a part that only linear layers have."""
     parts = name.split(".")
-    return "self_attn" in parts and parts[parts.index("self_attn") + 1] in (*OF_QUERY_HEADS, *OF_KEY_HEADS)
+    return "self_attn" in parts and parts[parts.index("self_attn") + 1] in ADDED_PARTS

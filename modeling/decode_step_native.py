@@ -1,6 +1,6 @@
 """
-One decoding step of a settled linear layer in C: what `attend_step` of linear_attention_layer.py does in fifty torch calls,
-whose launch costs far more than their arithmetic. Without a C compiler torch does the work.
+One decoding step of a settled linear layer in C: what `attend_step` of layer_step.py does in fifty torch calls, whose launch
+costs far more than their arithmetic. Without a C compiler torch does the work.
 
 The source is in decode_step_native_source.py; native_build.py compiles it at first use.
 

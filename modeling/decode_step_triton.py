@@ -1,6 +1,6 @@
 """
-One decoding step of a settled linear layer in one Triton kernel: what `attend_step` of linear_attention_layer.py does in fifty
-torch calls, each of which launches a kernel. Where this one does not apply or does not compile, torch does the work.
+One decoding step of a settled linear layer in one Triton kernel: what `attend_step` of layer_step.py does in fifty torch
+calls, each of which launches a kernel. Where this one does not apply or does not compile, torch does the work.
 
 B batch, H query heads, G key/value heads, R = H / G, d head size, m rows of a feature map's matrix, M features (2 m if
 paired, else m), S sinks, W window, N = S + W.

@@ -42,6 +42,10 @@ from .exponential_maps import ExponentialMap  # noqa: F401
 from .feature_maps import build_feature_map  # noqa: F401
 from .frequency import dct_matrix  # noqa: F401
 from .kept_attention_native import native_attend_to_all  # noqa: F401
+from .layer_exact_memory import ExactMemoryAttention  # noqa: F401
+from .layer_linear_branch import LinearBranchAttention  # noqa: F401
+from .layer_linear_heads import LinearHeadsAttention  # noqa: F401
+from .layer_step import OneTokenAttention  # noqa: F401
 from .linear_attention import linear_attention  # noqa: F401
 from .linear_attention_chunk import CHUNK_SIZE  # noqa: F401
 from .linear_attention_fla import fla_is_usable  # noqa: F401

@@ -46,7 +46,7 @@ def head_gates(model: nn.Module, gates: Tensor) -> Iterator[None]:
     """
     if tuple(gates.shape) != count_heads(model):
         raise ValueError(f"gates have shape {tuple(gates.shape)}; the model's heads need {count_heads(model)}")
-    if keeping := [i for i, layer in linear_layers(model).items() if getattr(layer, "full_heads", ())]:
+    if keeping := [i for i, layer in linear_layers(model).items() if layer.full_heads]:
         raise ValueError(f"layer {keeping[0]} keeps heads already; heads are selected on a model without full_heads")
     with wrapped_attention(model, lambda i, layer, attend: gated(layer, attend, gates[i])):
         yield

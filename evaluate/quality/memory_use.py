@@ -77,7 +77,7 @@ def memory_use(config: DiJiangConfig, lengths: Sequence[int], dtype: torch.dtype
             total -= declared_bytes(without_window, tokens, dtype) - softmax_bytes(config, tokens, size, kept_heads=True)
         return total
 
-    far = max(*lengths, 0, getattr(config, "sliding_window", None) or 0) + 1  # where sliding layers hold all that they ever do
+    far = max(*lengths, 0, config.sliding_window or 0) + 1  # where sliding layers hold all that they ever do
     per_token = of_sequence(far + 1) - of_sequence(far)
     return {
         "bytes_per_token": per_token,
@@ -87,9 +87,8 @@ def memory_use(config: DiJiangConfig, lengths: Sequence[int], dtype: torch.dtype
 
 
 def changed(config: DiJiangConfig, **settings) -> DiJiangConfig:
-    """A copy of `config` with other settings, those that this version does not know left out."""
-    known = {key: value for key, value in settings.items() if hasattr(config, key)}
-    return DiJiangConfig(**config.to_diff_dict() | known)
+    """A copy of `config` with other settings."""
+    return DiJiangConfig(**config.to_diff_dict() | settings)
 
 
 def softmax_bytes(config: DiJiangConfig, tokens: int, element_size: int, *, kept_heads: bool = False) -> int:
@@ -100,7 +99,7 @@ def softmax_bytes(config: DiJiangConfig, tokens: int, element_size: int, *, kept
         "sliding_attention": config.num_key_value_heads * min(tokens, config.sliding_window or tokens),
         "linear_attention": 0,
     }
-    kept = sum(map(len, getattr(config, "full_heads", ()))) * tokens if kept_heads else 0
+    kept = sum(map(len, config.full_heads)) * tokens if kept_heads else 0
     return row * (sum(held[kind] for kind in config.layer_types) + kept)
 
 

@@ -345,7 +345,7 @@ def test_padding_after_a_settled_state_leaves_no_trace(case, side):
 @torch.no_grad()
 def test_right_padding_behind_the_first_piece_of_a_long_prompt_leaves_no_trace(case, monkeypatch):
     """The state is settled after the first piece and meets the padding in the second."""
-    monkeypatch.setattr("dijiang.modeling.linear_attention_layer.PIECE", 16)
+    monkeypatch.setattr("dijiang.modeling.layer_linear_heads.PIECE", 16)
     layer, qkv = layer_and_inputs(case, 2, 48, seed=12)
     valid = padding_mask((20, 48), 48, "right").bool()
     results = []

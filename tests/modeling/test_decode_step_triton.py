@@ -184,7 +184,7 @@ def test_equals_the_step_in_torch():
 def test_where_the_kernel_does_not_apply(monkeypatch):
     monkeypatch.setattr(decode_step_triton, "missing", "")
     monkeypatch.setattr(decode_step_triton, "launch", lambda *args: "launched")
-    monkeypatch.setattr("dijiang.modeling.linear_attention_layer.native_step", lambda *args: None)
+    monkeypatch.setattr("dijiang.modeling.layer_step.native_step", lambda *args: None)
     monkeypatch.delenv("DIJIANG_NATIVE", raising=False)
 
     def step(settings=None, change=lambda layer: None, **options):

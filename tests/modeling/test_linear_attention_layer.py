@@ -15,7 +15,9 @@ from dijiang_testing.model_checks import (
     tiny_model,
 )
 
-from dijiang.modeling.linear_attention_layer import Decay, DiJiangLinearAttention
+from dijiang.modeling.decoder_modules import ProjectedAttention
+from dijiang.modeling.layer_parts import Decay
+from dijiang.modeling.linear_attention_layer import ADDED_PARTS, OUTPUT_PARTS, DiJiangLinearAttention
 
 
 def random_qkv(B, T, H=6, G=2, d=8, seed=0):
@@ -114,7 +116,7 @@ def test_long_inputs_in_pieces_equal_one_piece(monkeypatch, window):
     q, k, v = random_qkv(2, 50)
     valid = torch.arange(50) >= torch.tensor([[0], [17]])
     expected, _ = layer.attend(q, k, v, valid)
-    monkeypatch.setattr("dijiang.modeling.linear_attention_layer.PIECE", 7)
+    monkeypatch.setattr("dijiang.modeling.layer_linear_heads.PIECE", 7)
     o, _ = layer.attend(q, k, v, valid)
     assert_close(o[valid], expected[valid], "o")
 
@@ -141,3 +143,16 @@ def test_decay_is_retnets_formula_for_any_spans(spans):
     assert torch.isfinite(Decay(5, learned=True, spans=[1.0001, 1e30]).log_rate).all()
     fixed, learned = (Decay(5, learned=learned, spans=spans).log_rate for learned in (False, True))
     assert not fixed.requires_grad and learned.requires_grad
+
+
+@pytest.mark.parametrize("feature_map", [name for name in MAPS if name not in SIGNED_MAPS])
+def test_added_parts_are_all_that_a_layer_adds_and_have_rows_by_head(feature_map):
+    settings = {"feature_map": feature_map, "attention_memory": 3, "memory_score": "learned", "decay": "learned"}
+    outputs = {"output_norm": "group_norm", "output_gate": True}
+    layer = tiny_model(**settings, **outputs).model.layers[0].self_attn
+    shared = [name for name, _ in ProjectedAttention(layer.config, 0).named_children()]
+    assert [name for name, _ in layer.named_children()] == [*shared, *ADDED_PARTS, *OUTPUT_PARTS]
+    G = len(layer.linear_heads)
+    for part in ADDED_PARTS:
+        rows = G * layer.num_key_value_groups if part in ("feature_map_q", "branch_scale") else G
+        assert all(len(parameter) == rows for parameter in getattr(layer, part).parameters()), part

@@ -7,10 +7,10 @@ from transformers import PretrainedConfig
 
 from dijiang.modeling import FEATURE_MAPS, DiJiangForCausalLM
 from dijiang.modeling.linear_attention_chunk import CHUNK_SIZE
-from dijiang.modeling.linear_attention_layer import DiJiangLinearAttention
+from dijiang.modeling.linear_attention_layer import ADDED_PARTS, OUTPUT_PARTS, DiJiangLinearAttention
 from dijiang.modeling.window_attention import queries_per_block
 
-from ..stages.parameters import ADDED_PARTS, OUTPUT_PARTS, PROJECTIONS, added_parameters
+from ..stages.parameters import PROJECTIONS, added_parameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,7 @@
 import torch
 
 from dijiang.modeling import DiJiangForCausalLM
-from dijiang.modeling.linear_attention_layer import linear_layers
+from dijiang.modeling.linear_attention_layer import ADDED_PARTS, OUTPUT_PARTS, linear_layers
 
 from ..recipe.schema import DistillConfig
 from .adapters import add_adapters
@@ -11,9 +11,6 @@ from .adapters import add_adapters
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MATRICES = ("gate_proj", "up_proj", "down_proj")
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
-# of a layer's attention, by conversion
-ADDED_PARTS = ("feature_map_q", "feature_map_k", "branch_scale", "key_scale", "decay", "memory_score")
-OUTPUT_PARTS = ("output_norm", "output_gate")  # added after its attention
 
 
 def added_parameters(model: DiJiangForCausalLM, *, scores: bool = False) -> dict[str, torch.nn.Parameter]:

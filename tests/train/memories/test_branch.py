@@ -21,7 +21,7 @@ def recorded(layer, q, k, v, raw_k) -> LinearKeys:
 @pytest.mark.parametrize("memory", MEMORIES, ids=["no memory", "memory"])
 @torch.no_grad()
 def test_keys_are_recorded_as_they_enter_and_the_gap_is_that_of_their_sums(memory, monkeypatch):
-    monkeypatch.setattr("dijiang.modeling.linear_attention_layer.PIECE", 7)
+    monkeypatch.setattr("dijiang.modeling.layer_linear_heads.PIECE", 7)
     monkeypatch.setattr(branch, "QUERIES_AT_ONCE", 6)
     layer = tiny_model(**memory).model.layers[0].self_attn
     q, k, v, raw_k = (rows(1, 31, heads, 8, seed=i) for i, heads in enumerate((6, 2, 2, 2)))
