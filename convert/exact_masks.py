@@ -34,13 +34,13 @@ def masked_attention(layer: DiJiangLinearAttention, q: Tensor, k: Tensor, v: Ten
 
     Args:
         layer: one of which `is_masked_softmax` holds.
-        q: (1, T, H, d), after rotary positions.
-        k: (1, T, G, d), after rotary positions.
-        v: (1, T, G, d).
-        raw_k: (1, T, G, d), k before rotary positions; needed if there is a memory.
+        q: (B, T, H, d), after rotary positions, of whole sequences without padding.
+        k: (B, T, G, d), after rotary positions.
+        v: (B, T, G, d).
+        raw_k: (B, T, G, d), k before rotary positions; needed if there is a memory.
 
     Returns:
-        (1, T, H, d), float32.
+        (B, T, H, d), float32.
     """
     seen = seen_keys(layer, k, v, raw_k).expand(-1, k.shape[2], -1, -1).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
     q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))
@@ -52,7 +52,7 @@ def seen_keys(
     layer: DiJiangLinearAttention, k: Tensor, v: Tensor, raw_k: Tensor | None, queries: Tensor | None = None
 ) -> Tensor:
     """
-    The keys (1, G or 1, n, T) that each query sees, bool; arguments as for `masked_attention`, and the positions (n,) of the
+    The keys (B or 1, G or 1, n, T) that each query sees, bool; arguments as for `masked_attention`, and the positions (n,) of the
     queries that are asked about, by default all.
     """
     T, W, S = k.shape[1], layer.window, layer.sinks
@@ -62,8 +62,8 @@ def seen_keys(
     if not layer.has_memory or T <= W:
         return seen
     assert raw_k is not None and layer.memory_score is not None
-    rank = key.expand(1, T)
-    carry = k.new_empty(1, k.shape[2], layer.state_sizes.carry, dtype=torch.float32)
+    rank = key.expand(len(k), T)
+    carry = k.new_zeros(len(k), k.shape[2], layer.state_sizes.carry, dtype=torch.float32)
     scores, _ = layer.memory_score.arriving(raw_k, v, rank, carry)
     # token j leaves the window, and competes, with query j + W
     leaving = rounded(scores)[:, :, : T - W].masked_fill(key[: T - W] < S, EMPTY)
