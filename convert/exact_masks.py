@@ -3,15 +3,14 @@ Window, sinks and exact memory as masks on softmax attention, which is what a li
 branch is silent. One product with a mask is several times faster than the layer itself, gradients included.
 """
 
+import heapq
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dijiang.modeling.exact_memory import plan_memory
 from dijiang.modeling.linear_attention_layer import DiJiangLinearAttention
-from dijiang.modeling.linear_state import EMPTY
 from dijiang.modeling.memory_scores import MemoryScore, rounded
 
 SILENT_BELOW = -200.0  # log-scales whose exponential is 0 in float32, whatever the features
@@ -52,8 +51,8 @@ def seen_keys(
     layer: DiJiangLinearAttention, k: Tensor, v: Tensor, raw_k: Tensor | None, queries: Tensor | None = None
 ) -> Tensor:
     """
-    The keys (B or 1, G or 1, n, T) that each query sees, bool; arguments as for `masked_attention`, and the positions (n,) of the
-    queries that are asked about, by default all.
+    The keys (B or 1, G or 1, n, T) that each query sees, bool; arguments as for `masked_attention`, and the positions (n,) of
+    the queries that are asked about, by default all.
     """
     T, W, S = k.shape[1], layer.window, layer.sinks
     key = torch.arange(T, device=k.device)
@@ -66,8 +65,21 @@ def seen_keys(
     carry = k.new_zeros(len(k), k.shape[2], layer.state_sizes.carry, dtype=torch.float32)
     scores, _ = layer.memory_score.arriving(raw_k, v, rank, carry)
     # token j leaves the window, and competes, with query j + W
-    leaving = rounded(scores)[:, :, : T - W].masked_fill(key[: T - W] < S, EMPTY)
-    none_held = leaving.new_full((*leaving.shape[:2], min(max(layer.slots), T - W)), EMPTY)
-    left = plan_memory(none_held, leaving, layer.slots, W).left[:, :, none_held.shape[2] :]
-    held = (key >= S) & (key <= query - W) & (query < F.pad(left + W, (0, W)).unsqueeze(2))
+    left = torch.full(scores.shape, -1)
+    for row in range(len(k)):
+        for head, slots in enumerate(layer.slots):
+            left[row, head, S : T - W] = W + S + driven_out(rounded(scores[row, head, S : T - W]).tolist(), slots)
+    held = (key >= S) & (key <= query - W) & (query < left.to(k.device).unsqueeze(2))
     return seen | held
+
+
+def driven_out(scores: list[float], slots: int) -> Tensor:
+    """The arriving token that drives each of n tokens out of `slots` slots, n if none does; of equal ones the older stays."""
+    left = [len(scores)] * len(scores)
+    held: list[tuple[float, int]] = []
+    for i, score in enumerate(scores):
+        if len(held) < slots:
+            heapq.heappush(held, (score, -i))
+        else:
+            left[-heapq.heappushpop(held, (score, -i))[1]] = i
+    return torch.tensor(left, dtype=torch.long)
