@@ -7,15 +7,20 @@ from types import ModuleType
 import pytest
 import torch
 from dijiang_testing.doc_commands import ROOT, titled_blocks
-from dijiang_testing.model_checks import random_ids, tiny_model
+from dijiang_testing.model_checks import random_ids, rows, tiny_model
 
 from dijiang.compress import PruneConfig, prune
 from dijiang.compress.oneshot.scores import SCORES, Score
 from dijiang.compress.oneshot.sensitivity.methods import SENSITIVITIES, Method
+from dijiang.convert.selection.job import SelectionJob
+from dijiang.convert.selection.methods import METHODS, select_heads
+from dijiang.convert.selection.selection import full_heads_of
 from dijiang.evaluate import EvaluationConfig
+from dijiang.evaluate.quality import recall_kinds
 from dijiang.evaluate.quality.task_base import TaskInputs
 from dijiang.evaluate.quality.tasks import TASKS, build_tasks
 from dijiang.modeling import FEATURE_MAPS
+from dijiang.modeling.configuration_dijiang import MEMORY_SCORES
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = titled_blocks(PAGE)
@@ -38,15 +43,15 @@ def test_registries_look_as_the_page_shows_them(path, diff):
     before = "".join(line[1:] + "\n" for line in diff.splitlines() if line[0] == " ")
     assert before in (ROOT / path).read_text(encoding="utf-8")
     (added,) = (line for line in diff.splitlines() if line[0] == "+")
-    assert re.fullmatch(r'\+    "[\w-]+": .+,', added)
+    assert re.fullmatch(r'\+    "[\w -]+": .+,', added)
 
 
 def test_every_registry_of_the_table_exists():
-    registered = re.findall(r"`([A-Z]+)` in `([\w/]+\.py)`", PAGE)
-    assert len(registered) == 4
+    registered = re.findall(r"`([A-Z_]+)` in `([\w/]+\.py)`", PAGE)
+    assert len(registered) == 6
     assert all(f"\n{name}" in (ROOT / path).read_text(encoding="utf-8") for name, path in registered)
     tests = re.findall(r"`(tests/[\w/.]+)`", PAGE)
-    assert len(tests) == 5 and all((ROOT / path).is_file() for path in tests)
+    assert len(tests) == 8 and all((ROOT / path).is_file() for path in tests)
 
 
 def test_the_feature_map():
@@ -58,6 +63,36 @@ def test_the_feature_map():
         assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (2, 24)
     finally:
         FEATURE_MAPS.pop("squares", None)
+
+
+def test_the_memory_score():
+    try:
+        executed("modeling/memory_scores.py")
+        model = tiny_model(attention_memory=3, memory_score="value_norm")
+        v = rows(1, 40, 2, 8, seed=1)
+        _, state = model.model.layers[0].self_attn.attend(rows(1, 40, 6, 8), v, v, raw_k=v)
+        layer = model.model.layers[0].self_attn
+        norms = v[0, layer.sinks : 40 - layer.window].norm(dim=-1)
+        for g, held in enumerate(state.memory_rank[0].split(layer.slots)):
+            assert norms[held - layer.sinks, g].min() > norms[:, g].topk(3).values[-1] * 0.998  # scores have ten bits
+    finally:
+        MEMORY_SCORES.pop("value_norm", None)
+
+
+def test_the_selection_method(monkeypatch):
+    monkeypatch.setitem(METHODS, "shallow", executed("convert/selection/shallow.py").shallow)
+    job = SelectionJob(model=tiny_model(), heads=3, progress=False)
+    assert full_heads_of(select_heads(job, "shallow"), 3) == [[0, 1], [0]]
+
+
+def test_the_kind_of_recall(monkeypatch, tokenizer):
+    module = executed("evaluate/quality/recall_samples.py")
+    samples = module.first_token_samples(tokenizer, torch.arange(2, 90), length=30, samples=3, seed=0)
+    for sample in samples:
+        assert len(sample.input_ids) == 30 and torch.equal(sample.input_ids[:2], sample.input_ids[-2:])
+    monkeypatch.setitem(recall_kinds.RECALL_KINDS, "first token", "first_token_samples")
+    monkeypatch.setattr("dijiang.evaluate.quality.recall_samples.first_token_samples", module.first_token_samples, raising=False)
+    assert recall_kinds.generator_of("first token") is module.first_token_samples
 
 
 def test_the_task(monkeypatch, tokenizer):
