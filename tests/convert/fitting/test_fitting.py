@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from dijiang_testing.model_checks import rows, tiny_config, tiny_model
 
 from dijiang.common.recall import RecallSample
-from dijiang.convert.fitting.fit import SIZES, FitSettings, error_curves, fit_memory
+from dijiang.convert.fitting.fit import SIZES, FitSettings, error_curves, fit_memory, lost_by_slots
 from dijiang.convert.fitting.labels import removal_labels, sampled_queries
 from dijiang.convert.fitting.layer_weights import layer_weights
 from dijiang.convert.fitting.score_fit import fit_scores
@@ -106,6 +106,46 @@ def teacher_and_student():
     torch.manual_seed(0)
     teacher = tiny_model(layer_types=["full_attention"] * 2, attention_window=5, attention_sinks=2, branch_scale_init=-1e4)
     return teacher.requires_grad_(False), with_memories(teacher, layer_types="linear_attention")
+
+
+@pytest.mark.parametrize("kept", [[], [1]])
+@torch.no_grad()
+def test_what_a_head_loses_is_what_the_layer_itself_is_off_by(kept):
+    """Against the layer's own attention with as many slots, its part of the output projection, and the exact whole output."""
+    settings = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48, "attention_window": 5}
+    layer = tiny_model(**settings, attention_memory=1, memory_score="learned", full_heads=[kept, []]).model.layers[0].self_attn
+    torch.nn.init.normal_(layer.memory_score.w_2)
+    torch.nn.init.zeros_(layer.branch_scale.weight)
+    torch.nn.init.constant_(layer.branch_scale.bias, -1e4)
+    projected = Projections(*(rows(1, 90, heads, 8, seed=i) for i, heads in enumerate((6, 3, 3, 3))))
+    queries, sizes = torch.tensor([3, 20, 47, 88]), (1, 4, 30)
+    o_proj = layer.o_proj.weight
+    errors = lost_by_slots(layer, projected, o_proj, queries, sizes)
+    assert layer.slots == (1,) * (3 - len(kept)) and errors.shape == (3, 3 - len(kept))
+    q, k, v = (x.transpose(1, 2) for x in projected[:3])
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)[0, queries]
+    whole = (exact.flatten(1) @ o_proj.T).square().sum(-1).mean()
+    own_q, own_k, own_v, own_raw_k = (layer.take_linear_heads(x) for x in projected)
+    for n, size in enumerate(sizes):
+        layer.slots = (size,) * len(layer.linear_heads)
+        o, _ = layer.attend(own_q, own_k, own_v, raw_k=own_raw_k)
+        for i, head in enumerate(layer.linear_heads):
+            off = o[0, queries, 2 * i : 2 * i + 2] - exact[:, 2 * head : 2 * head + 2]
+            change = off.flatten(1) @ o_proj[:, 16 * head : 16 * head + 16].T
+            torch.testing.assert_close(errors[n, i], change.square().sum(-1).mean() / whole, rtol=1e-3, atol=1e-7)
+
+
+@torch.no_grad()
+def test_text_and_answers_count_the_same_in_the_errors_of_heads(teacher_and_student):
+    teacher, student = teacher_and_student
+    model = with_memories(student, attention_memory=1, memory_score="random")
+    generator = torch.Generator().manual_seed(1)
+    text, asked = (text_row(torch.randint(0, 97, (n,), generator=generator), a) for n, a in ((300, ()), (90, [(80, 84), (87, 88)])))
+
+    def curve(*rows_):
+        return torch.tensor(list(error_curves(model, teacher, rows_, [1.0, 2.0], lambda done: None).values()))
+
+    torch.testing.assert_close(curve(text, asked, asked), curve(text) + curve(asked))
 
 
 @torch.no_grad()
