@@ -1,0 +1,100 @@
+"""
+What SmolLM2-135M recalls with memories of several sizes, none of it trained: the configurations of docs/memory.md.
+
+    python benchmarks/recall.py STUDY --text HELD_OUT [--text ...] [--output RESULT.json] [--plot RESULT.png] [--part I/N]
+
+Studies: `frontier`, all kinds of recall and perplexity of many configurations; `lengths`, needle and associative recall with 48
+samples a cell of a few. Heads are selected and scores fitted on the package's own training text. Every cell is kept in the cache
+of `dijiang benchmark recall` as it comes, so the same command continues after an interruption; --part measures every N-th
+configuration, so that N processes share the work. The recorded runs used the held-out sides of the Jargon File (in the package)
+and of debian-handbook and anarchism by scripts/make_recovery_text.py.
+"""
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from dijiang.bundled import TRAIN_TEXT, packaged_model
+from dijiang.evaluate.recall_frontier.config import FrontierConfig
+from dijiang.evaluate.recall_frontier.configurations import Configuration
+from dijiang.evaluate.recall_frontier.report import frontier_page
+from dijiang.recall_benchmark import run_recall_benchmark
+
+KEPT = Configuration(name="7 heads + 128 slots", full_heads=7, attention_memory=128)
+CONSTANT = replace(KEPT, name="7 heads of 4096 slots + 128 slots", large_slots=4096)
+WINDOW = Configuration(name="window 64", linear_branch=False)
+
+
+def control(name: str, **facts) -> Configuration:
+    """A configuration that is there to compare with."""
+    return Configuration(name=name, control=True, **facts)
+
+
+STUDIES: dict[str, tuple[dict, list[Configuration]]] = {
+    "frontier": (
+        {"recall_lengths": (1024,), "recall_samples": 12, "text_tokens": 4096},
+        [
+            KEPT,
+            WINDOW,
+            replace(KEPT, name="7 heads + 128 slots, no linear branch", linear_branch=False),
+            CONSTANT,
+            Configuration(name="128 slots", attention_memory=128),
+            Configuration(name="7 heads", full_heads=7),
+            Configuration(name="12 heads + 128 slots", full_heads=12, attention_memory=128),
+            Configuration(name="7 heads + 256 slots", full_heads=7, attention_memory=256),
+            control("window 192", attention_window=192),
+            *(control(f"7 heads by {name}", full_heads=7, selection=name) for name in ("perplexity", "uniform", "random")),
+            *(
+                control(
+                    f"7 heads + 128 slots in every head by {name}",
+                    full_heads=7,
+                    attention_memory=128,
+                    memory_score=name,
+                    spread=False,
+                )
+                for name in ("learned", "window_attention", "key_norm", "random")
+            ),
+            Configuration(name="4 heads + 128 slots", full_heads=4, attention_memory=128),
+            Configuration(name="7 heads + 64 slots", full_heads=7, attention_memory=64),
+            Configuration(name="window 64 + linear branch"),
+        ],
+    ),
+    "lengths": (
+        {
+            "recall_kinds": ("needle", "associative recall"),
+            "recall_lengths": (256, 512, 1024),
+            "recall_samples": 48,
+            "text_tokens": 16384,
+        },
+        [KEPT, CONSTANT, WINDOW],
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--text", type=Path, action="append", required=True, help="held-out UTF-8 text; repeatable")
+    parser.add_argument("--output", type=Path, help="new JSON file")
+    parser.add_argument("--plot", type=Path, help="new PNG file")
+    parser.add_argument("--cache", type=Path, help="folder of partial results")
+    parser.add_argument("--part", default="1/1", help="I/N: the I-th of N parts of the configurations")
+    arguments = parser.parse_args()
+    settings, chosen = STUDIES[arguments.study]
+    part, parts = map(int, arguments.part.split("/"))
+    result = run_recall_benchmark(
+        packaged_model(),
+        FrontierConfig(texts=tuple(arguments.text), **settings),
+        fit_texts=[TRAIN_TEXT],
+        only=chosen[part - 1 :: parts],
+        output=arguments.output,
+        plot=arguments.plot,
+        cache=arguments.cache,
+        progress=os.isatty(2),
+    )
+    print(frontier_page(result))
+
+
+if __name__ == "__main__":
+    main()
