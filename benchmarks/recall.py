@@ -3,11 +3,11 @@ What SmolLM2-135M recalls with memories of several sizes, none of it trained: th
 
     python benchmarks/recall.py STUDY --text HELD_OUT [--text ...] [--output RESULT.json] [--plot RESULT.png] [--part I/N]
 
-Studies: `frontier`, all kinds of recall and perplexity of many configurations; `lengths`, needle and associative recall with 48
-samples a cell of a few. Heads are selected and scores fitted on the package's own training text. Every cell is kept in the cache
-of `dijiang benchmark recall` as it comes, so the same command continues after an interruption; --part measures every N-th
-configuration, so that N processes share the work. The recorded runs used the held-out sides of the Jargon File (in the package)
-and of debian-handbook and anarchism by scripts/make_recovery_text.py.
+Studies: `frontier`, all kinds of recall and perplexity of many configurations; `lengths`, needle and associative recall with
+48 samples a cell of a few. Heads are selected and scores fitted on the package's own training text. Every cell is kept in the
+cache of `dijiang benchmark recall` as it comes, so the same command continues after an interruption; --part measures every
+N-th configuration, so that N processes share the work. The recorded runs used the held-out sides of the Jargon File (in the
+package) and of debian-handbook and anarchism by scripts/make_recovery_text.py.
 """
 
 import argparse
@@ -20,9 +20,11 @@ from dijiang.evaluate.recall_frontier.config import FrontierConfig
 from dijiang.evaluate.recall_frontier.configurations import Configuration
 from dijiang.evaluate.recall_frontier.report import frontier_page
 from dijiang.recall_benchmark import run_recall_benchmark
+from dijiang.train.memories.config import SelectConfig
 
 KEPT = Configuration(name="7 heads + 128 slots", full_heads=7, attention_memory=128)
 CONSTANT = replace(KEPT, name="7 heads of 4096 slots + 128 slots", large_slots=4096)
+HEADS = 12  # the most that any configuration keeps
 WINDOW = Configuration(name="window 64", linear_branch=False)
 
 
@@ -87,6 +89,7 @@ def main() -> None:
         packaged_model(),
         FrontierConfig(texts=tuple(arguments.text), **settings),
         fit_texts=[TRAIN_TEXT],
+        select=SelectConfig(heads=HEADS),
         only=chosen[part - 1 :: parts],
         output=arguments.output,
         plot=arguments.plot,

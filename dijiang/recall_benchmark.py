@@ -31,7 +31,11 @@ from dijiang.train.memories.config import FitConfig, SelectConfig
 from dijiang.train.memories.material import branch_rows, fit_rows, read_texts
 from dijiang.train.memories.run import keep_heads
 
-MAKING_CODE = ("dijiang.convert", "dijiang.modeling", "dijiang.train.memories", "dijiang.train.data.synthetic_recall")
+MAKING_CODE = (
+    "dijiang.convert", "dijiang.modeling", "dijiang.train.memories", "dijiang.train.stages.calibrate",
+    "dijiang.train.data.synthetic_recall",
+)  # fmt: skip
+PURSUED = 18
 
 
 class Students:
@@ -151,7 +155,8 @@ def run_recall_benchmark(  # noqa: PLR0913
         source: the softmax model: hub id, folder or GGUF file.
         config: what is measured.
         fit_texts: UTF-8 files to select heads and fit scores on.
-        select: how heads are ranked; default `SelectConfig()`.
+        select: how heads are ranked; by default one after another, up to the most heads that are asked for or `PURSUED`. The
+            heads behind these follow by the score that they have then.
         fit: how scores are fitted; default `FitConfig()`.
         only: the configurations to measure; default `configurations(config)`.
         output: new JSON file for the result.
@@ -170,7 +175,8 @@ def run_recall_benchmark(  # noqa: PLR0913
     teacher.requires_grad_(False)
     hashes = file_hashes(opened)
     folder = cache or cache_folder("recall-frontier")
-    select, fit = select or SelectConfig(), fit or FitConfig()
+    most = max(config.heads + (config.control_heads if config.controls else ()))
+    select, fit = select or SelectConfig(heads=min(max(most, 1), PURSUED)), fit or FitConfig()
     students = Students(teacher, tokenizer, fit_texts, select, fit, folder, progress=progress)
     identity = students.identity()
     facts = {"teacher": hashes, **identity}

@@ -91,7 +91,9 @@ def test_the_kind_of_recall(monkeypatch, tokenizer):
     for sample in samples:
         assert len(sample.input_ids) == 30 and torch.equal(sample.input_ids[:2], sample.input_ids[-2:])
     monkeypatch.setitem(recall_kinds.RECALL_KINDS, "first token", "first_token_samples")
-    monkeypatch.setattr("dijiang.evaluate.quality.recall_samples.first_token_samples", module.first_token_samples, raising=False)
+    monkeypatch.setattr(
+        "dijiang.evaluate.quality.recall_samples.first_token_samples", module.first_token_samples, raising=False
+    )
     assert recall_kinds.generator_of("first token") is module.first_token_samples
 
 

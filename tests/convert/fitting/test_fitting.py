@@ -140,7 +140,9 @@ def test_text_and_answers_count_the_same_in_the_errors_of_heads(teacher_and_stud
     teacher, student = teacher_and_student
     model = with_memories(student, attention_memory=1, memory_score="random")
     generator = torch.Generator().manual_seed(1)
-    text, asked = (text_row(torch.randint(0, 97, (n,), generator=generator), a) for n, a in ((300, ()), (90, [(80, 84), (87, 88)])))
+    text, asked = (
+        text_row(torch.randint(0, 97, (n,), generator=generator), a) for n, a in ((300, ()), (90, [(80, 84), (87, 88)]))
+    )
 
     def curve(*rows_):
         return torch.tensor(list(error_curves(model, teacher, rows_, [1.0, 2.0], lambda done: None).values()))

@@ -1,4 +1,4 @@
-"""The start of the linear branch: what it meets, the products that the fit knows, and that what is fitted is what is attended."""
+"""The start of the linear branch: what it meets, what the fit knows of it, and that what is fitted is what is attended."""
 
 import pytest
 import torch
@@ -107,7 +107,9 @@ def test_text_and_answers_weigh_the_same_and_a_branch_that_does_not_help_stays_s
     """Of two heads one needs p = 1/2 everywhere; the other is right without the branch."""
     n, ones = 50, torch.ones(50, 1)
     q = torch.zeros(n, 2, 4)
-    half = MixingQueries(q, torch.zeros(n, 2), torch.cat((ones, ones), 1), torch.cat((2 * ones, -ones), 1), 4 * torch.ones(n, 2))
+    half = MixingQueries(
+        q, torch.zeros(n, 2), torch.cat((ones, ones), 1), torch.cat((2 * ones, -ones), 1), 4 * torch.ones(n, 2)
+    )
     weight, bias, left = fit_scales(half, None)
     assert abs(bias[0]) < 0.05 and left[0] < 0.01
     assert bias[1] == SILENT and not weight[1].any() and left[1] == 1
@@ -134,4 +136,6 @@ def test_every_layer_is_started_and_other_models_keep_their_weights():
     assert any(not torch.equal(x, before[name]) for name, x in model.named_parameters())
     again = with_memories(student)
     start_branches(again, teacher, material[:1])
-    assert not torch.equal(again.model.layers[0].self_attn.branch_scale.bias, model.model.layers[0].self_attn.branch_scale.bias)
+    assert not torch.equal(
+        again.model.layers[0].self_attn.branch_scale.bias, model.model.layers[0].self_attn.branch_scale.bias
+    )
