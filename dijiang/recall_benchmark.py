@@ -28,7 +28,7 @@ from dijiang.evaluate.recall_frontier.run import Teacher, run_frontier
 from dijiang.modeling import DiJiangForCausalLM
 from dijiang.train.memories.branch import start_branches
 from dijiang.train.memories.config import FitConfig, SelectConfig
-from dijiang.train.memories.material import branch_rows, fit_rows, read_texts
+from dijiang.train.memories.material import fit_rows, read_texts
 from dijiang.train.memories.run import keep_heads
 
 MAKING_CODE = (
@@ -112,7 +112,7 @@ class Students:
         """The student of a configuration, its linear branch started if `fit` says so."""
         model = self.with_memories_of(item)
         if self.fit.linear_branch:
-            start_branches(model, self.teacher, branch_rows(fit_rows(self.tokenizer, self.text, self.fit)))
+            start_branches(model, self.teacher, fit_rows(self.tokenizer, self.text, self.fit)[0].input_ids)
         return model
 
     def with_memories_of(self, item: Configuration) -> DiJiangForCausalLM:

@@ -25,7 +25,7 @@ from .slots import Head, spread_slots
 # numbers of slots at which the error of every head is measured
 SIZES = (32, 64, 128, 256, 512)
 FISHER_TOKENS = 640
-EVERY = 8  # of how many queries of a text one is looked at
+EVERY = 8  # of how many queries of a row one is looked at
 # every fourth query of a short sequence gives labels, every eighth of a long one
 LONG = 2048
 
@@ -150,7 +150,7 @@ def fit_memory(
     model.to(next(student.parameters()).device)
     layers = linear_layers(model)
     by_length = sorted(rows, key=lambda row: (-len(row.input_ids), bool(row.answers)))
-    measured = [by_length[0], *[row for row in by_length[1:] if row.answers]] if settings.spread else []
+    measured = [by_length[0], *[row for row in by_length[1:] if row.answers][:1]] if settings.spread else []
     tokens = sum(len(row.input_ids) for row in rows)
     work = tokens + settings.steps + sum(len(row.input_ids) for row in measured)
     with progress_bar("Fitting the memory", work, shown=progress) as advance:
@@ -255,33 +255,25 @@ def error_curves(
 ) -> dict[Head, list[float]]:
     """
     The error of each linear head with as many slots as `SIZES` says: the mean square of what the layer's output is off by, the
-    other heads left alone, over that of the output, times the layer's weight. The mean over queries of text plus the mean over
-    the queries that predict a token of an answer. Linear branches are silent.
+    other heads left alone, over that of the output, times the layer's weight; summed over rows. Linear branches are silent.
     """
     layers = linear_layers(model)
     curves = {(i, head): [0.0] * len(SIZES) for i, layer in layers.items() for head in layer.linear_heads}
-    answers = sum(len(answer_positions(row)) for row in rows)
 
     def measure(i: int, module: Any, projected: Projections) -> None:
         layer = layers[i]
         squares = lost_by_slots(layer, projected, module.o_proj.weight, queries, SIZES)
         for j, head in enumerate(layer.linear_heads):
             for n in range(len(SIZES)):
-                curves[i, head][n] += weights[i] * share * squares[n, j].item()
+                curves[i, head][n] += weights[i] * squares[n, j].item()
 
     for row in rows:
         T = len(row.input_ids)
-        queries = answer_positions(row) - 1 if row.answers else torch.arange(model.config.attention_window, T, EVERY)
-        share = len(queries) / answers if row.answers else 1 / sum(not row.answers for row in rows)
+        queries = torch.arange(model.config.attention_window, T, EVERY)
         with hooks(projection_hooks(teacher, layers, measure)):
             teacher.model(input_ids=row.input_ids[None].to(next(teacher.parameters()).device), use_cache=False)
         advance(T)
     return curves
-
-
-def answer_positions(row: Row) -> Tensor:
-    """Positions of the tokens of a row's answers, (n,)."""
-    return torch.cat([torch.arange(start, end) for start, end in row.answers] or [torch.empty(0, dtype=torch.long)])
 
 
 def lost_by_slots(

@@ -1,28 +1,27 @@
 """
 A start of the linear branch beside an exact memory, without training: each head's log-scale c(q) = w.q + b is fitted so that
-its output comes nearest to that of softmax attention, on long text and where answers of recall samples are predicted. A head
-that does not come nearer stays silent.
+its output comes nearest to that of softmax attention on a long text. A head that does not come nearer stays silent.
 
 With o_e what a query finds in window, sinks and memory, Z_e the sum of its weights there, and o_l, Z_l the same of the linear
 branch, the head's output is o_e + p (o_l - o_e) with p = sigmoid(c(q) + log Z_l - log Z_e). So three products of differences
 per query are all that the fit needs to know.
 
-B sequences, T tokens, H query heads, G key/value heads (those that do not keep every token), R = H / G, d head size.
+T tokens, H query heads, G key/value heads (those that do not keep every token), R = H / G, d head size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dijiang.common.hooks import hooks
-from dijiang.convert.fitting.fit import Row, answer_positions, projection_hooks
+from dijiang.convert.fitting.fit import projection_hooks
 from dijiang.modeling import DiJiangForCausalLM
 from dijiang.modeling.decoder_modules import Projections
+from dijiang.modeling.linear_attention import TINY
 from dijiang.modeling.linear_attention_layer import DiJiangLinearAttention, linear_layers
 
 from ..stages.calibrate import center
@@ -31,8 +30,9 @@ SILENT = -1e4
 RIDGE = 0.02  # on w, in units of the error without the branch, for queries of mean square 1
 STARTS = (-10.0, 6.0, 33)  # of b: from, to, how many
 STEPS = 40
+OUTLIERS = 0.3  # an error this much of the mean halves the weight of its query
 LEAST_GAIN = 0.005  # of the error, for which a head takes the branch
-EVERY = 2  # of how many queries of a text one is looked at
+EVERY = 2  # of how many queries one is looked at
 
 
 class MixingQueries(NamedTuple):
@@ -103,15 +103,13 @@ def entry_of(there: Tensor, rank: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mixing_queries(
-    attention: DiJiangLinearAttention, own: Sequence[Tensor], o_proj: Tensor, queries: Sequence[Tensor]
-) -> MixingQueries:
+def mixing_queries(attention: DiJiangLinearAttention, own: Sequence[Tensor], o_proj: Tensor, at: Tensor) -> MixingQueries:
     """
     Args:
         attention: a layer with a window, and perhaps an exact memory.
-        own: `Projections` of its heads that do not keep every token.
+        own: `Projections` of its heads that do not keep every token, of one sequence.
         o_proj: (hidden, H, d), the part of the output projection that belongs to them.
-        queries: for each sequence, the positions (n,) to look at.
+        at: (n,), positions of the queries to look at.
     """
     q, k, v, raw_k = (x.float() for x in own)
     R = attention.num_key_value_groups
@@ -120,47 +118,37 @@ def mixing_queries(
     parts = {name: torch.cat([getattr(x, name) for x in pieces], dim=1) for name in vars(pieces[0])}
     entry = entry_of(parts["there"], parts["rank"])
     gram = torch.einsum("xhd,xhe->hde", o_proj.float(), o_proj.float())
-    found: list[MixingQueries] = []
-    for b, own_queries in enumerate(queries):
-        at = own_queries.to(q.device)
-        future = torch.arange(k.shape[1], device=q.device) > at[:, None]
-        heads = []
-        for h in range(q.shape[2]):
-            in_state = entry[b, h // R] <= at[:, None]
-            scores = (q[b, at, h] * attention.scaling @ k[b, :, h // R].T).masked_fill_(future, -torch.inf)
-            exact = scores.softmax(-1) @ v[b, :, h // R]
-            scores.masked_fill_(in_state, -torch.inf)
-            log_sum = scores.logsumexp(-1)
-            seen = scores.softmax(-1) @ v[b, :, h // R]
-            total = parts["total"][b, at, h].float()
-            some = in_state.any(-1) & (total > 0)
-            linear = parts["numerator"][b, at, h].float() / torch.where(some, total, 1.0).unsqueeze(-1)
-            off, away = exact - seen, torch.where(some.unsqueeze(-1), linear - seen, 0.0)
-            gap = torch.where(some, total.log() - log_sum, -torch.inf)
-            products = [((x @ gram[h]) * y).sum(-1) for x, y in ((off, off), (off, away), (away, away))]
-            heads.append(torch.stack((gap, *products)))
-        found.append(MixingQueries(q[b, at] * attention.feature_scale, *torch.stack(heads, dim=-1)))
-    return joined(found)
+    at = at.to(q.device)
+    future = torch.arange(k.shape[1], device=q.device) > at[:, None]
+    heads = []
+    for h in range(q.shape[2]):
+        in_state = entry[0, h // R] <= at[:, None]
+        scores = (q[0, at, h] * attention.scaling @ k[0, :, h // R].T).masked_fill_(future, -torch.inf)
+        exact = scores.softmax(-1) @ v[0, :, h // R]
+        scores.masked_fill_(in_state, -torch.inf)
+        log_sum = scores.logsumexp(-1)
+        seen = scores.softmax(-1) @ v[0, :, h // R]
+        total = parts["total"][0, at, h].float()
+        some = in_state.any(-1) & (total > 0)
+        linear = parts["numerator"][0, at, h].float() / torch.where(some, total, 1.0).unsqueeze(-1)
+        off, away = exact - seen, torch.where(some.unsqueeze(-1), linear - seen, 0.0)
+        gap = torch.where(some, total.log() - log_sum, -torch.inf)
+        products = [((x @ gram[h]) * y).sum(-1) for x, y in ((off, off), (off, away), (away, away))]
+        heads.append(torch.stack((gap, *products)))
+    return MixingQueries(q[0, at] * attention.feature_scale, *torch.stack(heads, dim=-1))
 
 
-def joined(parts: Sequence[MixingQueries]) -> MixingQueries:
-    """The queries of all parts."""
-    return MixingQueries(*(torch.cat(x) for x in zip(*parts, strict=True)))
-
-
-def fit_scales(text: MixingQueries, answers: MixingQueries | None) -> tuple[Tensor, Tensor, Tensor]:
+def fit_scales(queries: MixingQueries) -> tuple[Tensor, Tensor, Tensor]:
     """
     The w (H, d) and b (H,) that bring each head's output nearest to that of softmax attention, and the error that is left, as
-    a share of that without the branch (H,). Text and answers count the same. Heads that gain less than `LEAST_GAIN` are
-    silent, and 1 is left.
+    a share of that without the branch (H,). A query counts less the larger its own error is without the branch, so that a few
+    outliers do not decide. Heads that gain less than `LEAST_GAIN` are silent, and 1 is left.
     """
-    both = [text] if answers is None else [text, answers]
-    x, gap = (torch.cat([getattr(part, name) for part in both]).double() for name in ("q", "gap"))
-    silent, toward, apart = (
-        torch.cat([part[i] / part.silent.sum(0).clamp_min(1e-30) / len(both) for part in both]).double() for i in (2, 3, 4)
-    )
-    size = x.square().mean((0, 2)).sqrt().clamp_min(1e-30)
-    x = x / size[:, None]
+    q, gap, *errors = (x.double() for x in queries)
+    weight = 1 / (errors[0] + OUTLIERS * errors[0].mean(0)).clamp_min(TINY)
+    silent, toward, apart = (x * weight / (errors[0] * weight).sum(0).clamp_min(TINY) for x in errors)
+    size = q.square().mean((0, 2)).sqrt().clamp_min(TINY)
+    x = q / size[:, None]
 
     def left(c: Tensor) -> Tensor:
         p = torch.sigmoid(gap + c)
@@ -183,16 +171,16 @@ def fit_scales(text: MixingQueries, answers: MixingQueries | None) -> tuple[Tens
         optimizer.step(closure)
     w, b = w.detach(), b.detach()
     error = left((x * w).sum(-1) + b)
-    helps = error < (1 - LEAST_GAIN) * left(b.new_full((), SILENT))
-    weight = torch.where(helps[:, None], w / size[:, None], 0.0)
-    return weight.float(), torch.where(helps, b, SILENT).float(), torch.where(helps, error, 1.0).float()
+    helps = error < 1 - LEAST_GAIN
+    scaled = torch.where(helps[:, None], w / size[:, None], 0.0)
+    return scaled.float(), torch.where(helps, b, SILENT).float(), torch.where(helps, error, 1.0).float()
 
 
 @torch.no_grad()
 def start_branches(
     model: DiJiangForCausalLM,
     teacher: DiJiangForCausalLM,
-    rows: Sequence[Row],
+    input_ids: Tensor,
     advance: Callable[[int], None] = lambda done: None,
 ) -> dict[int, list[float]]:
     """
@@ -201,9 +189,9 @@ def start_branches(
     Args:
         model: DiJiang model with the teacher's projections; it is changed in place.
         teacher: softmax model in our decoder.
-        rows: text, and samples of recall. The first is a text as long as the sequences that the model will read, for a branch
-            that is right at a thousand tokens may be wrong at four thousand.
-        advance: called with the number of tokens read since the last call.
+        input_ids: (T,), a text as long as the sequences that the model will read, for a branch that is right at a thousand
+            tokens may be wrong at four thousand.
+        advance: called with the number of layers done since the last call.
 
     Returns:
         By layer, what is left of each query head's error without the branch; 1 if it stays silent.
@@ -211,32 +199,23 @@ def start_branches(
     layers = linear_layers(model)
     for layer in layers.values():
         make_silent(layer)
-    found: dict[int, tuple[list[MixingQueries], list[MixingQueries]]] = {i: ([], []) for i in layers}
+    at = torch.arange(model.config.attention_window, len(input_ids), EVERY)
+    left: dict[int, list[float]] = {}
 
-    def measure(i: int, module: Any, projected: Projections) -> None:
+    def start(i: int, module: Any, projected: Projections) -> None:
         layer = layers[i]
         own = [layer.take_linear_heads(x) for x in projected]
-        if not any(found[i]):
-            center(layer, *((x.float() * layer.feature_scale).mean((0, 1)) for x in own[:2]))
-        weight = module.o_proj.weight.unflatten(1, (layer.num_key_value_heads, layer.num_key_value_groups, -1))
-        found[i][of_recall].append(mixing_queries(layer, own, weight[:, layer.linear_heads].flatten(1, 2), queries))
-
-    device = next(teacher.parameters()).device
-    for (length, of_recall), group in groupby(rows, key=lambda row: (len(row.input_ids), bool(row.answers))):
-        batch = list(group)
-        every = torch.arange(model.config.attention_window, length, EVERY)
-        queries = [answer_positions(row) - 1 if of_recall else every for row in batch]
-        with hooks(projection_hooks(teacher, layers, measure)):
-            teacher.model(input_ids=torch.stack([row.input_ids for row in batch]).to(device), use_cache=False)
-        advance(length * len(batch))
-    left: dict[int, list[float]] = {}
-    for i, layer in layers.items():
-        text, answers = (joined(parts) if parts else None for parts in found.pop(i))
-        assert text is not None and layer.branch_scale is not None
-        weight, bias, error = fit_scales(text, answers)
+        center(layer, *((x.float() * layer.feature_scale).mean((0, 1)) for x in own[:2]))
+        parts = module.o_proj.weight.unflatten(1, (layer.num_key_value_heads, layer.num_key_value_groups, -1))
+        weight, bias, error = fit_scales(mixing_queries(layer, own, parts[:, layer.linear_heads].flatten(1, 2), at))
+        assert layer.branch_scale is not None
         layer.branch_scale.weight.copy_(weight)
         layer.branch_scale.bias.copy_(bias)
         left[i] = error.tolist()
+        advance(1)
+
+    with hooks(projection_hooks(teacher, layers, start)):
+        teacher.model(input_ids=input_ids[None].to(next(teacher.parameters()).device), use_cache=False)
     return left
 
 

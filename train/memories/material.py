@@ -84,8 +84,3 @@ def fit_rows(tokenizer: Any, text: torch.Tensor, config: FitConfig) -> list[Reca
         return rows
     recall = {"length": config.recall_length, "samples": config.recall_samples, "seed": 7 + config.seed}
     return rows + recall_samples(tokenizer, text, **recall)
-
-
-def branch_rows(rows: Sequence[RecallSample]) -> list[RecallSample]:
-    """Of the rows of a fit, what the linear branch is started on: the longest text, and all samples of recall."""
-    return [rows[0], *(row for row in rows if row.answers)]

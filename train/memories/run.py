@@ -22,10 +22,11 @@ from dijiang.convert.selection.job import SelectionJob
 from dijiang.convert.selection.methods import select_heads
 from dijiang.convert.selection.selection import Selection, full_heads_of, heads_within
 from dijiang.modeling import DiJiangForCausalLM
+from dijiang.modeling.linear_attention_layer import linear_layers
 
 from .branch import start_branches
 from .config import FitConfig, SelectConfig
-from .material import Text, branch_rows, fit_rows, read_texts, selection_samples
+from .material import Text, fit_rows, read_texts, selection_samples
 
 SELECTION_FILE = "selection.json"
 FIT_FILE = "memory_fit.json"
@@ -151,10 +152,9 @@ def fit_slots(
     model = fitted.with_slots(settings)
     facts = fitted.facts | {"slots": model.config.attention_memory}
     if config.linear_branch:
-        rows = branch_rows(rows)
-        tokens = sum(len(row.input_ids) for row in rows)
-        with progress_bar("Starting the linear branch", tokens, shown=progress) as advance:
-            facts["branch_errors"] = start_branches(model, teacher, rows, advance)
+        layers = len(linear_layers(model))
+        with progress_bar("Starting the linear branch", layers, shown=progress, unit="items") as advance:
+            facts["branch_errors"] = start_branches(model, teacher, rows[0].input_ids, advance)
     return model, facts
 
 
