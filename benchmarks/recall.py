@@ -24,8 +24,6 @@ from dijiang.train.memories.config import SelectConfig
 
 KEPT = Configuration(name="7 heads + 128 slots", full_heads=7, attention_memory=128)
 CONSTANT = replace(KEPT, name="7 heads of 4096 slots + 128 slots", large_slots=4096)
-HEADS = 12  # the most that any configuration keeps
-WINDOW = Configuration(name="window 64", linear_branch=False)
 
 
 def control(name: str, **facts) -> Configuration:
@@ -35,18 +33,16 @@ def control(name: str, **facts) -> Configuration:
 
 STUDIES: dict[str, tuple[dict, list[Configuration]]] = {
     "frontier": (
-        {"recall_lengths": (1024,), "recall_samples": 12, "text_tokens": 4096},
+        {"recall_lengths": (1024,), "recall_samples": 8, "text_tokens": 4096},
         [
             KEPT,
-            WINDOW,
-            replace(KEPT, name="7 heads + 128 slots, no linear branch", linear_branch=False),
             CONSTANT,
+            replace(KEPT, name="7 heads + 128 slots, no linear branch", linear_branch=False),
+            Configuration(name="window 64", linear_branch=False),
             Configuration(name="128 slots", attention_memory=128),
             Configuration(name="7 heads", full_heads=7),
-            Configuration(name="12 heads + 128 slots", full_heads=12, attention_memory=128),
-            Configuration(name="7 heads + 256 slots", full_heads=7, attention_memory=256),
             control("window 192", attention_window=192),
-            *(control(f"7 heads by {name}", full_heads=7, selection=name) for name in ("perplexity", "uniform", "random")),
+            *(control(f"7 heads by {name}", full_heads=7, selection=name) for name in ("random", "uniform", "perplexity")),
             *(
                 control(
                     f"7 heads + 128 slots in every head by {name}",
@@ -57,9 +53,6 @@ STUDIES: dict[str, tuple[dict, list[Configuration]]] = {
                 )
                 for name in ("learned", "window_attention", "key_norm", "random")
             ),
-            Configuration(name="4 heads + 128 slots", full_heads=4, attention_memory=128),
-            Configuration(name="7 heads + 64 slots", full_heads=7, attention_memory=64),
-            Configuration(name="window 64 + linear branch"),
         ],
     ),
     "lengths": (
@@ -67,9 +60,9 @@ STUDIES: dict[str, tuple[dict, list[Configuration]]] = {
             "recall_kinds": ("needle", "associative recall"),
             "recall_lengths": (256, 512, 1024),
             "recall_samples": 48,
-            "text_tokens": 16384,
+            "text_tokens": 4096,
         },
-        [KEPT, CONSTANT, WINDOW],
+        [KEPT],
     ),
 }
 
@@ -89,7 +82,7 @@ def main() -> None:
         packaged_model(),
         FrontierConfig(texts=tuple(arguments.text), **settings),
         fit_texts=[TRAIN_TEXT],
-        select=SelectConfig(heads=HEADS),
+        select=SelectConfig(),
         only=chosen[part - 1 :: parts],
         output=arguments.output,
         plot=arguments.plot,

@@ -14,7 +14,7 @@ from torch import Tensor
 from dijiang.checkpoint.files import companions
 from dijiang.checkpoint.shard_writer import ShardWriter
 from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
-from dijiang.modeling.linear_attention_layer import ADDED_PARTS
+from dijiang.modeling.linear_attention_layer import ADDED_PARTS, OUTPUT_PARTS
 
 from .loader import fill_rotary
 from .mapping import build_on_meta, fill_new_modules, is_finite, new_modules
@@ -118,4 +118,4 @@ def write_with_memories(checkpoint: Path, folder: Path, model: DiJiangForCausalL
 def is_of_linear_layer(name: str) -> bool:
     """Whether a parameter belongs to a part that only linear layers have."""
     parts = name.split(".")
-    return "self_attn" in parts and parts[parts.index("self_attn") + 1] in ADDED_PARTS
+    return "self_attn" in parts and parts[parts.index("self_attn") + 1] in ADDED_PARTS + OUTPUT_PARTS

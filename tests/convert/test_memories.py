@@ -67,6 +67,20 @@ def test_checkpoint_on_disk_is_the_model_in_memory(tmp_path, make_source, shards
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+@torch.no_grad()
+def test_layers_made_softmax_again_leave_nothing_of_the_linear_ones_on_disk(tmp_path, make_source):
+    source, teacher = make_source("llama", num_key_value_heads=4)
+    converted = convert_model(source, tmp_path / "converted", "paper", progress=False)
+    model = with_memories(
+        load_source(converted)[0], layer_types="full_attention", **{"output_norm": "none", "output_gate": False}
+    )
+    (folder := tmp_path / "softmax").mkdir()
+    write_with_memories(converted, folder, model)
+    write_provenance(folder, read_provenance(converted))
+    ids = random_ids(2, 30, vocab_size=300)
+    assert_close(load_source(folder)[0](ids).logits, teacher(ids).logits, "logits", tolerance=1e-5)
+
+
 def test_values_that_are_not_finite_are_refused(tmp_path, pair):
     student, _ = load_source(pair.checkpoint)
     model = with_memories(student, attention_memory=4, memory_score="learned")
