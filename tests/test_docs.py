@@ -45,6 +45,11 @@ VOCAB = 1024
 STAGE = {"tokens": 1024, "block_size": 256, "start_block_size": "null"}
 BUDGET = [f"{stage}.{key}={value}" for stage in ("align", "distill") for key, value in STAGE.items()]
 BUDGET.append("data.held_out_tokens=1024")
+FEW = (
+    "lengths=[48]", "text_tokens=200", "recall_kinds=[needle]", "recall_lengths=[128]", "recall_samples=1", "windows=false",
+    "controls=[]", "scores=[random]", "score_heads=[0]", "score_slots=[8]", "large_heads=[]", "reference_length=64",
+)  # fmt: skip
+FEW_CELLS = [word for setting in FEW for word in ("--set", setting)]
 # words that are added to a command or replaced in it, so that it takes seconds, by its first words
 SMALLER = {
     "recover": (
@@ -53,6 +58,10 @@ SMALLER = {
     ),
     "benchmark kernels": (["--quick", "--model", TEACHER, "--features", "3", "--features", "8"], {}),
     "benchmark latency": (["--rounds", "1", "--phases", "decode"], {"pythia-410m": "pythia-70m", "2048": "64", "512": "32"}),
+    f"convert {TEACHER} smollm2-ready": (["--heads", "1"], {}),
+    "select": (["--set", "samples=1"], {"7": "1"}),
+    "fit": (["--text-tokens", "1024", "--set", "block_size=512", "--set", "recall_samples=1", "--set", "steps=20"], {}),
+    "benchmark recall": ([TEACHER, "--cache", "cache", "--heads", "1", "--slots", "0", *FEW_CELLS], {}),
     "prune": (["--samples", "4", "--length", "64", "--cache", "cache"], {}),
     # there is no hub here to give the tasks' data
     "evaluate": (["--quick", "--cache", "cache"], {"paper": "capitals.yaml"}),
