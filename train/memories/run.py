@@ -70,6 +70,7 @@ def add_memories(
     refuse_other_source(provenance, teacher)
     with new_folder(output) as folder:
         student, tokenizer = load_source(source.folder, dtype=torch.float32)
+        student.config.dtype = source.config.dtype  # of the stored weights, in which others will load the result
         teacher_model, _ = load_source(teacher, dtype=torch.float32)
         refuse_misfit(student, teacher_model, teacher)
         text, names = texts if isinstance(texts, Text) else read_texts(tokenizer, texts)

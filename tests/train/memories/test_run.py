@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from dijiang.checkpoint.provenance import read_provenance
 from dijiang.convert import convert_model, load_source
@@ -116,3 +117,14 @@ def test_what_does_not_fit_is_refused_in_one_line_and_leaves_nothing(tmp_path, m
     ):
         with pytest.raises(ValueError, match=message):
             FitConfig(**settings)
+
+
+def test_stored_weights_keep_their_dtype_and_bytes_are_counted_in_it(tmp_path, pair, text):
+    """One head of a bfloat16 checkpoint takes half of what it takes in float32."""
+    settings = {"attention_window": 4, "attention_sinks": 2, "dtype": "bfloat16"}
+    select = SelectConfig(bytes_per_token=2 * 8 * 2, samples=1, lengths=(900,))
+    options = {"select": select, "fit": FIT, "texts": [text], "progress": False}
+    folder = convert_with_memories(pair.teacher, tmp_path / "halves", **options, **settings)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype == model.config.dtype == torch.bfloat16
+    assert model.config.bytes_per_token(2) == 2 * 8 * 2 and sum(map(len, model.config.full_heads)) == 1
