@@ -173,7 +173,8 @@ def measure_cells(
     total = sum(task.cost for item in chosen for task in tasks if task.key not in cells[item.name])
 
     with FrontierProgress(total, shown=progress) as bar:
-        for _, group in groupby(chosen, key=lambda item: item.facts() | {"linear_branch": True}):
+        # a student without memories has the teacher's facts
+        for _, group in groupby(chosen, key=lambda item: (item is TEACHER, item.facts() | {"linear_branch": True})):
             todo = [item for item in group if len(cells[item.name]) < len(tasks) + 1]
             if not todo:
                 continue

@@ -68,6 +68,16 @@ def comparable(result: dict) -> dict:
     return {key: value for key, value in result.items() if key not in NEW}
 
 
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_student_without_memories_is_not_taken_for_the_teacher(teacher, builder, config, tmp_path, linear):
+    """It stands next to the teacher in the list, and their facts are the same."""
+    plain = Configuration(name="window 64", linear_branch=linear)
+    result = run_frontier(teacher, builder, config, only=[plain], cache=tmp_path, progress=False)
+    assert builder.names == ["window 64"]
+    first, second = (row["memory"]["bytes_per_sequence"]["200"] for row in result["rows"])
+    assert first != second and result["rows"][1]["perplexity_ratio"]["100"]["value"] != 1.0
+
+
 def test_a_stopped_run_continues_to_the_same_result(teacher, builder, config, tmp_path, monkeypatch):
     def run(name: str, cache: str) -> dict:
         options = {"only": CHOSEN, "output": tmp_path / name, "cache": tmp_path / cache, "progress": False}
