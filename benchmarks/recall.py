@@ -3,11 +3,12 @@ What SmolLM2-135M recalls with memories of several sizes, none of it trained: th
 
     python benchmarks/recall.py STUDY --text HELD_OUT [--text ...] [--output RESULT.json] [--plot RESULT.png] [--part I/N]
 
-Studies: `frontier`, all kinds of recall and perplexity of many configurations; `lengths`, needle and associative recall with
-48 samples a cell of a few. Heads are selected and scores fitted on the package's own training text. Every cell is kept in the
-cache of `dijiang benchmark recall` as it comes, so the same command continues after an interruption; --part measures every
-N-th configuration, so that N processes share the work. The recorded runs used the held-out sides of the Jargon File (in the
-package) and of debian-handbook and anarchism by scripts/make_recovery_text.py.
+Studies: `frontier`, all kinds of recall and perplexity of several configurations; `controls`, the same of other ways to choose
+heads and tokens; `lengths`, needle and associative recall with 48 samples a cell. Heads are selected and scores fitted on the
+package's own training text. Every cell is kept in the cache of `dijiang benchmark recall` as it comes, so the same command
+continues after an interruption; --part measures every N-th configuration, so that N processes share the work. The recorded
+runs used the held-out sides of the Jargon File (in the package) and of debian-handbook and anarchism by
+scripts/make_recovery_text.py.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from dijiang.train.memories.config import SelectConfig
 
 KEPT = Configuration(name="7 heads + 128 slots", full_heads=7, attention_memory=128)
 CONSTANT = replace(KEPT, name="7 heads of 4096 slots + 128 slots", large_slots=4096)
+FRONTIER = {"recall_lengths": (1024,), "recall_samples": 8, "text_tokens": 4096}
 
 
 def control(name: str, **facts) -> Configuration:
@@ -33,14 +35,18 @@ def control(name: str, **facts) -> Configuration:
 
 STUDIES: dict[str, tuple[dict, list[Configuration]]] = {
     "frontier": (
-        {"recall_lengths": (1024,), "recall_samples": 8, "text_tokens": 4096},
+        FRONTIER,
         [
             KEPT,
-            CONSTANT,
             replace(KEPT, name="7 heads + 128 slots, no linear branch", linear_branch=False),
-            Configuration(name="window 64", linear_branch=False),
-            Configuration(name="128 slots", attention_memory=128),
             Configuration(name="7 heads", full_heads=7),
+            Configuration(name="window 64", linear_branch=False),
+        ],
+    ),
+    "controls": (
+        FRONTIER,
+        [
+            Configuration(name="128 slots", attention_memory=128),
             control("window 192", attention_window=192),
             *(control(f"7 heads by {name}", full_heads=7, selection=name) for name in ("random", "uniform", "perplexity")),
             *(
@@ -58,11 +64,11 @@ STUDIES: dict[str, tuple[dict, list[Configuration]]] = {
     "lengths": (
         {
             "recall_kinds": ("needle", "associative recall"),
-            "recall_lengths": (256, 512, 1024),
+            "recall_lengths": (256, 512, 1024, 8192),
             "recall_samples": 48,
             "text_tokens": 4096,
         },
-        [KEPT],
+        [KEPT, CONSTANT],
     ),
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dijiang.checkpoint.files import companions
 from dijiang.checkpoint.shard_writer import ShardWriter
+from dijiang.common.errors import one_line
 from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
 from dijiang.modeling.linear_attention_layer import ADDED_PARTS, OUTPUT_PARTS
 
@@ -35,7 +36,10 @@ def with_memories(model: DiJiangForCausalLM, **settings: Any) -> DiJiangForCausa
     old = model.config
     if isinstance(settings.get("layer_types"), str):
         settings["layer_types"] = [settings["layer_types"]] * old.num_hidden_layers
-    config = DiJiangConfig.from_dict(old.to_dict() | settings)
+    try:
+        config = DiJiangConfig.from_dict(old.to_dict() | settings)
+    except Exception as error:  # huggingface_hub's strict dataclasses wrap our errors
+        raise ValueError(one_line(error.__cause__ or error)) from None
     config._attn_implementation = old._attn_implementation
     config.dtype = old.dtype
     new = build_on_meta(config)

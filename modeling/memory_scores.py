@@ -117,8 +117,8 @@ def build_memory_score(config: DiJiangConfig, heads: list[int], layer_idx: int) 
 class LearnedScore(MemoryScore):
     """
     A small network per head on a token's key, before rotary positions, and value: w_2 . gelu(W_1 [k, v] + b_1). It is fitted
-    to the largest attention that later queries give the token (arXiv 2410.01805 has the idea); until then all tokens score
-    alike, so that the memory holds the oldest.
+    to what later queries would lose without the token (arXiv 2410.01805 fits one to their largest attention); until then all
+    tokens score alike, so that the memory holds the oldest.
     """
 
     def __init__(self, config: DiJiangConfig, heads: list[int], layer_idx: int):

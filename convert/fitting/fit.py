@@ -142,6 +142,8 @@ def fit_memory(
     window, sinks = student.config.attention_window, student.config.attention_sinks
     if not window:
         raise ValueError("an exact memory needs a window; convert with attention_window of at least 1")
+    if not linear_layers(student):
+        raise ValueError("no head is left to hold a memory; keep fewer heads, or convert with linear layers")
     rows = [row for row in rows if len(row.input_ids) >= 3 * window]
     if not rows:
         raise ValueError(f"no text of {3 * window} tokens or more, three windows; give a longer text")

@@ -53,7 +53,8 @@ def convert(
 
         settings: dict[str, Any] = {"texts": fit}
         settings["select"] = None if heads == 0 else SelectConfig(heads=heads or 7)
-        settings["fit"] = FitConfig(slots=128 if slots is None else slots)
+        slots = 128 if slots is None else slots
+        settings["fit"] = FitConfig(slots=slots, least_slots=min(FitConfig().least_slots, slots))
         folder = convert_with_memories(source, output, preset, dtype=dtype, **settings, **overrides)
     elif heads is not None or slots is not None:
         raise ValueError("--heads and --slots have no effect without --fit TEXT")

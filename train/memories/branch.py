@@ -171,7 +171,7 @@ def fit_scales(queries: MixingQueries) -> tuple[Tensor, Tensor, Tensor]:
         optimizer.step(closure)
     w, b = w.detach(), b.detach()
     error = left((x * w).sum(-1) + b)
-    helps = error < 1 - LEAST_GAIN
+    helps = (error < 1 - LEAST_GAIN) & (errors[0].sum(0) > 0)  # a head that loses nothing has nothing to gain
     scaled = torch.where(helps[:, None], w / size[:, None], 0.0)
     return scaled.float(), torch.where(helps, b, SILENT).float(), torch.where(helps, error, 1.0).float()
 

@@ -60,8 +60,8 @@ class FitConfig:
         recall_samples: made-up samples of recall to fit on besides.
         recall_length: tokens of such a sample.
         recall_share: of what is learned from that comes from recall samples.
-        linear_branch: give the linear branch the weight at which it helps each head most; false: it stays silent until it is
-            trained.
+        linear_branch: give the linear branch the weight at which it helps each head most; false: it stays as it is, which
+            after conversion means silent.
         steps: of the fit.
         seed: of samples and fit.
     """

@@ -1,6 +1,7 @@
 """Checkpoint in, checkpoint out: selection of heads that keep every token, and the fit of the others' exact memory."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -68,6 +69,9 @@ def add_memories(
         raise ValueError(f"{checkpoint} is no DiJiang checkpoint; make one with `dijiang convert`")
     provenance = read_provenance(source.folder)
     refuse_other_source(provenance, teacher)
+    trained = [stage["stage"] for stage in provenance["stages"] if stage["stage"] in ("align", "distill")]
+    if trained and fit is not None and fit.linear_branch:
+        raise ValueError(f"{trained[-1]} has trained the linear branch already; keep it with `linear_branch=false`")
     with new_folder(output) as folder:
         student, tokenizer = load_source(source.folder, dtype=torch.float32)
         student.config.dtype = source.config.dtype  # of the stored weights, in which others will load the result
@@ -101,6 +105,13 @@ def keep_heads(
     """Rank the heads of `student`; the ranking, and the model in which the first of them keep every token."""
     if any(student.config.full_heads):
         raise ValueError("the checkpoint keeps heads already; select heads on the one that it was made from")
+    if not linear_layers(student):
+        raise ValueError("the checkpoint has no linear layer; convert with linear layers to select heads or fit a memory")
+    window = student.config.attention_window
+    if config.reads_samples and min(config.lengths) <= window:
+        raise ValueError(
+            f"samples of {min(config.lengths)} tokens show no loss with a window of {window}; give longer `lengths`"
+        )
     count = config.heads
     if config.bytes_per_token is not None:
         size = (student.config.dtype or torch.float32).itemsize
@@ -137,6 +148,8 @@ def fit_slots(
     large: tuple[tuple[int, int], ...] = ()
     if config.large_slots is not None:
         large = tuple((layer, head) for layer, heads in enumerate(student.config.full_heads) for head in heads)
+        if not large:
+            raise ValueError("large_slots is for heads that keep every token, and there are none; select some first")
         student = with_memories(student, full_heads=[[] for _ in student.config.full_heads])
     settings = FitSettings(
         slots=config.slots,
@@ -149,6 +162,11 @@ def fit_slots(
         seed=config.seed,
     )
     rows = fit_rows(tokenizer, text, config)
+    if len(rows[0].input_ids) < 3 * student.config.attention_window:
+        raise ValueError(
+            f"text_tokens={config.text_tokens} and block_size={config.block_size} make sequences shorter than three windows "
+            f"of {student.config.attention_window}; raise them"
+        )
     fitted = fit_memory(student, teacher, rows, settings, progress=progress)
     model = fitted.with_slots(settings)
     facts = fitted.facts | {"slots": model.config.attention_memory}
@@ -188,9 +206,7 @@ def convert_with_memories(
             texts=texts,
             progress=progress,
         )
-        for path in [*converted.iterdir()]:
-            path.unlink()
-        converted.rmdir()
+        shutil.rmtree(converted)
         for path in [*finished.iterdir()]:
             path.rename(folder / path.name)
         finished.rmdir()

@@ -1,12 +1,13 @@
 """Selection of heads and the fit of slots, from checkpoint to checkpoint, on a tiny model."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dijiang.checkpoint.provenance import read_provenance
+from dijiang.checkpoint.provenance import add_stage, read_provenance, write_provenance
 from dijiang.convert import convert_model, load_source
 from dijiang.train.memories.config import FitConfig, SelectConfig
 from dijiang.train.memories.material import fit_rows, read_texts, selection_samples
@@ -100,6 +101,10 @@ def test_material_has_the_sizes_that_were_asked_for(tokenizer, text):
 def test_what_does_not_fit_is_refused_in_one_line_and_leaves_nothing(tmp_path, made, pair, text, make_source):
     other, _ = make_source("llama", seed=5, num_key_value_heads=2)
     no_window = convert_model(pair.teacher, tmp_path / "none", "paper", progress=False)
+    wide = convert_model(pair.teacher, tmp_path / "wide", progress=False, attention_window=100)
+    softmax = convert_model(pair.teacher, tmp_path / "softmax", progress=False, layer_types="full_attention")
+    trained = convert_model(pair.teacher, tmp_path / "trained", progress=False, attention_window=4)
+    write_provenance(trained, add_stage(read_provenance(trained), "distill"))
     options = {"teacher": pair.teacher, "texts": [text], "progress": False}
     for checkpoint, changes, message in (
         (pair.teacher, {"select": SELECT}, "is no DiJiang checkpoint"),
@@ -107,6 +112,12 @@ def test_what_does_not_fit_is_refused_in_one_line_and_leaves_nothing(tmp_path, m
         (made, {"select": SELECT}, "keeps heads already"),
         (no_window, {"fit": FIT}, "needs a window"),
         (pair.checkpoint, {"select": SelectConfig(bytes_per_token=1)}, "bytes_per_token=1 is less than the 64 that one head"),
+        (wide, {"select": SelectConfig(lengths=(80,))}, "samples of 80 tokens show no loss with a window of 100"),
+        (softmax, {"select": SELECT}, "has no linear layer"),
+        (softmax, {"fit": FIT}, "no head is left to hold a memory"),
+        (pair.checkpoint, {"fit": replace(FIT, large_slots=50)}, "there are none; select some first"),
+        (pair.checkpoint, {"fit": replace(FIT, text_tokens=10)}, "shorter than three windows of 4"),
+        (trained, {"fit": FIT}, "distill has trained the linear branch already; keep it with `linear_branch=false`"),
     ):
         with pytest.raises(ValueError, match=message):
             add_memories(checkpoint, tmp_path / "out", **options | changes)
