@@ -35,7 +35,7 @@ MAKING_CODE = (
     "dijiang.convert", "dijiang.modeling", "dijiang.train.memories", "dijiang.train.stages.calibrate",
     "dijiang.train.data.synthetic_recall",
 )  # fmt: skip
-PURSUED = 18
+PURSUED = 18  # heads that are ranked one after another, at most
 
 
 class Students:
