@@ -4,8 +4,8 @@ What SmolLM2-135M recalls with memories of several sizes, none of it trained: th
     python benchmarks/recall.py STUDY --text HELD_OUT [--text ...] [--output RESULT.json] [--plot RESULT.png] [--part I/N]
 
 Studies: `frontier`, all kinds of recall and perplexity of several configurations; `controls`, the same of other ways to choose
-heads and tokens; `lengths`, needle and associative recall with 48 samples a cell. Heads are selected and scores fitted on the
-package's own training text. Every cell is kept in the cache of `dijiang benchmark recall` as it comes, so the same command
+heads and tokens; `lengths`, needle and associative recall with 48 samples a cell; `far`, needles at 4,096 and 8,192 tokens.
+Heads are selected and scores fitted on the package's own training text. Every cell is kept in the cache of `dijiang benchmark recall` as it comes, so the same command
 continues after an interruption; --part measures every N-th configuration, so that N processes share the work. The recorded
 runs used the held-out sides of the Jargon File (in the package) and of debian-handbook and anarchism by
 scripts/make_recovery_text.py.
@@ -24,7 +24,7 @@ from dijiang.recall_benchmark import run_recall_benchmark
 from dijiang.train.memories.config import SelectConfig
 
 KEPT = Configuration(name="7 heads + 128 slots", full_heads=7, attention_memory=128)
-CONSTANT = replace(KEPT, name="7 heads of 4096 slots + 128 slots", large_slots=4096)
+CONSTANT = replace(KEPT, name="7 heads of 2048 slots + 192 slots", large_slots=2048, attention_memory=192)
 FRONTIER = {"recall_lengths": (1024,), "recall_samples": 8, "text_tokens": 4096}
 
 
@@ -39,6 +39,7 @@ STUDIES: dict[str, tuple[dict, list[Configuration]]] = {
         [
             KEPT,
             replace(KEPT, name="7 heads + 128 slots, no linear branch", linear_branch=False),
+            CONSTANT,
             Configuration(name="7 heads", full_heads=7),
             Configuration(name="window 64", linear_branch=False),
         ],
@@ -64,10 +65,14 @@ STUDIES: dict[str, tuple[dict, list[Configuration]]] = {
     "lengths": (
         {
             "recall_kinds": ("needle", "associative recall"),
-            "recall_lengths": (256, 512, 1024, 8192),
+            "recall_lengths": (256, 512, 1024),
             "recall_samples": 48,
             "text_tokens": 4096,
         },
+        [KEPT, CONSTANT],
+    ),
+    "far": (
+        {"recall_kinds": ("needle",), "recall_lengths": (4096, 8192), "recall_samples": 8, "text_tokens": 4096},
         [KEPT, CONSTANT],
     ),
 }

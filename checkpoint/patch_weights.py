@@ -7,6 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .files import copy_companions
+
 
 def copy_with_parameters(checkpoint: str | Path, folder: Path, parameters: dict[str, torch.Tensor]) -> None:
     """
@@ -20,12 +22,11 @@ def copy_with_parameters(checkpoint: str | Path, folder: Path, parameters: dict[
         if not torch.isfinite(value).all():
             raise ValueError(f"{name} is not finite after training; lower learning_rate")
     remaining = {name: value.detach().cpu() for name, value in parameters.items()}
-    for path in sorted(Path(checkpoint).iterdir()):
-        if path.is_dir() or path.name == "README.md":  # a model card would no longer be true
-            continue
-        if path.suffix != ".safetensors":
-            shutil.copyfile(path, folder / path.name)
-            continue
+    checkpoint = Path(checkpoint)
+    copy_companions(checkpoint, folder, leave_out=["README.md"])  # a model card would no longer be true
+    for path in checkpoint.glob("*.index.json"):
+        shutil.copyfile(path, folder / path.name)
+    for path in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             tensors = {}

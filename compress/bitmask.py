@@ -5,14 +5,13 @@ belong. The fields are those of compressed-tensors' former format `sparse-bitmas
 
 import json
 import math
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dijiang.checkpoint.files import companions
+from dijiang.checkpoint.files import copy_companions
 from dijiang.checkpoint.shard_writer import ShardWriter
 from dijiang.checkpoint.source import read_json
 from dijiang.checkpoint.weights import FLOAT_TYPES, SafetensorsFile, weight_paths
@@ -275,8 +274,7 @@ def has_pattern(weight: torch.Tensor, zeros: int, group: int) -> bool:
 
 def write_companions(source: Path, folder: Path, config: dict) -> None:
     """Copy the files that hold no weights, with `config` in place of the source's."""
-    for path in companions(source):
-        shutil.copyfile(path, folder / path.name)
+    copy_companions(source, folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,6 +1,5 @@
 """Writes a checkpoint with pruned matrices in place of the dense ones, and counts the zeros on disk."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 
 from dijiang.checkpoint.code_files import with_newest_code
-from dijiang.checkpoint.files import companions
+from dijiang.checkpoint.files import copy_companions
 from dijiang.checkpoint.provenance import FILE_NAME, add_stage, read_provenance, write_provenance
 from dijiang.checkpoint.shard_writer import ShardWriter
 from dijiang.checkpoint.source import Source
@@ -48,9 +47,7 @@ def write_sparse_checkpoint(
         source.config.save_pretrained(folder)
         decoder.files[0].generation_config.save_pretrained(folder)
     else:
-        for path in companions(source.folder):
-            if path.name not in STALE:
-                shutil.copyfile(path, folder / path.name)
+        copy_companions(source.folder, folder, leave_out=STALE)
         if (source.folder / FILE_NAME).is_file():
             provenance = with_newest_code(folder, read_provenance(source.folder))
             write_provenance(folder, add_stage(provenance, "prune", **record))

@@ -3,7 +3,6 @@ The same model with other memories: kept heads, slots of the exact memory, windo
 add is kept for heads that stay linear, dropped for heads that keep every token now, and fresh where there was none.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dijiang.checkpoint.files import companions
+from dijiang.checkpoint.files import copy_companions
 from dijiang.checkpoint.shard_writer import ShardWriter
 from dijiang.common.errors import one_line
 from dijiang.modeling import DiJiangConfig, DiJiangForCausalLM
@@ -92,9 +91,7 @@ def write_with_memories(checkpoint: Path, folder: Path, model: DiJiangForCausalL
     Raises:
         ValueError: if a new parameter is not finite.
     """
-    for path in companions(checkpoint):
-        if path.name not in ("config.json", "README.md"):
-            shutil.copyfile(path, folder / path.name)
+    copy_companions(checkpoint, folder, leave_out=("config.json", "README.md"))
     values = dict(model.named_parameters())
     of_memories = {name for name in values if any(name.startswith(f"{module}.") for module in new_modules(model))}
     writer = ShardWriter(folder)

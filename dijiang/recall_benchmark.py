@@ -28,7 +28,7 @@ from dijiang.evaluate.recall_frontier.run import Teacher, run_frontier
 from dijiang.modeling import DiJiangForCausalLM
 from dijiang.train.memories.branch import start_branches
 from dijiang.train.memories.config import FitConfig, SelectConfig
-from dijiang.train.memories.material import fit_rows, read_texts
+from dijiang.train.memories.material import context_of, fit_rows, read_texts
 from dijiang.train.memories.run import keep_heads
 
 MAKING_CODE = (
@@ -94,7 +94,7 @@ class Students:
         """Scores of all heads, and what slots are spread by."""
         weights, facts = self.folder / "scores.safetensors", self.folder / "memory_fit.json"
         if not facts.is_file():
-            rows = fit_rows(self.tokenizer, self.text, self.fit)
+            rows = fit_rows(self.tokenizer, self.text, self.fit, context_of(self.base.config))
             settings = FitSettings(recall_share=self.fit.recall_share, steps=self.fit.steps, seed=self.fit.seed)
             fitted = fit_memory(self.base, self.teacher, rows, settings, progress=self.progress)
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,8 @@ class Students:
         """The student of a configuration, its linear branch started if `fit` says so."""
         model = self.with_memories_of(item)
         if self.fit.linear_branch:
-            start_branches(model, self.teacher, fit_rows(self.tokenizer, self.text, self.fit)[0].input_ids)
+            rows = fit_rows(self.tokenizer, self.text, self.fit, context_of(self.base.config))
+            start_branches(model, self.teacher, rows[0].input_ids)
         return model
 
     def with_memories_of(self, item: Configuration) -> DiJiangForCausalLM:

@@ -139,8 +139,9 @@ class LearnedScore(MemoryScore):
         init.zeros_(self.w_2)
 
     def arriving(self, k: Tensor, v: Tensor, rank: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
-        x = torch.cat((k, v), dim=-1).float().transpose(1, 2)
-        hidden = F.gelu(x @ self.W_1.float().transpose(1, 2) + self.b_1.float().unsqueeze(1))
+        k, v = (x.float().transpose(1, 2) for x in (k, v))
+        of_keys, of_values = self.W_1.float().transpose(1, 2).split(self.head_dim, dim=1)
+        hidden = F.gelu(k @ of_keys + v @ of_values + self.b_1.float().unsqueeze(1))
         return (hidden @ self.w_2.float().unsqueeze(-1)).squeeze(-1), carry
 
 

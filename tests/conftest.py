@@ -94,7 +94,7 @@ class Pair(NamedTuple):
 def pair(tmp_path_factory, tokenizer) -> Pair:
     """A LLaMA with grouped heads, and its conversion with a short window, of which a block of 20 tokens sees the end."""
     folder = tmp_path_factory.mktemp("pair")
-    write_source(folder / "teacher", tokenizer, num_key_value_heads=2)
+    write_source(folder / "teacher", tokenizer, num_key_value_heads=2, max_position_embeddings=1024)
     settings = {"attention_window": 4, "attention_sinks": 2, "branch_scale_init": 0.5}
     convert_model(folder / "teacher", folder / "checkpoint", progress=False, **settings)
     return Pair(folder / "teacher", folder / "checkpoint")

@@ -6,8 +6,19 @@ from typing import Literal
 from dijiang.common.conditions import require, require_at_least, require_between, require_positive
 
 Method = Literal[
-    "greedy", "gates", "teacher_gradient", "content_free", "induction", "random", "perplexity", "uniform", "layers"
+    "greedy",
+    "gates",
+    "teacher_gradient",
+    "content_free",
+    "induction",
+    "random",
+    "perplexity",
+    "uniform",
+    "layers",
 ]
+
+
+MOST_SLOTS = 512  # of a head that slots are spread over: as far as its error is measured
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +96,10 @@ class FitConfig:
         require_at_least(20, self, "steps")
         require_at_least(0, self, "recall_samples")
         require_between(0, 1, self, "recall_share")
+        require(
+            not self.spread or self.slots <= MOST_SLOTS,
+            f"slots={self.slots}: slots are spread up to {MOST_SLOTS} a head; give fewer, or set spread=false",
+        )
         require(
             not self.spread or self.least_slots <= self.slots,
             f"least_slots={self.least_slots} is more than slots={self.slots}, the mean; lower one of them",

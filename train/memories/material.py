@@ -10,6 +10,7 @@ import torch
 from dijiang.checkpoint.provenance import public_name
 from dijiang.common.recall import RecallSample
 from dijiang.common.text import read_tokens
+from dijiang.modeling import DiJiangConfig
 
 from ..data.sources import public_source, refuse_leaks
 from ..data.synthetic_recall import recall_samples
@@ -62,15 +63,22 @@ def selection_samples(tokenizer: Any, text: torch.Tensor, config: SelectConfig) 
     return samples
 
 
-def fit_rows(tokenizer: Any, text: torch.Tensor, config: FitConfig) -> list[RecallSample]:
+def context_of(model: DiJiangConfig) -> int:
+    """Tokens that the source reads with all of them in sight, as it was trained to."""
+    return min(model.max_position_embeddings, model.sliding_window or model.max_position_embeddings)
+
+
+def fit_rows(tokenizer: Any, text: torch.Tensor, config: FitConfig, context: int) -> list[RecallSample]:
     """
-    Sequences of text, from places spread evenly over it, the first twice as long as the others; and samples of recall.
+    Sequences of text, from places spread evenly over it, the first twice as long as the others; and samples of recall. None is
+    longer than `context`, since attention to what a source was not made for says little.
 
     Raises:
         ValueError: if the text is shorter than a sequence.
     """
-    size = config.block_size
-    lengths = [2 * size] if config.text_tokens >= 2 * size else []
+    size = min(config.block_size, context)
+    first = min(2 * size, context)
+    lengths = [first] if config.text_tokens >= first else []
     lengths += [size] * ((config.text_tokens - sum(lengths)) // size) or ([] if lengths else [config.text_tokens])
     if len(text) < lengths[0]:
         raise ValueError(f"the text has {len(text):,} tokens and fitting reads {lengths[0]:,} at a time; give more text")
@@ -82,5 +90,5 @@ def fit_rows(tokenizer: Any, text: torch.Tensor, config: FitConfig) -> list[Reca
     ]
     if not config.recall_samples:
         return rows
-    recall = {"length": config.recall_length, "samples": config.recall_samples, "seed": 7 + config.seed}
+    recall = {"length": min(config.recall_length, context), "samples": config.recall_samples, "seed": 7 + config.seed}
     return rows + recall_samples(tokenizer, text, **recall)

@@ -16,6 +16,7 @@ from dijiang.checkpoint.provenance import add_stage, public_name, read_provenanc
 from dijiang.checkpoint.source import open_source
 from dijiang.common.outputs import new_folder
 from dijiang.common.progress import progress_bar
+from dijiang.common.recall import RecallSample
 from dijiang.convert import convert_model, load_source
 from dijiang.convert.fitting.fit import FitSettings, fit_memory
 from dijiang.convert.memories import with_memories, write_with_memories
@@ -27,7 +28,7 @@ from dijiang.modeling.linear_attention_layer import linear_layers
 
 from .branch import start_branches
 from .config import FitConfig, SelectConfig
-from .material import Text, fit_rows, read_texts, selection_samples
+from .material import Text, context_of, fit_rows, read_texts, selection_samples
 
 SELECTION_FILE = "selection.json"
 FIT_FILE = "memory_fit.json"
@@ -78,6 +79,8 @@ def add_memories(
         teacher_model, _ = load_source(teacher, dtype=torch.float32)
         refuse_misfit(student, teacher_model, teacher)
         text, names = texts if isinstance(texts, Text) else read_texts(tokenizer, texts)
+        if fit is not None:
+            rows = rows_to_fit(student, tokenizer, text, fit)  # before the selection, which takes minutes
         model = student
         if select is not None:
             selection, model = keep_heads(model, tokenizer, text, select, progress=progress)
@@ -85,7 +88,7 @@ def add_memories(
             facts = {"config": asdict(select), "full_heads": model.config.full_heads, "seconds": selection.seconds}
             provenance = add_stage(provenance, "select", teacher=public_name(teacher), texts=names, **facts)
         if fit is not None:
-            model, found = fit_slots(model, teacher_model, tokenizer, text, fit, progress=progress)
+            model, found = fit_slots(model, teacher_model, rows, fit, progress=progress)
             write_json(folder / FIT_FILE, found)
             facts = {"config": asdict(fit), "tokens": found["tokens"], "seconds": found["seconds"]["all"]}
             provenance = add_stage(provenance, "fit", teacher=public_name(teacher), texts=names, **facts)
@@ -108,6 +111,11 @@ def keep_heads(
     if not linear_layers(student):
         raise ValueError("the checkpoint has no linear layer; convert with linear layers to select heads or fit a memory")
     window = student.config.attention_window
+    if config.reads_samples and max(config.lengths) > context_of(student.config):
+        raise ValueError(
+            f"the source was made for {context_of(student.config)} tokens, and samples have {max(config.lengths)}; "
+            "give shorter `lengths`"
+        )
     if config.reads_samples and min(config.lengths) <= window:
         raise ValueError(
             f"samples of {min(config.lengths)} tokens show no loss with a window of {window}; give longer `lengths`"
@@ -135,11 +143,24 @@ def keep_heads(
     return selection, with_memories(student, full_heads=full_heads_of(selection, count))
 
 
+def rows_to_fit(student: DiJiangForCausalLM, tokenizer: Any, text: torch.Tensor, config: FitConfig) -> list[RecallSample]:
+    """What to fit on. ValueError if the student has no window, or the sequences are too short for it."""
+    window = student.config.attention_window
+    if not window:
+        raise ValueError("an exact memory needs a window; convert with attention_window of at least 1")
+    rows = fit_rows(tokenizer, text, config, context_of(student.config))
+    if len(rows[0].input_ids) < 3 * window:
+        raise ValueError(
+            f"text_tokens={config.text_tokens}, block_size={config.block_size} and the source's context of "
+            f"{context_of(student.config)} make sequences shorter than three windows of {window}; raise them or narrow the window"
+        )
+    return rows
+
+
 def fit_slots(
     student: DiJiangForCausalLM,
     teacher: DiJiangForCausalLM,
-    tokenizer: Any,
-    text: torch.Tensor,
+    rows: list[RecallSample],
     config: FitConfig,
     *,
     progress: bool = True,
@@ -161,12 +182,6 @@ def fit_slots(
         steps=config.steps,
         seed=config.seed,
     )
-    rows = fit_rows(tokenizer, text, config)
-    if len(rows[0].input_ids) < 3 * student.config.attention_window:
-        raise ValueError(
-            f"text_tokens={config.text_tokens} and block_size={config.block_size} make sequences shorter than three windows "
-            f"of {student.config.attention_window}; raise them"
-        )
     fitted = fit_memory(student, teacher, rows, settings, progress=progress)
     model = fitted.with_slots(settings)
     facts = fitted.facts | {"slots": model.config.attention_memory}

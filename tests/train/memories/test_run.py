@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from dijiang.checkpoint.provenance import add_stage, read_provenance, write_provenance
 from dijiang.convert import convert_model, load_source
+from dijiang.convert.fitting.fit import SIZES
 from dijiang.train.memories.config import FitConfig, SelectConfig
 from dijiang.train.memories.material import fit_rows, read_texts, selection_samples
 from dijiang.train.memories.run import add_memories, convert_with_memories
@@ -80,10 +81,16 @@ def test_large_slots_make_memory_constant(tmp_path, made, pair, text):
 def test_material_has_the_sizes_that_were_asked_for(tokenizer, text):
     tokens, names = read_texts(tokenizer, [text, text])
     assert names == ["text.txt", "text.txt"] and 2 * len(read_texts(tokenizer, [text]).tokens) == len(tokens)
-    rows = fit_rows(tokenizer, tokens, FIT)
+    rows = fit_rows(tokenizer, tokens, FIT, 1024)
     assert [len(row.input_ids) for row in rows] == [400, 900]
-    rows = fit_rows(tokenizer, tokens, FitConfig(text_tokens=900, block_size=200, recall_samples=0))
+    config = FitConfig(text_tokens=900, block_size=200, recall_samples=0)
+    rows = fit_rows(tokenizer, tokens, config, 1024)
     assert [len(row.input_ids) for row in rows] == [400, 200, 200] and all(not row.answers for row in rows)
+    # no longer than what the source was made for
+    assert [len(row.input_ids) for row in fit_rows(tokenizer, tokens, config, 300)] == [300, 200, 200, 200]
+    assert [len(row.input_ids) for row in fit_rows(tokenizer, tokens, config, 150)] == [150] * 6
+    assert [len(row.input_ids) for row in fit_rows(tokenizer, tokens, FIT, 950)] == [400, 900]
+    assert [len(row.input_ids) for row in fit_rows(tokenizer, tokens, FIT, 850)] == [400, 850]
     config = SelectConfig(samples=5, lengths=(900, 700))
     assert sorted(len(sample.input_ids) for sample in selection_samples(tokenizer, tokens, config)) == [
         700,
@@ -93,7 +100,7 @@ def test_material_has_the_sizes_that_were_asked_for(tokenizer, text):
         900,
     ]
     with pytest.raises(ValueError, match="the text has 3 tokens and fitting reads 400 at a time; give more text"):
-        fit_rows(tokenizer, tokens[:3], FIT)
+        fit_rows(tokenizer, tokens[:3], FIT, 1024)
     with pytest.raises(ValueError, match="no text given"):
         read_texts(tokenizer, [])
 
@@ -110,9 +117,10 @@ def test_what_does_not_fit_is_refused_in_one_line_and_leaves_nothing(tmp_path, m
         (pair.teacher, {"select": SELECT}, "is no DiJiang checkpoint"),
         (pair.checkpoint, {"select": SELECT, "teacher": other}, "their weights differ"),
         (made, {"select": SELECT}, "keeps heads already"),
-        (no_window, {"fit": FIT}, "needs a window"),
+        (no_window, {"select": SELECT, "fit": FIT}, "needs a window"),  # before the selection begins
         (pair.checkpoint, {"select": SelectConfig(bytes_per_token=1)}, "bytes_per_token=1 is less than the 64 that one head"),
         (wide, {"select": SelectConfig(lengths=(80,))}, "samples of 80 tokens show no loss with a window of 100"),
+        (pair.checkpoint, {"select": SelectConfig(lengths=(256, 1100))}, "made for 1024 tokens, and samples have 1100"),
         (softmax, {"select": SELECT}, "has no linear layer"),
         (softmax, {"fit": FIT}, "no head is left to hold a memory"),
         (pair.checkpoint, {"fit": replace(FIT, large_slots=50)}, "there are none; select some first"),
@@ -124,6 +132,7 @@ def test_what_does_not_fit_is_refused_in_one_line_and_leaves_nothing(tmp_path, m
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
     for settings, message in (
         ({"slots": 16}, "least_slots=32 is more than slots=16"),
+        ({"slots": SIZES[-1] + 1}, "slots=513: slots are spread up to 512 a head"),
         ({"recall_share": 2}, "recall_share=2"),
     ):
         with pytest.raises(ValueError, match=message):
