@@ -45,7 +45,7 @@ STUDIES: dict[str, tuple[dict, list[Configuration]]] = {
         ],
     ),
     "controls": (
-        FRONTIER,
+        FRONTIER | {"recall_kinds": ("needle", "associative recall", "copied span")},
         [
             Configuration(name="128 slots", attention_memory=128),
             control("window 192", attention_window=192),
@@ -58,7 +58,7 @@ STUDIES: dict[str, tuple[dict, list[Configuration]]] = {
                     memory_score=name,
                     spread=False,
                 )
-                for name in ("learned", "window_attention", "key_norm", "random")
+                for name in ("learned", "window_attention", "self_recall", "key_norm", "key_diff", "random")
             ),
         ],
     ),
