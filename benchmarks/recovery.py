@@ -60,7 +60,7 @@ def teacher_in_the_run(recipe: Recipe, teacher, tokenizer, dtype: torch.dtype) -
     tokens = 0
     for item in blocks:
         count = (next_token_labels(item["input_ids"], item["position_ids"]) != -100).sum().item()
-        total += count * model.text_loss(item["input_ids"], item["position_ids"]).item()
+        total += count * model.measured(item["input_ids"], item["position_ids"])["loss"].item()
         tokens += count
     return math.exp(total / tokens)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from dijiang.common.perplexity import window_bounds
 
 from ..recipe.schema import DataConfig, SourceConfig, StageConfig
 from .mixture import Mixture, Shuffle, random_below
+from .recall_sequences import RecallSequences
 from .sources import public_source, refuse_leaks
 from .token_cache import TokenFile, tokenize
 
@@ -82,18 +84,23 @@ class TrainingBlocks(Dataset):
     Sequences shorter than a block are its parts: a phase goes through the first parts of all its blocks, then through the
     second ones, so that neighbors in the text do not meet in one step.
 
-    Item i is a dict as `cut_sequence` returns it; all items of one step have the same length.
+    Item i is a dict as `cut_sequence` returns it; all items of one step have the same length. With `recall` all items have
+    `answers` too, see `RecallSequences.sequence`.
 
     Args:
         files: the tokens of each source of `data.train`.
         data: the sources and their weights.
         stage: sizes, steps and seed.
+        recall: which sequences are samples of recall instead of text; None: none.
 
     Raises:
         ValueError: if a source does not fill one block.
     """
 
-    def __init__(self, files: Sequence[TokenFile], data: DataConfig, stage: StageConfig):
+    def __init__(
+        self, files: Sequence[TokenFile], data: DataConfig, stage: StageConfig, recall: RecallSequences | None = None
+    ):
+        self.recall = recall
         self.files = files
         self.data = data
         self.stage = stage
@@ -113,7 +120,7 @@ class TrainingBlocks(Dataset):
         part, number = divmod(index - phase.first_sample, phase.blocks)
         source, draw = self.mixture(phase.first_block + number)
         starts = max((self.stage.position_range or 0) - phase.length, 0) + 1  # positions that a sequence may start at
-        return cut_sequence(
+        item = cut_sequence(
             self.files[source],
             self.shuffles[source][draw] * self.stage.block_size + part * phase.length,
             phase.length,
@@ -121,10 +128,21 @@ class TrainingBlocks(Dataset):
             sample_index=index,
             start=random_below(starts, self.stage.seed, index),
         )
+        if self.recall is None:
+            return item
+        if self.recall.takes(index):
+            return self.recall.sequence(item, respect_documents=self.data.respect_documents)
+        return item | {"answers": torch.zeros_like(item["input_ids"])}
 
     def fingerprint(self) -> str:
-        """Hash of the number of tokens, a thousand stretches of them and the starts of documents, whatever file holds them."""
+        """
+        Hash of the number of tokens, a thousand stretches of them and the starts of documents, whatever file holds them, and
+        of some samples of recall.
+        """
         digest = hashlib.sha256()
+        if self.recall is not None:
+            first = next((i for i in range(len(self)) if self.recall.takes(i)), 0)
+            digest.update(self[first]["input_ids"].numpy().tobytes())
         for file in self.files:
             digest.update(f"{len(file)} {len(file.starts)} {int(np.sum(file.starts))}".encode())
             for first in range(0, len(file), max(len(file) // 1000, 64)):
@@ -150,7 +168,9 @@ class TrainingBlocks(Dataset):
             }
             for source, file, blocks, count in zip(self.data.train, self.files, self.source_blocks, counts, strict=True)
         ]
-        return {"sources": sources}
+        if self.recall is None:
+            return {"sources": sources}
+        return {"sources": sources, "recall": asdict(self.recall.config) | {"sequences": self.recall.count(len(self))}}
 
 
 def training_blocks(data: DataConfig, stage: StageConfig, tokenizer, *, progress: bool) -> TrainingBlocks:
@@ -167,7 +187,8 @@ def training_blocks(data: DataConfig, stage: StageConfig, tokenizer, *, progress
         tokenize(source, data, tokenizer, tokens_needed=max(count, 1) * stage.block_size, progress=progress)
         for source, count in zip(data.train, counts, strict=True)
     ]
-    return TrainingBlocks(files, data, stage)
+    recall = data.recall and RecallSequences(data.recall, tokenizer, stage)
+    return TrainingBlocks(files, data, stage, recall)
 
 
 def held_out_blocks(data: DataConfig, block_size: int, tokenizer, *, progress: bool) -> list[dict[str, torch.Tensor]] | None:
@@ -201,9 +222,9 @@ def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
 
     Returns:
         input_ids (items, L) int64; position_ids of the same shape, left out where every row simply counts from 0, as models do
-        by default, some of them faster; sample_indices (items,) int64.
+        by default, some of them faster; answers of the same shape, if items have them; sample_indices (items,) int64.
     """
-    batch = {"input_ids": torch.cat([item["input_ids"] for item in items])}
+    batch = {name: torch.cat([item[name] for item in items]) for name in ("input_ids", "answers") if name in items[0]}
     positions = torch.cat([item["position_ids"] for item in items])
     if not torch.equal(positions, torch.arange(positions.shape[1]).expand_as(positions)):
         batch["position_ids"] = positions

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
@@ -267,6 +268,7 @@ def recall_samples(
     return [assemble(material, kinds[i % len(kinds)]) for i in range(samples)]
 
 
+@lru_cache(maxsize=4)
 def own_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The words of `VOCABULARY` that `tokenizer` writes and reads back, without those that the evaluation draws from."""
     taken = {tokenizer.decode([index]).strip() for index in single_token_words(tokenizer)}

@@ -29,8 +29,14 @@ IDLE = (
     ("distill", ["attention_learning_rate"], lambda r, s: s.trains == "kernel", "distill.trains: kernel"),
     ("distill", ["learning_rate", "train_embeddings"], lambda r, s: s.trains != "all", "distill.trains: attention or kernel"),
     ("distill", ["temperature", "teacher_top_k"], lambda r, s: s.kl_weight == 0, "distill.kl_weight: 0"),
+    ("distill", ["least_memory"], lambda r, s: not has_window(r), "attention_window: 0"),
+    ("distill", ["train_kept_heads"], lambda r, s: not keeps_heads(r), "no select"),
+    ("distill", ["train_kept_heads"], lambda r, s: s.trains == "kernel", "distill.trains: kernel"),
+    ("run", ["compile"], lambda r, s: r.distill is not None and r.distill.least_memory < 1, "distill.least_memory"),
     ("distill", ["memory_temperature"], lambda r, s: not has_learned_memory(r), "no fit"),
     ("data", ["held_out_tokens"], lambda r, s: not s.held_out, "no data.held_out"),
+    ("data", ["recall.held_out_samples"], lambda r, s: s.recall is not None and not s.held_out, "no data.held_out"),
+    ("data", ["recall.answer_weight"], lambda r, s: s.recall is not None and r.distill is None, "no distill"),
     ("run", ["evaluate_every"], lambda r, s: not r.data.held_out, "no data.held_out"),
     ("run", ["gradient_checkpointing"], lambda r, s: r.distill is None, "align alone, which trains layers one by one"),
     ("run", ["compile"], lambda r, s: r.distill is None, "align alone, which trains layers one by one"),
@@ -72,6 +78,11 @@ def has_learned_memory(recipe: Recipe) -> bool:
     """Whether the student has an exact memory whose scores can train."""
     settings = student_settings(recipe)
     return recipe.fit is not None or bool(settings.get("attention_memory") and settings.get("memory_score") == "learned")
+
+
+def keeps_heads(recipe: Recipe) -> bool:
+    """Whether any head of the student keeps every token."""
+    return recipe.select is not None or bool(student_settings(recipe).get("full_heads"))
 
 
 def has_window(recipe: Recipe) -> bool:

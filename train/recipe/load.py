@@ -19,12 +19,13 @@ from dijiang.convert.layer_settings import check_keys
 
 from ..memories.config import FitConfig, SelectConfig
 from .idle import without_effect
-from .schema import AlignConfig, ConvertConfig, DataConfig, DistillConfig, Recipe, RunConfig, SourceConfig
+from .schema import AlignConfig, ConvertConfig, DataConfig, DistillConfig, RecallConfig, Recipe, RunConfig, SourceConfig
 
 SECTIONS = {
     "convert": ConvertConfig,
     "data": DataConfig,
     "data.train": SourceConfig,
+    "data.recall": RecallConfig,
     "select": SelectConfig,
     "fit": FitConfig,
     "align": AlignConfig,
@@ -32,7 +33,7 @@ SECTIONS = {
     "run": RunConfig,
 }
 # keys of where a job writes, how it runs, what it caches and measures: none changes what is learned
-NOT_LEARNED = ("run", "output", "data.cache", "data.held_out", "data.held_out_tokens")
+NOT_LEARNED = ("run", "output", "data.cache", "data.held_out", "data.held_out_tokens", "data.recall.held_out_samples")
 
 
 def load_recipe(path_or_name: str | Path, sets: Sequence[str] = (), *, stored: bool = False) -> Recipe:

@@ -56,6 +56,36 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RecallConfig:
+    """
+    Made-up samples of recall in place of a share of the text. Text rarely asks for what it said a thousand tokens before, so a
+    model that sees nothing else learns to do without it. No word or phrase of the samples is in the evaluation.
+
+    Attributes:
+        share: of the training sequences.
+        kinds: of samples, in turn: passkey, records, table, positions, span, repeats, codes; empty: all.
+        lengths: tokens of a sample, drawn at random; several fill a longer sequence, each a document of its own. Empty: a
+            sample is as long as the sequence.
+        answer_weight: how many times the tokens of answers count in the loss of distill.
+        held_out_samples: samples, with held-out text around what they ask for, on which recall is measured where perplexity is.
+        seed: of the samples, added to that of the stage.
+    """
+
+    share: float = 0.15
+    kinds: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    answer_weight: float = 1.0
+    held_out_samples: int = 14
+    seed: int = 0
+
+    def __post_init__(self):
+        require_between(0, 1, self, "share")
+        require_positive(self, "answer_weight")
+        require_not_negative(self, "held_out_samples")
+        require(not self.lengths or min(self.lengths) >= 128, f"lengths={self.lengths} must be 128 tokens or more each")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """
     The text of all stages.
@@ -64,6 +94,7 @@ class DataConfig:
         train: sources of training text, mixed by weight.
         held_out: sources of the text on which perplexity is measured during training. Without them nothing is measured.
         held_out_tokens: number of held-out tokens to measure on, the same from each source.
+        recall: samples of recall in place of a share of the training text; null: none.
         respect_documents: positions, attention and state start again at each document within a block.
         bad_records: `error` stops at the first record that cannot be read; `skip` counts it and continues.
         streaming: read only as much of each training source as the token budget needs.
@@ -73,6 +104,7 @@ class DataConfig:
     train: list[SourceConfig]
     held_out: list[SourceConfig] = field(default_factory=list)
     held_out_tokens: int = 32_768
+    recall: RecallConfig | None = None
     respect_documents: bool = True
     bad_records: Literal["error", "skip"] = "error"
     streaming: bool = False
@@ -271,6 +303,10 @@ class DistillConfig(StageConfig):
         teacher_top_k: number of the teacher's most likely tokens at each position that are written to disk before training, so
             that the teacher need not be in memory; 0: the teacher runs next to the student.
         chunk_tokens: tokens whose logits are in memory at a time.
+        least_memory: each step draws a share between this one and 1, and the layers have that share of their window and slots
+            alone, so that what lies beyond learns to do without; 1: they always have all.
+        train_kept_heads: also train the queries and keys of heads that keep every token. They are the teacher's own, and
+            training them was seen to cost recall (arXiv 2606.11052).
         memory_temperature: train the learned scores of the exact memory too, through a soft gate of this temperature, in units
             of the score; null: they stay as they were fitted.
     """
@@ -289,9 +325,12 @@ class DistillConfig(StageConfig):
     teacher_top_k: int = 0
     chunk_tokens: int = 256
     memory_temperature: float | None = None
+    least_memory: float = 1.0
+    train_kept_heads: bool = False
 
     def __post_init__(self):
         StageConfig.__post_init__(self)
+        require_between(0, 1, self, "least_memory")
         rates = ("kernel_learning_rate", "attention_learning_rate", "learning_rate")
         require_positive(self, *rates, "temperature", "chunk_tokens", "memory_temperature")
         require_not_negative(self, "lora_rank", "kl_weight", "ce_weight", "teacher_top_k")

@@ -53,20 +53,25 @@ class AlignModel(RecoveryModel):
         return [{"name": name, "params": params, "lr": rates[name]} for name, params in groups if params]
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, sample_indices: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        sample_indices: torch.Tensor | None = None,
+        answers: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
             input_ids: (B, T).
             position_ids: (B, T); where they do not rise by one, another document begins.
             sample_indices: (B,), numbers of the sequences; they give the step, which decides on window dropout.
+            answers: (B, T), see `RecallSequences.sequence`; of no effect in training.
 
         Returns:
-            In training `loss`, the mean over layers, and each layer's own, detached, as `layer_00`, ... In eval mode only
-            `loss`: the mean cross-entropy of the next tokens.
+            In training `loss`, the mean over layers, and each layer's own, detached, as `layer_00`, ... In eval mode what
+            `measured` returns.
         """
         if not self.training:
-            return {"loss": self.text_loss(input_ids, position_ids)}
+            return self.measured(input_ids, position_ids, answers)
         return self.losses(run_teacher(self.teacher, input_ids, position_ids), input_ids, position_ids, sample_indices)
 
     def losses(self, teacher_pass: TeacherPass, input_ids, position_ids=None, sample_indices=None) -> dict[str, torch.Tensor]:

@@ -73,17 +73,49 @@ class RecoveryModel(nn.Module):
         with self.autocast(hidden.device):
             return distillation_loss(hidden, self.student.lm_head.weight, labels, rows_of=rows, **settings)
 
-    def text_loss(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
-        """The student's mean cross-entropy of the next tokens of input_ids (B, T)."""
+    def measured(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, answers: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """
+        What the student is measured by: `loss`, the mean cross-entropy of the next tokens of input_ids (B, T). With `answers`
+        (B, T), see `RecallSequences.sequence`, instead `right` and `asked`, how many of them it gives, and how many there are.
+        """
         hidden, labels = self.last_hidden(input_ids, position_ids), next_token_labels(input_ids, position_ids)
-        return self.loss_on(hidden, labels.flatten(), weights=CROSS_ENTROPY)[1]["ce"]
+        if answers is not None:
+            return count_answers(hidden, self.student.lm_head.weight, labels, answers)
+        return {"loss": self.loss_on(hidden, labels.flatten(), weights=CROSS_ENTROPY)[1]["ce"]}
 
     @torch.no_grad()
-    def teacher_text_loss(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
-        """The teacher's mean cross-entropy of the next tokens of input_ids (B, T)."""
+    def teacher_measured(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, answers: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """`measured` of the teacher."""
         run = self.teacher.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         hidden, labels = run.last_hidden_state.flatten(0, 1), next_token_labels(input_ids, position_ids)
-        return distillation_loss(hidden, self.teacher.lm_head.weight, labels.flatten(), weights=CROSS_ENTROPY)[1]["ce"]
+        head = self.teacher.lm_head.weight
+        if answers is not None:
+            return count_answers(hidden, head, labels, answers)
+        return {"loss": distillation_loss(hidden, head, labels.flatten(), weights=CROSS_ENTROPY)[1]["ce"]}
+
+
+def count_answers(
+    hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, answers: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """
+    How many answers the likeliest tokens give, `right`, of how many, `asked`; an answer counts if all of it is right.
+
+    Args:
+        hidden: (B * T, C).
+        head: (V, C).
+        labels: (B, T), the next tokens.
+        answers: (B, T), see `RecallSequences.sequence`.
+    """
+    numbers = answers + torch.arange(len(answers), device=answers.device)[:, None] * (answers.max() + 1)  # by row
+    at = answers.flatten().nonzero().squeeze(-1)
+    wrong = (hidden[at] @ head.to(hidden.dtype).T).argmax(-1) != labels.flatten()[at]
+    asked, which = numbers.flatten()[at].unique(return_inverse=True)
+    misses = torch.zeros(len(asked), device=hidden.device).index_add_(0, which, wrong.float())
+    return {"right": (misses == 0).sum().double(), "asked": misses.new_tensor(len(asked), dtype=torch.float64)}
 
 
 def next_token_labels(input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:

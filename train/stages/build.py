@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 
 import torch
 from torch import nn
@@ -51,7 +52,8 @@ def build_model(
         else:
             in_memory = config.kl_weight > 0 and not from_disk
             teacher = load_teacher(folder, student, device, dtype) if in_memory else None
-            model = DistillModel(student, teacher, config, dtype)
+            recall = folder.recipe.data.recall
+            model = DistillModel(student, teacher, config, dtype, recall.answer_weight if recall else 1.0)
     if folder.recipe.run.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, text
@@ -84,6 +86,7 @@ def with_teacher_logits(
         [source["fingerprint"] for source in blocks.facts()["sources"]],
         [source.weight for source in data.train],
         data.respect_documents,
+        *([asdict(data.recall)] if data.recall else []),
         [config.seed, config.tokens, config.block_size, config.start_block_size, config.position_range, config.batch_size],
         str(dtype),
     ]

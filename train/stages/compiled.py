@@ -50,6 +50,8 @@ class CompiledParts:
 def wants_compilation(recipe: Recipe, stage: str, device: torch.device) -> bool:
     """Decide whether to compile this stage; see RunConfig.compile. Separate documents would need code for every length."""
     run = recipe.run
+    if recipe.distill is not None and recipe.distill.least_memory < 1:  # it would need code for every window
+        return False
     if stage != "distill" or run.deepspeed is not None or run.gradient_checkpointing or recipe.data.respect_documents:
         return False
     return device.type == "cuda" if run.compile is None else run.compile

@@ -37,6 +37,7 @@ def distillation_loss(
     teacher: tuple[torch.Tensor, torch.Tensor] | None = None,
     top_k: tuple[torch.Tensor, torch.Tensor] | None = None,
     weights: LossWeights = DIVERGENCE,
+    answers: tuple[torch.Tensor, float] | None = None,
     chunk_tokens: int = 256,
     rows_of: Callable | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -52,12 +53,15 @@ def distillation_loss(
         top_k: instead of `teacher`, the ids (N, k), all different, and log-probabilities (N, k) of the k tokens that it finds
             most likely at temperature T. All other tokens count as one more outcome, in both models.
         weights: of the two losses, and T.
+        answers: (N,) bool, the tokens that predict a part of an answer, and how many times these count in the loss.
         chunk_tokens: number of tokens whose logits are in memory at a time.
         rows_of: compiled form of `dense_rows`, for `teacher`.
 
     Returns:
         The loss, a float32 scalar (float64 for such inputs), with gradients in hidden and head; and detached scalars: `ce`,
-        the mean cross-entropy of the tokens that have a label, and `kl`, the mean of T^2 * KL, if there is a teacher.
+        the mean cross-entropy of the tokens that have a label, and `kl`, the mean of T^2 * KL, if there is a teacher, each
+        token counted once. With `answers` also `answer_share`, that of these tokens among N, and `answer_ce` and `answer_kl`,
+        their sums divided by N.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -66,17 +70,27 @@ def distillation_loss(
     target = top_k if sparse else teacher and tuple(x.detach() for x in teacher)
     if target is None and weights.kl:
         raise ValueError(f"kl_weight={weights.kl} needs a teacher: give teacher or top_k")
+    counts = None if answers is None else torch.where(answers[0], answers[1], 1.0)
     settings = (sparse, weights, chunk_tokens, rows_of)
     with torch.autocast(device, enabled=False):
-        loss, kl, ce = ChunkedLoss.apply(hidden, head, labels, target, settings, torch.is_grad_enabled())
-    return loss, {"ce": ce} if target is None else {"kl": kl, "ce": ce}
+        loss, kl, ce = ChunkedLoss.apply(hidden, head, labels, target, counts, settings, torch.is_grad_enabled())
+    metrics = {} if target is None else {"kl": kl.mean()}
+    metrics["ce"] = ce.sum() / (labels != -100).sum().clamp_min(1)
+    if answers is not None:
+        of_answers = {name: rows * answers[0] for name, rows in (("kl", kl), ("ce", ce)) if name in metrics}
+        metrics |= {f"answer_{name}": rows.mean() for name, rows in of_answers.items()}
+        metrics["answer_share"] = answers[0].to(ce.dtype).mean()
+    return loss, metrics
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Loss, mean divergence and mean cross-entropy; the gradients are ready before `backward`, which scales them."""
+    """
+    Loss, and divergence and cross-entropy of each token, (N,); the gradients are ready before `backward`, which scales them.
+    `counts` (N,), or None, says how many times each token counts in the loss.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, head, labels, teacher, settings, recording: bool):
+    def forward(ctx, hidden, head, labels, teacher, counts, settings, recording: bool):  # noqa: PLR0913
         sparse, weights, chunk_tokens, rows_of = settings
         N, V = len(hidden), len(head)
         wants_hidden, wants_head = (recording and wanted for wanted in ctx.needs_input_grad[:2])
@@ -112,17 +126,18 @@ class ChunkedLoss(torch.autograd.Function):
                 kl[rows], ce[rows], gradient = loss_of_rows(s, labels[rows], target, *weights, wanted)
                 if gradient is not None:
                     logits[part] = gradient
+            if wanted and counts is not None:
+                logits.mul_(counts[chunk].to(logits.dtype).unsqueeze(1))
             if wants_hidden:
                 torch.mm(logits, head_weight, out=hidden_gradient[chunk])
             if wants_head:
                 add_product(head_gradient, logits.T, hidden[chunk])
-        kl_mean, labeled = kl.mean(), (labels != -100).sum()
-        loss = weights.kl * kl_mean + weights.ce * ce.sum() / N
-        ce_mean = ce.sum() / labeled.clamp_min(1)
+        counted = [x if counts is None else x * counts for x in (kl, ce)]
+        loss = weights.kl * counted[0].mean() + weights.ce * counted[1].sum() / N
         ctx.save_for_backward(hidden_gradient, head_gradient)
         ctx.scale, ctx.head_dtype = 1 / N, head.dtype
-        ctx.mark_non_differentiable(kl_mean, ce_mean)
-        return loss, kl_mean, ce_mean
+        ctx.mark_non_differentiable(kl, ce)
+        return loss, kl, ce
 
     @staticmethod
     def backward(ctx, loss_gradient, *_):
@@ -132,7 +147,7 @@ class ChunkedLoss(torch.autograd.Function):
             hidden_gradient = (hidden_gradient.to(scale.dtype) * scale).to(hidden_gradient.dtype)
         if head_gradient is not None:
             head_gradient = (head_gradient * scale).to(ctx.head_dtype)
-        return hidden_gradient, head_gradient, None, None, None, None
+        return hidden_gradient, head_gradient, None, None, None, None, None
 
 
 def slices(size: int, step: int) -> list[slice]:

@@ -1,5 +1,7 @@
 """Groups of a student's parameters, and the choice of those that train in the distill stage."""
 
+from functools import partial
+
 import torch
 
 from dijiang.modeling import DiJiangForCausalLM
@@ -65,6 +67,37 @@ def select_trained(student: DiJiangForCausalLM, config: DistillConfig, dtype: to
             f"trains={config.trains} leaves nothing to train: the model has no linear-attention layer with parameters of that "
             "kind; choose trains=all"
         )
+    if not config.train_kept_heads:
+        freeze_kept_heads(student, config)
+
+
+def freeze_kept_heads(student: DiJiangForCausalLM, config: DistillConfig) -> None:
+    """
+    Keep queries and keys of heads that keep every token as they are: their rows get no gradients.
+
+    Raises:
+        ValueError: if weight decay would change them all the same.
+    """
+    for attention in linear_layers(student).values():
+        if not attention.full_heads:
+            continue
+        for module, repeats in ((attention.q_proj, attention.num_key_value_groups), (attention.k_proj, 1)):
+            heads = torch.ones(attention.num_key_value_heads, repeats * attention.head_dim)
+            heads[attention.full_heads] = 0.0
+            rows = heads.flatten()
+            for name, parameter in module.named_parameters():
+                if not parameter.requires_grad or ".lora_A." in f".{name}":  # the other half of an adapter has the rows
+                    continue
+                if config.weight_decay and not config.lora_rank:
+                    raise ValueError(
+                        f"weight_decay={config.weight_decay} would shrink the queries and keys of heads that keep every token, "
+                        "which do not train; set weight_decay=0 or train_kept_heads=true"
+                    )
+                parameter.register_hook(partial(times_rows, rows))
+
+
+def times_rows(rows: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    return gradient * rows.to(gradient).view(-1, *(1,) * (gradient.dim() - 1))
 
 
 def source_weights(student: DiJiangForCausalLM, config: DistillConfig) -> list[str]:

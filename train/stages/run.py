@@ -20,6 +20,7 @@ from dijiang.common.errors import print_line
 from dijiang.common.outputs import new_folder
 
 from ..data.blocks import TrainingBlocks, held_out_blocks, training_blocks
+from ..data.recall_sequences import held_out_recall
 from ..recipe.schema import Recipe, RunConfig
 from ..trainer.callbacks import StopSignals
 from ..trainer.checkpoints import Checkpoints, read_manifest
@@ -120,7 +121,7 @@ def train_stage(folder: StageFolder, device: torch.device, progress: bool) -> No
     run = folder.recipe.run
     config = folder.config
     checkpoint, dtype = pick_checkpoint(folder, device)
-    text, held_out = read_text(folder, progress)
+    text, held_out, recall_items = read_text(folder, progress)
     record = StageRecord(dtype=dtype_name(dtype), source=folder.fingerprint(), text=text.fingerprint())
     if checkpoint is not None and read_manifest(checkpoint).get("text") not in (None, record.text):
         raise ValueError(f"the training text is not the one that {checkpoint} was trained on; name another output")
@@ -143,6 +144,7 @@ def train_stage(folder: StageFolder, device: torch.device, progress: bool) -> No
             run=run,
             blocks=blocks,
             held_out=held_out,
+            held_out_recall=recall_items,
             folder=folder.path,
             device=device,
             title=TITLES[folder.stage],
@@ -184,16 +186,20 @@ def pick_checkpoint(folder: StageFolder, device: torch.device) -> tuple[Path | N
     return checkpoint, dtype_named(dtype)
 
 
-def read_text(folder: StageFolder, progress: bool) -> tuple[TrainingBlocks, list | None]:
-    """Training and held-out blocks; the main process tokenizes first, then the others read its files."""
-    data = folder.recipe.data
+def read_text(folder: StageFolder, progress: bool) -> tuple[TrainingBlocks, list | None, list]:
+    """Training and held-out blocks, and held-out samples; the main process tokenizes first, then the others read its files."""
+    data, size = folder.recipe.data, folder.config.block_size
+    samples: list[dict[str, torch.Tensor]] = []
     for main_reads in (True, False):
         with share_errors():
             if is_main() == main_reads:
                 tokenizer = load_tokenizer(open_source(folder.source))
                 blocks = training_blocks(data, folder.config, tokenizer, progress=progress)
-                held_out = held_out_blocks(data, folder.config.block_size, tokenizer, progress=progress)
-    return blocks, held_out
+                held_out = held_out_blocks(data, size, tokenizer, progress=progress)
+                if held_out and data.recall and data.recall.held_out_samples:
+                    held_text = torch.cat([item["input_ids"][0] for item in held_out])
+                    samples = held_out_recall(data.recall, held_text, size, tokenizer)
+    return blocks, held_out, samples
 
 
 def calibrate(model: nn.Module, blocks: Dataset, device: torch.device) -> float | None:

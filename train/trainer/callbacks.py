@@ -18,7 +18,7 @@ from ..recipe.schema import RunConfig
 
 AGAIN_SECONDS = 1.0  # a second Ctrl-C within this time is the same one, passed on by a launcher
 SHOW_CURSOR = "\x1b[?25h"  # a running bar hides the cursor
-ON_CONSOLE = ("loss", "kl", "ce")
+ON_CONSOLE = ("loss", "kl", "ce", "answer_kl")
 
 
 class FlowCallback(TrainerCallback):
@@ -131,6 +131,9 @@ class ConsoleProgress(TrainerCallback):
             perplexity, teacher = logs["eval_perplexity"], logs.get("eval_teacher_perplexity")
             text = f"held-out loss {logs['eval_loss']:.4f}, perplexity {perplexity:.3f}"
             text += f", {perplexity / teacher:.3f} times the teacher's {teacher:.3f}" if teacher else ""
+            if "eval_recall" in logs:
+                text += f", recall {logs['eval_recall']:.0%}"
+                text += f" of answers, the teacher {logs['eval_teacher_recall']:.0%}" if "eval_teacher_recall" in logs else ""
         else:
             rates = [f"{value:.2e}" for name, value in logs.items() if name.startswith("learning_rate/")]
             losses = "".join(f"{name} {logs[name]:.4f}, " for name in ON_CONSOLE if name in logs)

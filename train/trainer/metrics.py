@@ -21,6 +21,8 @@ class StageRecord:
         compiled: whether torch.compile is used.
         held_out_perplexity: the student's, at the last evaluation.
         teacher_perplexity: the teacher's on the same text.
+        held_out_recall: share of the answers of held-out samples that the student gives, at the last evaluation.
+        teacher_recall: the teacher's.
     """
 
     dtype: str = NOT_RECORDED
@@ -30,6 +32,8 @@ class StageRecord:
     compiled: bool = NOT_RECORDED
     held_out_perplexity: float = NOT_RECORDED
     teacher_perplexity: float = NOT_RECORDED
+    held_out_recall: float = NOT_RECORDED
+    teacher_recall: float = NOT_RECORDED
 
     def to_json(self) -> dict[str, Any]:
         """The fields that were set, by name."""
@@ -79,8 +83,12 @@ class StageMetrics:
             self.last_loss += means["loss"]
 
     def take_window(self) -> dict[str, float]:
-        """Means since the last call."""
+        """Means since the last call; of answers those over their own tokens, left out where there were none."""
         means = {name: value / self.window_steps for name, value in self.window.items()}
+        share = means.pop("answer_share", None)
+        if share is not None:
+            sums = {name: means.pop(name) for name in list(means) if name.startswith("answer_")}
+            means |= {name: value / share for name, value in sums.items()} if share else {}
         self.window = {}
         self.window_steps = 0
         return means

@@ -38,6 +38,7 @@ class TrainingJob:
         run: settings of how it runs.
         blocks: dataset of stage.steps * stage.batch_size items with "sample_index", trained on in order.
         held_out: items to evaluate on, or None.
+        held_out_recall: items with `answers` to measure recall on besides.
         folder: of the stage; checkpoints, logs and metrics.jsonl are written into it.
         device: `cpu` or `cuda`.
         title: for the progress bar.
@@ -51,6 +52,7 @@ class TrainingJob:
     run: RunConfig
     blocks: Dataset
     held_out: Sequence[dict[str, torch.Tensor]] | None
+    held_out_recall: Sequence[dict[str, torch.Tensor]] = ()
     folder: Path
     device: torch.device
     title: str
@@ -63,8 +65,9 @@ class TrainingJob:
 class RecoveryTrainer(Trainer):
     """
     Trains a recovery model: `model(**batch)` returns {"loss": mean over the batch's tokens, other metrics...} when training
-    and {"loss": mean next-token cross-entropy} when evaluating; `model.parameter_groups()` yields {"name", "params", "lr"}. If
-    `model.teacher` is there and not None, `model.teacher_text_loss(input_ids, position_ids)` gives its cross-entropy.
+    and, when evaluating, {"loss": mean next-token cross-entropy} or, for batches with `answers`, {"right", "asked"}: how many of
+    them it gives. `model.parameter_groups()` yields {"name", "params", "lr"}. If `model.teacher` is there and not None,
+    `model.teacher_measured(**batch)` gives the same of the teacher.
 
     Args:
         model: on its device already, unless DeepSpeed is to place it.
@@ -80,8 +83,8 @@ class RecoveryTrainer(Trainer):
         self.stage = job.stage
         self.groups = [group for group in model.parameter_groups() if group["params"]]
         self.takes = set(inspect.signature(model.forward).parameters)
-        self.teacher_loss = model.teacher_text_loss if getattr(model, "teacher", None) is not None else None
-        self.teacher_perplexity: float | None = None
+        self.teacher_measured = model.teacher_measured if getattr(model, "teacher", None) is not None else None
+        self.of_teacher: dict[str, float] = {}  # its perplexity and recall, which do not change in a session
         self.metrics = StageMetrics(job.stage.steps, job.record)
         self.micro_batches: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []  # of the step: sample indices and metrics
         self.last_loss = math.nan
@@ -198,41 +201,52 @@ class RecoveryTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """
-        Measure the mean loss per held-out token and the perplexity, and the teacher's perplexity on the same text; equal for
-        any number of processes. The arguments are Trainer's and have no effect.
+        Measure the mean loss per held-out token and the perplexity, recall if there are samples of it, and the teacher's on
+        the same; equal for any number of processes. The arguments are Trainer's and have no effect.
         """
-        loss = self.held_out_loss(lambda batch: self.model(**batch)["loss"])
+        loss = self.held_out_mean(self.eval_dataset, self.model)
         if not math.isfinite(loss):
             raise ValueError(self.not_finite("the held-out loss"))
-        record = self.metrics.record
+        record, recall = self.metrics.record, self.job.held_out_recall
         record.held_out_perplexity = perplexity_of(loss)
         logs = {"tokens": self.stage.tokens_after(self.state.global_step), "eval_loss": loss}
         logs["eval_perplexity"] = record.held_out_perplexity
-        if self.teacher_loss is not None:
-            if self.teacher_perplexity is None:  # neither the teacher nor the text changes in a session
-                loss = self.held_out_loss(lambda batch: self.teacher_loss(batch["input_ids"], batch.get("position_ids")))
+        if recall:
+            logs["eval_recall"] = record.held_out_recall = self.held_out_mean(recall, self.model)
+        if self.teacher_measured is not None:
+            if not self.of_teacher:
+                loss = self.held_out_mean(self.eval_dataset, self.teacher_measured)
                 if not math.isfinite(loss):
                     raise ValueError(f"the teacher's loss on the held-out text is {loss}; check the source and run.dtype")
-                self.teacher_perplexity = perplexity_of(loss)
-            logs["eval_teacher_perplexity"] = record.teacher_perplexity = self.teacher_perplexity
+                self.of_teacher["perplexity"] = perplexity_of(loss)
+                if recall:
+                    self.of_teacher["recall"] = self.held_out_mean(recall, self.teacher_measured)
+            logs["eval_teacher_perplexity"] = record.teacher_perplexity = self.of_teacher["perplexity"]
+            if recall:
+                logs["eval_teacher_recall"] = record.teacher_recall = self.of_teacher["recall"]
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
 
     @torch.no_grad()
-    def held_out_loss(self, loss_of: Callable[[dict], torch.Tensor]) -> float:
-        """Mean of `loss_of` over single blocks, each weighted by the number of tokens that it predicts."""
-        count = len(self.eval_dataset)
+    def held_out_mean(self, items: Sequence[dict[str, torch.Tensor]], measure: Callable[..., dict[str, torch.Tensor]]) -> float:
+        """
+        Mean of the loss that `measure` finds in single items, each weighted by the number of tokens that it predicts; or the
+        share of their answers that are right.
+        """
+        count = len(items)
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self.model.eval()
         for first in range(0, count, world_size()):  # all processes join each round, because ZeRO-3 gathers weights in it
-            item = self.eval_dataset[min(first + rank(), count - 1)]
-            batch = self._prepare_inputs(self.data_collator([item]))
-            loss = loss_of({name: value for name, value in batch.items() if name in self.takes}).double()
+            batch = self._prepare_inputs(self.data_collator([items[min(first + rank(), count - 1)]]))
+            found = measure(**{name: batch[name] for name in ("input_ids", "position_ids", "answers") if name in batch})
             if first + rank() < count:
+                if "asked" in found:
+                    total += torch.stack((found["right"], found["asked"]))
+                    continue
                 labels = next_token_labels(batch["input_ids"], batch.get("position_ids"))
                 tokens = (labels != -100).sum()
-                total += torch.stack((loss * tokens, tokens.double()))
+                total += torch.stack((found["loss"].double() * tokens, tokens.double()))
         loss, tokens = sum_over_processes(total).tolist()
         return loss / max(tokens, 1.0)
 

@@ -116,8 +116,22 @@ def test_source_keys_without_effect(complains, recipe, tmp_path, monkeypatch):
     load_recipe(recipe(HEAD + "data: {train: [a], held_out: [b], held_out_tokens: 9}\n" + ALIGN), ["run.evaluate_every=3"])
 
 
+def test_settings_of_recall_and_memories_that_nothing_reads(complains, recipe):
+    recall = HEAD + "data: {train: [a], recall: {%s}}\n"
+    complains(recall % "held_out_samples: 3" + ALIGN, r"data\.recall\.held_out_samples has no effect with no data\.held_out")
+    complains(recall % "answer_weight: 3" + ALIGN, r"data\.recall\.answer_weight has no effect with no distill")
+    distill = HEAD + "data: {train: [a, b]}\ndistill: {tokens: 4096, %s}\n"
+    complains(distill % "train_kept_heads: true", r"distill\.train_kept_heads has no effect with no select")
+    window = "convert: {preset: paper}\n"
+    complains(window + distill % "least_memory: 0.5", r"distill\.least_memory has no effect with attention_window: 0")
+    loaded = load_recipe(recipe(recall % "share: 0.5, kinds: [codes], lengths: [512, 1024]" + ALIGN)).data.recall
+    assert (loaded.share, loaded.kinds, loaded.lengths) == (0.5, ("codes",), (512, 1024))
+    kept = distill % "train_kept_heads: true" + "select: {heads: 1}\n"
+    assert load_recipe(recipe(kept)).distill.train_kept_heads
+
+
 def test_without_effect_knows_defaults_too():
     plain = Recipe(source="s", output="o", data=DataConfig(train=[SourceConfig(path="a/b")]), distill=DistillConfig())
     idle = set(without_effect(plain))
     unread = {"data.held_out_tokens", "run.evaluate_every", "run.compile", "data.train.0.weight"}
-    assert unread | {"convert.settings.decay_spans", "distill.memory_temperature"} == idle
+    assert unread | {"convert.settings.decay_spans", "distill.memory_temperature", "distill.train_kept_heads"} == idle

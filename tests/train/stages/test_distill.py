@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from dijiang_testing.model_checks import assert_close, random_ids, tiny_model
 
+from dijiang.modeling.linear_attention_layer import linear_layers
 from dijiang.train.recipe.schema import DistillConfig
 from dijiang.train.stages.adapters import merged_state
 from dijiang.train.stages.base import next_token_labels
@@ -38,8 +39,8 @@ def test_the_teachers_loss_on_text_is_its_cross_entropy_within_documents():
     assert (labels == -100).sum() == 3
     logits = teacher(input_ids, position_ids=positions, use_cache=False).logits
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-    assert_close(model.teacher_text_loss(input_ids, positions), expected, "loss")
-    assert (model.text_loss(input_ids, positions) - expected).abs() > 1e-3
+    assert_close(model.teacher_measured(input_ids, positions)["loss"], expected, "loss")
+    assert (model.measured(input_ids, positions)["loss"] - expected).abs() > 1e-3
 
 
 def trained(model) -> set[str]:
@@ -266,3 +267,100 @@ def test_what_cannot_be_trained_is_refused():
 def test_settings_without_effect_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         config(**settings)
+
+
+def test_answers_are_counted_whole():
+    model, (input_ids, positions) = build().eval(), packed_rows()
+    model = model.requires_grad_(False)
+    for measured, reads in ((model.measured, model.student), (model.teacher_measured, model.teacher)):
+        ids = input_ids.clone()
+        # what the first tokens predict is in the text, but for one token of the second answer
+        answers = torch.zeros_like(ids)
+        answers[0, 2:4], answers[0, 4:7], answers[1, 0] = 1, 2, 1
+        for row, at in answers.nonzero().tolist():
+            ids[row, at + 1] = reads(ids, position_ids=positions, use_cache=False).logits[row, at].argmax()
+        ids[0, 6] = (ids[0, 6] + 1) % model.student.config.vocab_size
+        found = measured(ids, positions, answers)
+        assert found["asked"] == 3 and found["right"] == 2
+        assert measured(input_ids, positions, torch.ones_like(ids))["asked"] == 2  # one in each row
+
+
+def test_the_answers_weight_reaches_the_loss():
+    input_ids, positions = packed_rows()
+    answers = torch.zeros_like(input_ids)
+    answers[0, 5:9] = 1
+    softmax, settings = tiny_model(7, layer_types=FULL), config(ce_weight=0.5)
+    losses = {}
+    for weight in (1.0, 4.0):
+        model = DistillModel(tiny_model(1), softmax, settings, answer_weight=weight).train()
+        losses[weight] = model(input_ids, positions, answers=answers)
+    plain = DistillModel(tiny_model(1), softmax, settings).train()(input_ids, positions)
+    assert_close(losses[1.0]["loss"], plain["loss"], "loss")
+    of_answers = losses[1.0]["answer_kl"] + 0.5 * losses[1.0]["answer_ce"]
+    assert_close(losses[4.0]["loss"], plain["loss"] + 3 * of_answers, "loss")
+    assert losses[1.0]["answer_share"] == 4 / 38 and "answer_share" not in plain
+
+
+@pytest.mark.parametrize("settings", [{}, {"trains": "attention"}, {"lora_rank": 2}])
+@pytest.mark.parametrize("bias", [False, True])
+def test_queries_and_keys_of_kept_heads_stay_as_they_were(settings, bias):
+    """Two steps of AdamW change every other row."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "full_heads": [[], [1]], "attention_bias": bias}
+    input_ids, positions = packed_rows()
+    for trained_too in (False, True):
+        model = build(settings=settings | {"train_kept_heads": trained_too}, **heads)
+        before = {name: x.clone() for name, x in merged_state(model.student).items()}
+        optimizer = torch.optim.AdamW([p for g in model.parameter_groups() for p in g["params"]], lr=1e-2, weight_decay=0.0)
+        for _ in range(2):
+            model(input_ids, positions)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        after = merged_state(model.student)
+        d, parts = model.student.config.head_dim, ("weight", "bias") if bias and not settings.get("lora_rank") else ("weight",)
+        for projection, repeats in (("q_proj", 2), ("k_proj", 1)):
+            for part in parts:
+                for layer, frozen in ((0, []), (1, [] if trained_too else [1])):
+                    name = f"model.layers.{layer}.self_attn.{projection}.{part}"
+                    same = (before[name] == after[name]).view(2, repeats * d, -1)
+                    for head in (0, 1):
+                        assert same[head].all() if head in frozen else not same[head].flatten(1).all(-1).any(), name
+    with pytest.raises(ValueError, match=r"weight_decay=0\.1 would shrink the queries"):
+        build(settings={"weight_decay": 0.1}, **heads)
+
+
+def test_each_step_has_a_share_of_the_memory_that_its_number_decides():
+    sizes = {"attention_window": 8, "attention_memory": 5, "memory_score": "learned"}
+    model, whole = (build(settings={"least_memory": least, "batch_size": 2}, **sizes) for least in (0.25, 1.0))
+    input_ids, positions = packed_rows()
+    seen = set()
+    for step in range(20):
+        indices = torch.tensor([2 * step, 2 * step + 1])
+        loss = model(input_ids, positions, indices)["loss"]
+        (layer, _) = linear_layers(model.student).values()
+        window, slots = layer.window, layer.slots
+        seen.add((window, slots))
+        assert 2 <= window <= 8 and all(1 <= count <= 5 for count in slots)
+        again = build(settings={"least_memory": 0.25, "batch_size": 1}, **sizes)
+        assert_close(again(input_ids, positions, torch.tensor([step]))["loss"], loss, "loss")
+        if (window, slots) == (8, (5,) * len(slots)):
+            assert_close(loss, whole(input_ids, positions)["loss"], "loss")
+        else:
+            assert (loss - whole(input_ids, positions)["loss"]).abs() > 1e-7
+    assert len(seen) > 5
+    found = model.eval()(input_ids, positions)["loss"]
+    assert_close(found, whole.eval()(input_ids, positions)["loss"], "loss")
+    assert layer.window == 8 and set(layer.slots) == {5}
+
+
+def test_gradient_checkpointing_has_the_same_share_in_the_backward_pass():
+    sizes = {"attention_window": 8, "attention_memory": 5, "memory_score": "learned"}
+    input_ids, positions = packed_rows()
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(settings={"least_memory": 0.25}, **sizes)
+        if checkpointing:
+            model.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model(input_ids, positions, torch.tensor([1, 2]))["loss"].backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, x in gradients[0].items():
+        assert_close(gradients[1][name], x, name)

@@ -220,3 +220,37 @@ def test_memory_is_a_chunks_not_the_texts(monkeypatch):
     with Watch():
         loss_of(**p, ce_weight=0.2, chunk_tokens=6)
     assert largest == 6
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("k", [None, 9])
+def test_answers_count_as_many_times_as_asked_and_are_measured_apart(k, compiled):
+    """A token that counts three times is a token that is there three times, but for what the sum is divided by."""
+    weights, p = LossWeights(kl=0.7, ce=0.4, temperature=1.5), problem(4)
+    N = len(p["labels"])
+    answers = torch.rand(N, generator=torch.Generator().manual_seed(1)) < 0.3
+    copies = torch.cat((torch.arange(N), answers.nonzero().flatten().repeat(2)))
+    top = top_k_of(p, k, 1.5) if k else None
+
+    def run(rows, **settings):
+        of_teacher = {"teacher": (p["teacher_hidden"][rows], p["teacher_head"])}
+        if top:
+            of_teacher = {"top_k": tuple(x[rows] for x in top)}
+        settings |= {"chunk_tokens": 5, "rows_of": module.dense_rows if compiled and not k else None}
+        return distillation_loss(p["hidden"][rows], p["head"], p["labels"][rows], weights=weights, **of_teacher, **settings)
+
+    loss, metrics = run(torch.arange(N), answers=(answers, 3.0))
+    repeated, _ = run(copies)
+    torch.testing.assert_close(loss * N, repeated * len(copies))
+    inputs = p["hidden"], p["head"]
+    found = torch.autograd.grad(loss * N, inputs)
+    for a, b in zip(found, torch.autograd.grad(repeated * len(copies), inputs), strict=True):
+        torch.testing.assert_close(a, b)
+    once, plain = run(torch.arange(N), answers=(answers, 1.0)), run(torch.arange(N))
+    torch.testing.assert_close(once[0], plain[0])
+    assert metrics["kl"] == plain[1]["kl"] and metrics["ce"] == plain[1]["ce"]
+    _, alone = run(answers.nonzero().flatten())
+    assert metrics["answer_share"] == answers.double().mean()
+    torch.testing.assert_close(metrics["answer_kl"] / metrics["answer_share"], alone["kl"])
+    labeled = (p["labels"][answers] != -100).sum() / answers.sum()
+    torch.testing.assert_close(metrics["answer_ce"] / metrics["answer_share"], alone["ce"] * labeled)

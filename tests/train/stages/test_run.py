@@ -98,6 +98,27 @@ def test_both_stages(recipe, pair, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+def test_samples_of_recall_train_both_stages_and_are_gone_on_with_to_the_bit(recipe, tmp_path):
+    sets = ["data.recall={share: 0.5, kinds: [codes, positions], answer_weight: 2, held_out_samples: 3}"]
+    for stage in ("align", "distill"):
+        sets += [f"{stage}.tokens=2048", f"{stage}.block_size=256", f"{stage}.batch_size=1"]
+    whole = recover(recipe(*sets, "run.log_every=1"), progress=False)
+    lines = [json.loads(line) for line in (whole.parent / "metrics.jsonl").read_text().splitlines()]
+    assert ["answer_kl" in line for line in lines if "loss" in line] == [False, True] * 4  # every other sequence
+    assert 0 <= lines[-1]["eval_recall"] <= 1 and "eval_teacher_recall" in lines[-1]
+    for stage in read_provenance(whole)["stages"][1:]:
+        recall = stage["data"]["recall"]
+        assert (recall["sequences"], recall["share"], recall["kinds"]) == (4, 0.5, ["codes", "positions"])
+        assert stage["held_out_recall"] >= 0 and stage["teacher_recall"] >= 0
+    expected = load_file(whole / WEIGHTS)
+    shutil.rmtree(whole.parent)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 1 of 8"):
+        recover(recipe(*sets, "run.max_minutes=1e-9"), progress=False)
+    again = recover(recipe(*sets), progress=False)
+    assert all(torch.equal(value, expected[name]) for name, value in load_file(again / WEIGHTS).items())
+    refused(lambda: recover(recipe(*sets, "data.recall.seed=1"), progress=False), "data.recall.seed")
+
+
 def test_another_text_is_not_gone_on_with(recipe, text_file):
     job = recipe(stages=("align",))
     model = run_stage(job, "align", progress=False)

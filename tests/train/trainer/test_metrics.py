@@ -46,3 +46,12 @@ def test_speed_counts_the_tokens_of_this_session(monkeypatch):
     assert sums.speed(6, lambda step: 100 * step) == pytest.approx({"tokens_per_second": 20.0, "seconds_left": 20.0})
     sums.add(7, {"loss": 1.0})
     assert sums.speed(7, lambda step: 100 * step) == pytest.approx({"tokens_per_second": 20.0, "seconds_left": 15.0})
+
+
+def test_what_is_measured_on_answers_is_a_mean_over_them():
+    metrics = StageMetrics(4, StageRecord())
+    metrics.add(1, {"loss": 1.0, "answer_kl": 0.2, "answer_ce": 0.4, "answer_share": 0.1})
+    metrics.add(2, {"loss": 2.0, "answer_kl": 0.0, "answer_ce": 0.0, "answer_share": 0.0})
+    assert metrics.take_window() == pytest.approx({"loss": 1.5, "answer_kl": 2.0, "answer_ce": 4.0})
+    metrics.add(3, {"loss": 1.0, "answer_kl": 0.0, "answer_ce": 0.0, "answer_share": 0.0})
+    assert metrics.take_window() == {"loss": 1.0}

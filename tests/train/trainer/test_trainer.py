@@ -115,9 +115,9 @@ def test_held_out_blocks_weigh_as_many_tokens_as_they_predict(tmp_path, capsys):
             found = super().forward(input_ids, position_ids, sample_indices)
             return found if self.training else {"loss": position_ids.max() / 10}
 
-        def teacher_text_loss(self, input_ids, position_ids):
+        def teacher_measured(self, input_ids, position_ids):
             calls.append(len(position_ids))
-            return position_ids.max() / 20
+            return {"loss": position_ids.max() / 20}
 
     def mean(rows: int) -> float:
         # a row's last token and the last before another document predict nothing
@@ -253,3 +253,31 @@ def test_trackers_that_are_not_there(monkeypatch):
     monkeypatch.setattr("dijiang.train.trainer.trainer.get_available_reporting_integrations", lambda: ["tensorboard"])
     with pytest.raises(ValueError, match=r"^report_to names 'wandb', which is not installed; pip install wandb, or leave it"):
         library_trackers(["tensorboard", "wandb"])
+
+
+def test_recall_is_measured_beside_perplexity(tmp_path, capsys):
+    class Recalls(FakeModel):
+        """Gives half of the answers of a row, the teacher all but one of the rows'."""
+
+        teacher = True
+
+        def forward(self, input_ids, position_ids=None, sample_indices=None, answers=None):
+            if answers is None or self.training:
+                return super().forward(input_ids, position_ids, sample_indices)
+            asked = answers.max().double()
+            return {"right": asked / 2, "asked": asked}
+
+        def teacher_measured(self, input_ids, answers=None):
+            calls.append(answers is None)
+            return {"loss": torch.tensor(1.0)} if answers is None else {"right": answers.max() - 1.0, "asked": answers.max() + 0.0}
+
+    samples = [FakeBlocks(3)[i] | {"answers": torch.full((1, LENGTH), 2 * (i + 1))} for i in range(3)]
+    calls, stage, run = [], stage_config(), run_config(evaluate_every=3)
+    trainer = build_trainer(tmp_path, stage, run, Recalls(), held_out=FakeBlocks(2), held_out_recall=samples, progress=True)
+    trainer.run(None)
+    found = [line for line in metrics(tmp_path) if "eval_loss" in line]
+    assert [line["eval_recall"] for line in found] == [0.5] * 2 and [line["eval_teacher_recall"] for line in found] == [9 / 12] * 2
+    assert len(calls) == 5  # once, for it does not change
+    assert "recall 50% of answers, the teacher 75%" in " ".join(capsys.readouterr().err.split())
+    record = trainer.metrics.record
+    assert record.held_out_recall == 0.5 and record.teacher_recall == 0.75
