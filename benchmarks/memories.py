@@ -2,7 +2,8 @@
 What memories cost in time: SmolLM2-135M's shape with seven kept heads and 128 slots in each other key/value head, against
 softmax attention where a prompt is read, and against the same model without memories where it decodes.
 
-    python benchmarks/memories.py [--dtype float32 bfloat16] [--threads 2] [--quick] [--output benchmarks/results/memories.json]
+    python benchmarks/memories.py [--dtype float32 bfloat16] [--threads 2] [--quick]
+        [--output benchmarks/results/memories.json]
 
 Weights are random, because no time depends on them. Reading is the mixing of all 30 layers, without projections, of one prompt
 without a cache; SDPA is torch's scaled_dot_product_attention on grouped heads. Decoding is one step of the whole model after a
@@ -118,7 +119,10 @@ def main() -> None:
     options = {"rounds": 1 if quick else arguments.rounds, "seconds": 0 if quick else 8}
     result = measure.header(arguments, "memories") | {"kept_heads": kept, "slots": SLOTS, "read": [], "decode": []}
     for dtype in arguments.dtype:
-        models = {"window": build(shape, (), 0, getattr(torch, dtype)), "memories": build(shape, kept, SLOTS, getattr(torch, dtype))}
+        models = {
+            "window": build(shape, (), 0, getattr(torch, dtype)),
+            "memories": build(shape, kept, SLOTS, getattr(torch, dtype)),
+        }
         step = lambda: models["memories"](torch.zeros(1, 256, dtype=torch.long), logits_to_keep=1)  # noqa: B023, E731
         with torch.no_grad():
             result["backend"] = measure.check_backend(arguments.backend, {"reading": measure.backend_of(step)})

@@ -319,6 +319,13 @@ def test_api_reference_has_every_public_name(site, room):
 # --- files that hosts and package indexes read ---
 
 
+def test_the_recipe_for_recall_loads(tmp_path):
+    (page,) = blocks(PAGES["recovery"], "yaml")
+    (tmp_path / "recipe.yaml").write_text(f"source: a\noutput: b\n{page}", encoding="utf-8")
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.data.recall.lengths == (512, 1024) and recipe.distill.least_memory == 0.5 and recipe.stages == ["distill"]
+
+
 def test_citation_and_templates_are_valid_and_up_to_date():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -1,4 +1,4 @@
-"""Training sequences that are made up to be recalled, in place of some of the text's; each is determined by its index alone."""
+"""Training sequences made up of samples of recall, in place of some of the text's; each is determined by its index alone."""
 
 import random
 from collections.abc import Sequence
@@ -47,11 +47,11 @@ class RecallSequences:
 
     def sequence(self, item: dict[str, torch.Tensor], *, respect_documents: bool) -> dict[str, torch.Tensor]:
         """
-        A sequence of samples in place of `item`, as long, from the same position on, with text of it between what is asked for.
+        A sequence of samples in place of `item`, as long and from the same position on, whose filler is text of `item`.
 
         Returns:
-            The entries of `item`, and `answers` (1, length) int64: the number, from 1 on, of the answer of which the next token
-            is a part, 0 elsewhere. With several samples, positions start again at each if documents are respected.
+            The entries of `item`, and `answers` (1, length) int64: the number, from 1 on, of the answer that the next token
+            belongs to, 0 elsewhere. With several samples, positions start again at each if documents are respected.
         """
         length, index = item["input_ids"].shape[1], int(item["sample_index"])
         seed = random_below(1 << 31, self.seed + self.config.seed, index)
@@ -105,9 +105,7 @@ def numbered_answers(samples: Sequence[RecallSample]) -> torch.Tensor:
     return numbers
 
 
-def held_out_recall(
-    config: RecallConfig, text: torch.Tensor, length: int, tokenizer: Any
-) -> list[dict[str, torch.Tensor]]:
+def held_out_recall(config: RecallConfig, text: torch.Tensor, length: int, tokenizer: Any) -> list[dict[str, torch.Tensor]]:
     """
     Samples to measure recall on during training, items as those of `RecallSequences.sequence`.
 

@@ -152,7 +152,8 @@ def rows_to_fit(student: DiJiangForCausalLM, tokenizer: Any, text: torch.Tensor,
     if len(rows[0].input_ids) < 3 * window:
         raise ValueError(
             f"text_tokens={config.text_tokens}, block_size={config.block_size} and the source's context of "
-            f"{context_of(student.config)} make sequences shorter than three windows of {window}; raise them or narrow the window"
+            f"{context_of(student.config)} make sequences shorter than three windows of {window}; raise the first two, or "
+            "convert with a narrower window"
         )
     return rows
 

@@ -67,7 +67,7 @@ class RecallConfig:
         lengths: tokens of a sample, drawn at random; several fill a longer sequence, each a document of its own. Empty: a
             sample is as long as the sequence.
         answer_weight: how many times the tokens of answers count in the loss of distill.
-        held_out_samples: samples, with held-out text around what they ask for, on which recall is measured where perplexity is.
+        held_out_samples: samples with held-out text as filler, on which recall is measured where perplexity is.
         seed: of the samples, added to that of the stage.
     """
 

@@ -29,7 +29,7 @@ class LossWeights(NamedTuple):
 DIVERGENCE = LossWeights()
 
 
-def distillation_loss(
+def distillation_loss(  # noqa: PLR0913
     hidden: torch.Tensor,
     head: torch.Tensor,
     labels: torch.Tensor,
@@ -90,7 +90,7 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, labels, teacher, counts, settings, recording: bool):  # noqa: PLR0913
+    def forward(ctx, hidden, head, labels, teacher, counts, settings, recording: bool):
         sparse, weights, chunk_tokens, rows_of = settings
         N, V = len(hidden), len(head)
         wants_hidden, wants_head = (recording and wanted for wanted in ctx.needs_input_grad[:2])

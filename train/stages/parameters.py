@@ -90,8 +90,8 @@ def freeze_kept_heads(student: DiJiangForCausalLM, config: DistillConfig) -> Non
                     continue
                 if config.weight_decay and not config.lora_rank:
                     raise ValueError(
-                        f"weight_decay={config.weight_decay} would shrink the queries and keys of heads that keep every token, "
-                        "which do not train; set weight_decay=0 or train_kept_heads=true"
+                        f"weight_decay={config.weight_decay} would shrink the queries and keys of heads that keep every "
+                        "token, which do not train; set weight_decay=0 or train_kept_heads=true"
                     )
                 parameter.register_hook(partial(times_rows, rows))
 

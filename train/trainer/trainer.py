@@ -65,8 +65,8 @@ class TrainingJob:
 class RecoveryTrainer(Trainer):
     """
     Trains a recovery model: `model(**batch)` returns {"loss": mean over the batch's tokens, other metrics...} when training
-    and, when evaluating, {"loss": mean next-token cross-entropy} or, for batches with `answers`, {"right", "asked"}: how many of
-    them it gives. `model.parameter_groups()` yields {"name", "params", "lr"}. If `model.teacher` is there and not None,
+    and, when evaluating, {"loss": mean next-token cross-entropy} or, for batches with `answers`, {"right", "asked"}: how many
+    of them it gives. `model.parameter_groups()` yields {"name", "params", "lr"}. If `model.teacher` is there and not None,
     `model.teacher_measured(**batch)` gives the same of the teacher.
 
     Args:
@@ -229,7 +229,9 @@ class RecoveryTrainer(Trainer):
         return logs
 
     @torch.no_grad()
-    def held_out_mean(self, items: Sequence[dict[str, torch.Tensor]], measure: Callable[..., dict[str, torch.Tensor]]) -> float:
+    def held_out_mean(
+        self, items: Sequence[dict[str, torch.Tensor]], measure: Callable[..., dict[str, torch.Tensor]]
+    ) -> float:
         """
         Mean of the loss that `measure` finds in single items, each weighted by the number of tokens that it predicts; or the
         share of their answers that are right.

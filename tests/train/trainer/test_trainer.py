@@ -269,14 +269,20 @@ def test_recall_is_measured_beside_perplexity(tmp_path, capsys):
 
         def teacher_measured(self, input_ids, answers=None):
             calls.append(answers is None)
-            return {"loss": torch.tensor(1.0)} if answers is None else {"right": answers.max() - 1.0, "asked": answers.max() + 0.0}
+            return (
+                {"loss": torch.tensor(1.0)}
+                if answers is None
+                else {"right": answers.max() - 1.0, "asked": answers.max() + 0.0}
+            )
 
     samples = [FakeBlocks(3)[i] | {"answers": torch.full((1, LENGTH), 2 * (i + 1))} for i in range(3)]
     calls, stage, run = [], stage_config(), run_config(evaluate_every=3)
     trainer = build_trainer(tmp_path, stage, run, Recalls(), held_out=FakeBlocks(2), held_out_recall=samples, progress=True)
     trainer.run(None)
     found = [line for line in metrics(tmp_path) if "eval_loss" in line]
-    assert [line["eval_recall"] for line in found] == [0.5] * 2 and [line["eval_teacher_recall"] for line in found] == [9 / 12] * 2
+    assert [line["eval_recall"] for line in found] == [0.5] * 2 and [line["eval_teacher_recall"] for line in found] == [
+        9 / 12
+    ] * 2
     assert len(calls) == 5  # once, for it does not change
     assert "recall 50% of answers, the teacher 75%" in " ".join(capsys.readouterr().err.split())
     record = trainer.metrics.record
