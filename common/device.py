@@ -1,6 +1,7 @@
 """Devices and dtypes by the names that users give."""
 
 import time
+from functools import cache
 
 import torch
 
@@ -8,7 +9,8 @@ from .errors import unknown
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PRODUCT_SIZE = 1024
+PRODUCT_SIZES = (128, 256, 512, 1024)
+FAR_BEHIND = 4  # times slower
 PRODUCT_REPEATS = 5
 
 
@@ -53,17 +55,31 @@ def placement(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
 def fastest_dtype(device: torch.device | str) -> torch.dtype:
     """
     bfloat16 where this device multiplies matrices faster in it than in float32 (GPUs since Ampere, CPUs with AMX or
-    AVX512-BF16), else float32; decided by a measurement of some milliseconds.
+    AVX512-BF16), else float32; decided by a measurement of some milliseconds, once in a process.
     """
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float32
-    return min((torch.float32, torch.bfloat16), key=lambda dtype: seconds_per_product(device, dtype))
+    return faster_in_products(device)
 
 
-def seconds_per_product(device: torch.device, dtype: torch.dtype) -> float:
-    """Best time of a few products of two square matrices."""
-    a = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, dtype=dtype, device=device)
+@cache
+def faster_in_products(device: torch.device) -> torch.dtype:
+    """
+    The dtype of the faster products, float32 or bfloat16. Their sizes double until one dtype is far behind, since processors
+    without products in bfloat16 take seconds for one of the last size.
+    """
+    dtypes = torch.float32, torch.bfloat16
+    for size in PRODUCT_SIZES:
+        seconds = [seconds_per_product(device, dtype, size) for dtype in dtypes]
+        if max(seconds) > FAR_BEHIND * min(seconds):
+            break
+    return dtypes[seconds.index(min(seconds))]
+
+
+def seconds_per_product(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Best time of a few products of two matrices of size x size."""
+    a = torch.ones(size, size, dtype=dtype, device=device)
     times = []
     for _ in range(PRODUCT_REPEATS):
         start = time.perf_counter()

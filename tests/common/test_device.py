@@ -7,13 +7,32 @@ from dijiang.common import device
 from dijiang.common.device import fastest_dtype
 
 
+@pytest.fixture(autouse=True)
+def not_measured_yet():
+    device.faster_in_products.cache_clear()
+    yield
+    device.faster_in_products.cache_clear()
+
+
 @pytest.mark.parametrize(("half_takes", "expected"), [(0.5, torch.bfloat16), (2.0, torch.float32), (1.0, torch.float32)])
 def test_the_faster_type_wins(monkeypatch, half_takes, expected):
     seconds = {torch.float32: 1.0, torch.bfloat16: half_takes}
     asked = []
-    monkeypatch.setattr(device, "seconds_per_product", lambda device, dtype: asked.append(device) or seconds[dtype])
+    monkeypatch.setattr(device, "seconds_per_product", lambda *of: asked.append(of) or seconds[of[1]])
     assert fastest_dtype("cpu") == fastest_dtype(torch.device("cpu")) == expected
-    assert set(asked) == {torch.device("cpu")}
+    cpu = torch.device("cpu")
+    assert asked == [(cpu, dtype, size) for size in (128, 256, 512, 1024) for dtype in seconds]  # once
+
+
+@pytest.mark.parametrize("slow", [torch.float32, torch.bfloat16])
+def test_products_that_are_far_slower_are_not_tried_at_larger_sizes(monkeypatch, slow):
+    """Processors without products in bfloat16 took a second for each of 1,024."""
+    sizes = []
+    monkeypatch.setattr(
+        device, "seconds_per_product", lambda of, dtype, size: sizes.append(size) or (1 + size * (dtype == slow))
+    )
+    assert fastest_dtype("cpu") == (torch.bfloat16 if slow == torch.float32 else torch.float32)
+    assert sizes == [128, 128]
 
 
 def test_gpus_without_bfloat16_compute_in_float32(monkeypatch):
@@ -23,6 +42,5 @@ def test_gpus_without_bfloat16_compute_in_float32(monkeypatch):
 
 
 def test_the_measurement_itself(monkeypatch):
-    monkeypatch.setattr(device, "PRODUCT_SIZE", 64)
     assert fastest_dtype("cpu") in (torch.float32, torch.bfloat16)
-    assert 0 < device.seconds_per_product(torch.device("cpu"), torch.bfloat16) < 1
+    assert 0 < device.seconds_per_product(torch.device("cpu"), torch.bfloat16, 64) < 1
