@@ -21,6 +21,7 @@ CHOICES = {
     "dct_direction": ("forward", "inverse"),
     "decay": ("none", "retnet", "learned"),
     "output_norm": ("none", "group_norm"),
+    "state_update": ("sum", "delta"),
 }
 # classes by name. This file may not import torch, so `register_feature_map` fills it when the files of the maps are imported
 FEATURE_MAPS: dict[str, Any] = {}
@@ -42,10 +43,11 @@ def check_feature_map(config: "DiJiangConfig") -> None:
     """
     if FEATURE_MAPS and config.feature_map not in FEATURE_MAPS:
         raise ValueError(f"feature_map={config.feature_map!r} is unknown; choose one of {', '.join(FEATURE_MAPS)}")
-    if FEATURE_MAPS and config.normalize and not FEATURE_MAPS[config.feature_map].positive:
+    sums = config.normalize and getattr(config, "state_update", "sum") == "sum"
+    if FEATURE_MAPS and sums and not FEATURE_MAPS[config.feature_map].positive:
         raise ValueError(
             f"feature_map={config.feature_map} has negative features, whose sum is no denominator; "
-            "set normalize=false attention_window=0 attention_sinks=0"
+            "set normalize=false attention_window=0 attention_sinks=0, or state_update=delta"
         )
 
 
@@ -61,18 +63,21 @@ class DiJiangConfig(PretrainedConfig):
 
     Args (of a linear layer):
         feature_map: name of a registered map, see feature_map_base.py. `cosformer` counts positions up to
-            max_position_embeddings; `identity` is plain q.k and needs normalize=False.
+            max_position_embeddings; `identity` is plain q.k and needs normalize=False or state_update=delta.
         feature_dim: m, features per head before pairing. `None` means the head size, the only value for maps without weights
             (`elu`, `cosformer`, `identity`).
         feature_activation: `exp` (the paper's, equation 12) or `softmax` over the features of one row.
         feature_pairs: use [z, -z] instead of z, which doubles the feature size.
         key_scale: weigh each key in the state by exp(u.k + b), learned per key/value head: features normalized by a softmax
-            cannot tell an important key from an unimportant one.
+            cannot tell an important key from an unimportant one. With `state_update: delta` sigmoid(u.k + b) is how much of
+            what the state holds for the key is replaced; without it all of it is.
         feature_seed: seed of the maps' initial weights; layer i draws from `feature_seed + i`.
         learn_features: train the maps' weights; the paper's released code leaves them as they were drawn.
         scale_features: scale queries and keys by head_dim**-0.25 each before the map, so that it faces softmax's own logits.
         radial: law of the initial radii: `normal` (the paper's) or `chi` (unbiased for d > 1).
         dct_direction: `forward` (the paper's text) or `inverse` (its released code).
+        state_update: `sum` adds each value to what the state holds; `delta` takes out first what it holds for the key (see
+            delta_rule.py). Features then have length 1, and the state has no sum of weights: its answer counts exp(c(q)).
         decay: `none`, `retnet` (fixed per head) or `learned` (per head, from the same start).
         decay_spans: tokens that the state of the first and of the last key/value head looks back, 1 / (1 - gamma). Heads
             between are spread evenly on a logarithmic scale; a single head takes the first. Default: RetNet's [32, 512].
@@ -133,6 +138,7 @@ class DiJiangConfig(PretrainedConfig):
     scale_features: bool = True
     radial: str = "normal"
     dct_direction: str = "forward"
+    state_update: str = "sum"
     decay: str = "none"
     decay_spans: Filled[list[float | int]] = LATER
     attention_window: int = 64

@@ -45,10 +45,10 @@ class ExactMemoryAttention(LinearBranchAttention):
         """Sizes of the layer's state."""
         size = self.feature_map_k.size
         if not self.has_memory:
-            return StateSizes(size, self.window, self.sinks, self.normalize)
+            return StateSizes(size, self.window, self.sinks, self.sums)
         assert self.memory_score is not None
         carry = self.memory_score.carry_size(size)
-        return StateSizes(size, self.window, self.sinks, self.normalize, self.slots, carry)
+        return StateSizes(size, self.window, self.sinks, self.sums, self.slots, carry)
 
     def scores_of_leaving(  # noqa: PLR0913
         self,
@@ -130,6 +130,8 @@ class ExactMemoryAttention(LinearBranchAttention):
         if self.gate_temperature is not None:
             phi_q = self.feature_map_q(q, q_rank, self.feature_scale)
             phi_k = self.key_features(candidates.k.transpose(1, 2), candidates.rank.transpose(1, 2))
+            if self.overwrites:  # what a held key would weigh in such a state is not known
+                phi_k = torch.zeros_like(phi_k)
             held = held._replace(gate=soft_gate(candidates, plan, held, self.gate_temperature, (phi_q, phi_k)))
         for name, x in memory_after(candidates, plan, self.slots).items():
             setattr(new, name, x)

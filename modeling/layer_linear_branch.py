@@ -7,11 +7,13 @@ token.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging
 
 from .configuration_dijiang import DiJiangConfig
 from .decoder_modules import ProjectedAttention
+from .delta_rule import delta_rule
 from .exponential_maps import ExponentialMap
 from .feature_map_base import MAX_EXPONENT
 from .feature_maps import build_feature_map
@@ -30,6 +32,7 @@ class LinearBranchAttention(ProjectedAttention):
     Attributes:
         window: W; 0: all tokens are in the linear branch.
         normalize: whether outputs are divided by the sum of the weights.
+        overwrites: whether the state is updated by the delta rule; the sum of weights is then 1, or 0 while it is empty.
         feature_scale: factor on queries and keys before their maps.
         linear_heads: key/value heads that do not keep every token.
     """
@@ -38,6 +41,8 @@ class LinearBranchAttention(ProjectedAttention):
         super().__init__(config, layer_idx)
         self.window = config.attention_window
         self.normalize = config.normalize
+        self.overwrites = config.state_update == "delta"
+        self.sums = config.normalize and not self.overwrites  # whether the state has a sum of weights
         self.feature_scale = self.head_dim**-0.25 if config.scale_features else 1.0
         self.mode: str | None = None  # of linear_attention; None: recurrent for one token, else chunk
         self.linear_heads = config.linear_heads(layer_idx)
@@ -75,13 +80,15 @@ class LinearBranchAttention(ProjectedAttention):
             k: (B, T, G, d).
             v: (B, T, G, e).
             visible: (B, T) bool or, by head, (B, T, G), False for keys that no query sees. None: all are seen.
-            state: (B, G, M, e + 1), or (B, G, M, e) without normalization. None: zeros.
+            state: (B, G, M, e + 1), or (B, G, M, e) without a sum of weights. None: zeros.
             q_positions: (B, T), for maps that need them.
             k_positions: (B, T) or, by head, (B, T, G), for maps that need them.
 
         Returns:
             numerator (B, T, H, e), the sum of weights float32 (B, T, H) or None without normalization, and the new state.
         """
+        if self.overwrites:
+            return self.delta_branch(q, k, v, visible, state, q_positions, k_positions)
         if self.runs_natively(q, k, v, visible):
             return self.native_linear_branch(q, k, v, visible, state)
         # bfloat16 values are mixed by bfloat16 products, sums and states stay float32
@@ -95,7 +102,32 @@ class LinearBranchAttention(ProjectedAttention):
             # a key decays once for every key that enters the state after it, so padding does not age it
             log_decay = None if log_decay is None else log_decay * visible
         mode = self.mode or ("recurrent" if q.shape[1] == 1 else "chunk")
-        return weighted_sums(phi_q, phi_k, v.to(dtype), log_decay=log_decay, sums=self.normalize, state=state, mode=mode)
+        return weighted_sums(phi_q, phi_k, v.to(dtype), log_decay=log_decay, sums=self.sums, state=state, mode=mode)
+
+    def delta_branch(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visible: Tensor | None,
+        state: Tensor | None,
+        q_positions: Tensor | None = None,
+        k_positions: Tensor | None = None,
+    ) -> WeightedSums:
+        """`linear_branch` by the delta rule; its state is (B, G, M, e)."""
+        phi_q = F.normalize(self.feature_map_q(q, q_positions, self.feature_scale).float(), dim=-1)
+        phi_k = F.normalize(self.feature_map_k(k, k_positions, self.feature_scale).float(), dim=-1)
+        there = phi_k.new_ones(k.shape[:3])
+        if visible is not None:
+            there = there * (visible.unsqueeze(-1) if visible.dim() == 2 else visible)
+        written = there if self.key_scale is None else there * self.key_scale(k, self.feature_scale).sigmoid()
+        log_decay = None if self.decay is None else self.decay() * there
+        mode = self.mode or ("recurrent" if q.shape[1] == 1 else "chunk")
+        held = there.cumsum(1) > 0  # whether the state holds anything
+        if state is not None:
+            held = held | (state != 0).flatten(2).any(-1).unsqueeze(1)
+        o, state = delta_rule(phi_q, phi_k, v, written, log_decay=log_decay, state=state, mode=mode)
+        return o, held.float().repeat_interleave(self.num_key_value_groups, dim=2), state
 
     def key_features(self, k: Tensor, positions: Tensor | None = None) -> Tensor:
         """phi(k) exp(u.k + b) of keys k (B, T, G, d), scaled first: (B, T, G, M), what the state accumulates."""
@@ -124,7 +156,12 @@ class LinearBranchAttention(ProjectedAttention):
             return False
         phi = self.feature_map_q
         # it decays with every token, hidden ones included
-        fits = isinstance(phi, ExponentialMap) and phi.is_one_matrix and (self.decay is None or visible is None)
+        fits = (
+            not self.overwrites
+            and isinstance(phi, ExponentialMap)
+            and phi.is_one_matrix
+            and (self.decay is None or visible is None)
+        )
         # offloaded weights are on no device until their own module is called
         weights = (*phi.parameters(), *self.feature_map_k.parameters())
         if not (fits and native_supports(q, k, v, phi.size) and all(p.is_cpu for p in weights)):
@@ -140,7 +177,7 @@ class LinearBranchAttention(ProjectedAttention):
         map_q, map_k = self.feature_map_q, self.feature_map_k
         assert isinstance(map_q, ExponentialMap) and isinstance(map_k, ExponentialMap)
         if state is None:
-            state = k.new_zeros(k.shape[0], k.shape[2], map_k.size, v.shape[3] + self.normalize, dtype=torch.float32)
+            state = k.new_zeros(k.shape[0], k.shape[2], map_k.size, v.shape[3] + self.sums, dtype=torch.float32)
         if visible is not None and visible.dim() == 2:
             visible = visible.unsqueeze(-1)
         key_weight = None if visible is None else visible.float().expand(*k.shape[:3])
@@ -149,7 +186,7 @@ class LinearBranchAttention(ProjectedAttention):
         maps = NativeMaps(map_q.matrix(self.feature_scale), map_k.matrix(self.feature_scale), map_q.activation)
         log_decay = None if self.decay is None else self.decay()
         return native_linear_attention(
-            q, k, v, maps, key_weight=key_weight, log_decay=log_decay, state=state, sums=self.normalize, normalize=normalize
+            q, k, v, maps, key_weight=key_weight, log_decay=log_decay, state=state, sums=self.sums, normalize=normalize
         )
 
 

@@ -18,7 +18,7 @@ from .exact_memory import held_rows, replace_weakest
 from .exponential_maps import ExponentialMap
 from .layer_exact_memory import ExactMemoryAttention
 from .layer_linear_branch import divide
-from .linear_attention import recurrent_step
+from .linear_attention import WeightedSums, recurrent_step
 from .linear_state import LinearState
 from .memory_scores import LearnedScore, WindowAttentionScore
 from .window_attention import window_attention_step
@@ -58,17 +58,25 @@ class OneTokenAttention(ExactMemoryAttention):
             exact_k, exact_v = torch.cat((exact_k, held_k), dim=2), torch.cat((exact_v, held_v), dim=2)
             hidden = F.pad(empty, (S + self.window, 0))
             new.settle(S, max(self.slots))
-        phi_q = self.feature_map_q(q.float(), q_rank, self.feature_scale)
-        phi_k = self.key_features(old_k.float(), old_rank)
-        log_decay = None if self.decay is None else self.decay()
-        if there is not None:
-            phi_k = phi_k * there.unsqueeze(-1)
-            log_decay = None if log_decay is None else log_decay * there
-        numerator, total, new.state = recurrent_step(phi_q, phi_k, old_v.float(), log_decay, state.state, sums=self.normalize)
+        numerator, total, new.state = self.branch_step(q, old_k, old_v, there, state.state, q_rank, old_rank)
         if not self.window:
             return divide(numerator, total), new
         branch = self.scaled_branch(q, numerator, total)
         return window_attention_step(q, exact_k, exact_v, branch, scale=self.scaling, hidden=hidden), new
+
+    def branch_step(
+        self, q: Tensor, k: Tensor, v: Tensor, there: Tensor | None, state: Tensor, q_rank: Tensor, k_rank: Tensor
+    ) -> WeightedSums:
+        """`linear_branch` of one token with as few operations as it takes; `there` (B, 1, G) or None."""
+        if self.overwrites:
+            return self.delta_branch(q.float(), k.float(), v.float(), there, state, q_rank, k_rank)
+        phi_q = self.feature_map_q(q.float(), q_rank, self.feature_scale)
+        phi_k = self.key_features(k.float(), k_rank)
+        log_decay = None if self.decay is None else self.decay()
+        if there is not None:
+            phi_k = phi_k * there.unsqueeze(-1)
+            log_decay = None if log_decay is None else log_decay * there
+        return recurrent_step(phi_q, phi_k, v.float(), log_decay, state, sums=self.sums)
 
     def fused_step(
         self, q: Tensor, k: Tensor, v: Tensor, state: LinearState, raw_k: Tensor | None = None
@@ -99,7 +107,9 @@ class OneTokenAttention(ExactMemoryAttention):
         return StepMemory(self.slots, leaving=functools.partial(self.score_of_leaving, q, v, raw_k, (old_k, old_v), state))
 
     def step_weights(self) -> StepWeights | None:
-        """The weights that the fused steps read; None for maps that are not exponentials of one matrix."""
+        """The weights that the fused steps read; None for the delta rule and maps that are not exponentials of one matrix."""
+        if self.overwrites:
+            return None
         map_q, map_k = self.feature_map_q, self.feature_map_k
         if not (isinstance(map_q, ExponentialMap) and isinstance(map_k, ExponentialMap) and map_q.is_one_matrix):
             return None

@@ -38,7 +38,7 @@ class LinearState:
     All that a linear layer remembers of one batch of sequences; its size does not depend on their length.
 
     Attributes:
-        state: (B, G, M, d + 1) float32, sum of features times (value, 1); (B, G, M, d) without normalization.
+        state: (B, G, M, d + 1) float32, sum of features times (value, 1); (B, G, M, d) without a sum of weights.
         window_k: (B, G, S + W, d), keys of the S sinks, then of the last W tokens.
         window_v: (B, G, S + W, d), their values.
         window_rank: (B, W), how many real tokens came before each of the last W, -1 for padding; out of date once `settled`.

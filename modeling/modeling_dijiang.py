@@ -35,6 +35,7 @@ from .decode_step import StepWeights  # noqa: F401
 from .decode_step_native import native_step  # noqa: F401
 from .decode_step_native_source import SOURCE as STEP_SOURCE  # noqa: F401
 from .decode_step_triton import triton_step  # noqa: F401
+from .delta_rule import delta_rule  # noqa: F401
 from .exact_attention_native import exact_is_native  # noqa: F401
 from .exact_attention_native_source import SOURCE as EXACT_SOURCE  # noqa: F401
 from .exact_memory import plan_memory  # noqa: F401

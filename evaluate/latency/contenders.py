@@ -185,7 +185,7 @@ class DiJiangContender(Contender):
 
 def sums_bytes(layer: DiJiangLinearAttention) -> int:
     """Bytes of one sequence's sum of phi(k) (v, 1), which is float32."""
-    return 4 * layer.num_key_value_heads * layer.feature_map_k.size * (layer.head_dim + layer.normalize)
+    return 4 * layer.num_key_value_heads * layer.feature_map_k.size * (layer.head_dim + layer.sums)
 
 
 def window_bytes(layer: DiJiangLinearAttention, dtype: torch.dtype) -> int:
@@ -207,7 +207,7 @@ def linear_step_flops(layer: DiJiangLinearAttention) -> int:
     d, M = layer.head_dim, layer.feature_map_k.size
     projected = "feature_dim" in FEATURE_MAPS[layer.config.feature_map].settings
     features = 2 * (H + G) * layer.feature_map_k.feature_dim * d if projected else 0
-    return features + 2 * (H + G) * M * (d + layer.normalize) + 4 * H * d * (layer.window + layer.sinks)
+    return features + 2 * (H + G) * M * (d + layer.sums) + 4 * H * d * (layer.window + layer.sinks)
 
 
 def contenders_of(pair: LatencyPair) -> dict[str, Contender]:

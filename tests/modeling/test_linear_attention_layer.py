@@ -56,13 +56,43 @@ def loop_oracle(layer, q, k, v):
     return o
 
 
+def delta_oracle(layer, q, k, v):
+    """The same with a state that overwrites: what it gives counts exp(c(q)) as soon as it holds anything."""
+    B, T, H, d = q.shape
+    W, S = layer.window, layer.sinks
+    scale = d**-0.25
+    phi_q, phi_k = (
+        torch.nn.functional.normalize(features(part, x * scale), dim=-1)
+        for part, x in ((layer.feature_map_q, q), (layer.feature_map_k, k))
+    )
+    written = layer.key_scale(k * scale).sigmoid()
+    kept = (layer.decay() if layer.decay is not None else torch.zeros(k.shape[2])).exp()
+    o = torch.zeros(B, T, H, d)
+    for b, g in product(range(B), range(k.shape[2])):
+        state, empty = torch.zeros(phi_k.shape[-1], d), True
+        for t in range(T):
+            j = t - W
+            if j >= S:
+                held = phi_k[b, j, g] @ state
+                state = kept[g] * (state - written[b, j, g] * torch.outer(phi_k[b, j, g], held))
+                state = state + written[b, j, g] * torch.outer(phi_k[b, j, g], v[b, j, g])
+                empty = False
+            exact = [j for j in range(t + 1) if t - j < W or j < S]
+            for h in range(g * layer.num_key_value_groups, (g + 1) * layer.num_key_value_groups):
+                weights = (k[b, exact, g] @ q[b, t, h] * d**-0.5).exp()
+                own = 0.0 if empty else layer.branch_scale(q * scale)[b, t, h].exp() if W else 1.0
+                o[b, t, h] = (weights @ v[b, exact, g] + own * (phi_q[b, t, h] @ state)) / (weights.sum() + own)
+    return o
+
+
 @pytest.mark.parametrize("case", [case for case in EVERY if "attention_memory" not in case_settings(case)], ids=str)
 def test_layer_equals_its_definition(case):
     """That of an exact memory is in test_exact_memory.py."""
     layer = tiny_model(**case_settings(case)).model.layers[0].self_attn
     G = len(layer.linear_heads)
     q, k, v = random_qkv(2, 19, 3 * G, G)
-    assert_close(layer.attend(q, k, v)[0], loop_oracle(layer, q, k, v), "o")
+    oracle = delta_oracle if layer.overwrites else loop_oracle
+    assert_close(layer.attend(q, k, v)[0], oracle(layer, q, k, v), "o")
 
 
 def test_silent_branch_is_exact_softmax_on_window_and_sinks():

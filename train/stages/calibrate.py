@@ -83,7 +83,7 @@ def center(attention: DiJiangLinearAttention, mean_q: torch.Tensor, mean_k: torc
     """Move the maps' origin to the mean scaled query (H, d) and key (G, d), and put the rest, m_q.k, into the key scale."""
     attention.feature_map_q.center(mean_q)
     attention.feature_map_k.center(mean_k)
-    if attention.key_scale is not None:
+    if attention.key_scale is not None and not attention.overwrites:
         # the query heads of a group share one state, hence one weight per key
         weight = mean_q.view(-1, attention.num_key_value_groups, mean_q.shape[-1]).mean(1)
         attention.key_scale.weight.copy_(weight)

@@ -22,12 +22,21 @@ EVERY = tuple(
     for decay in DECAYS
     for window in (WINDOWS[:1] if name in SIGNED_MAPS else (*WINDOWS, *((*WINDOWS[-1], memory) for memory in MEMORIES)))
 )
+# the same for a state that overwrites, which needs no denominator: (..., "delta")
+DELTA = tuple(
+    (name, decay, window, "delta")
+    for name, decay in (*(("wdcf", decay) for decay in DECAYS), ("identity", "learned"), ("cosformer", "none"))
+    for window in (*WINDOWS, *((*WINDOWS[-1], memory) for memory in MEMORIES))
+)
+EVERY += DELTA
 
 
 def case_settings(case: tuple) -> dict:
     """The settings of a case of `EVERY`."""
-    feature_map, decay, (window, sinks, *memory) = case
+    feature_map, decay, (window, sinks, *memory), *update = case
     settings = {"feature_map": feature_map, "decay": decay, "attention_window": window, "attention_sinks": sinks}
+    if update:
+        settings |= {"state_update": update[0], "normalize": True}
     return settings | (MEMORIES[memory[0]] if memory else {})
 
 
