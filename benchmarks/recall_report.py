@@ -1,5 +1,5 @@
 """
-Table of docs/memory.md and the first one of README.md, from benchmarks/results/recall-frontier.json.
+Tables of docs/memory.md and the first one of README.md, from recall-*.json and memories.json of benchmarks/results.
 
     python benchmarks/recall_report.py    # writes them
 """
@@ -9,7 +9,9 @@ import argparse
 from pages import ROOT, between_marks, read_result, redraw
 
 from dijiang.evaluate.recall_frontier.report import bytes_of, frontier_page, value_only
-from dijiang.evaluate.report.tables import CONSTANT, markdown_table, mib, percent, with_interval
+from dijiang.evaluate.report.tables import CONSTANT, markdown_table, mib, number, percent, with_interval
+
+STUDIES = ("frontier", "controls", "lengths", "far")
 
 # configurations of README's table, and what it calls them
 SHOWN = {
@@ -18,6 +20,7 @@ SHOWN = {
     "7 heads": "window, 7 kept heads, linear state",
     "7 heads + 128 slots, no linear branch": "window, 7 kept heads, 128 slots",
     "7 heads + 128 slots": "all of it: what `convert --fit` makes",
+    "7 heads of 2048 slots + 192 slots": "constant memory: 2,048 slots in place of every token",
 }
 
 
@@ -40,22 +43,52 @@ def readme_table(result: dict) -> str:
     return markdown_table(header, rows)
 
 
-def fill_memory(page: str, result: dict) -> str:
-    """docs/memory.md with its table."""
-    return between_marks(page, {"frontier": frontier_page(result).strip()})
+def length_table(result: dict) -> str:
+    """Share of the answers that each configuration gives, by kind and length, and as a share of the teacher's."""
+    tasks = [task for task in result["tasks"] if task["kind"] == "recall"]
+    header = ["configuration", *(f"{task['settings']['kind']}, {task['settings']['length']:,}" for task in tasks)]
+    rows = [[row["name"], *(with_interval(row["values"][task["key"]], percent) for task in tasks)] for row in result["rows"]]
+    return markdown_table(header, rows)
 
 
-def fill_readme(page: str, result: dict) -> str:
+def speed_table(result: dict) -> str:
+    """Reading over SDPA, and decoding over the same model without memories."""
+    rows = []
+    for r in result["read"]:
+        peer, ours = (1e3 * r["timings"][name]["median_s"] for name in ("sdpa", "memories"))
+        times = [f"{peer:,.0f} ms", f"{ours:,.0f} ms", f"{number(r['ratio'])}x"]
+        rows.append([f"reading {r['tokens']:,} tokens, {r['dtype']}, over SDPA", *times])
+    for r in result["decode"]:
+        speeds = [f"{r['tokens_per_s'][name]:,.1f} tokens/s" for name in ("window", "memories")]
+        rows.append(
+            [f"decoding after {r['tokens']:,} tokens, {r['dtype']}, over no memories", *speeds, f"{number(r['ratio'])}x"]
+        )
+    return markdown_table(["", "peer", "with memories", "times as fast"], rows)
+
+
+def fill_memory(page: str, results: dict[str, dict]) -> str:
+    """docs/memory.md with its tables."""
+    tables = {name: frontier_page(results[name]).strip() for name in ("frontier", "controls")}
+    tables |= {name: length_table(results[name]) for name in ("lengths", "far")}
+    return between_marks(page, tables | {"memories": speed_table(results["memories"])})
+
+
+def fill_readme(page: str, results: dict[str, dict]) -> str:
     """README.md with its first table."""
-    return between_marks(page, {"recall": readme_table(result)})
+    return between_marks(page, {"recall": readme_table(results["frontier"])})
+
+
+def read_results() -> dict[str, dict]:
+    """The results by study, and `memories`."""
+    return {name: read_result(f"recall-{name}") for name in STUDIES} | {"memories": read_result("memories")}
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    result = read_result("recall-frontier")
-    redraw("memory", lambda page: fill_memory(page, result))
+    results = read_results()
+    redraw("memory", lambda page: fill_memory(page, results))
     readme = ROOT / "README.md"
-    readme.write_text(fill_readme(readme.read_text(encoding="utf-8"), result), encoding="utf-8")
+    readme.write_text(fill_readme(readme.read_text(encoding="utf-8"), results), encoding="utf-8")
 
 
 if __name__ == "__main__":

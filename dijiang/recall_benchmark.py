@@ -66,6 +66,7 @@ class Students:
         self.text = read_texts(tokenizer, texts).tokens
         self.select, self.fit = select, fit
         self.folder, self.progress = folder, progress
+        self.context = context_of(teacher.config)
         self.base = with_memories(teacher, **{"layer_types": "linear_attention"} | PRESETS["recommended"])
 
     def identity(self) -> dict[str, Any]:
@@ -84,7 +85,7 @@ class Students:
             return Selection.from_json(json.loads(path.read_text(encoding="utf-8")))
         chosen = self.select.method if method == RECALL else method
         config = replace(self.select, method=chosen, seed=self.select.seed + draw)
-        selection, _ = keep_heads(self.base, self.tokenizer, self.text, config, progress=self.progress)
+        selection, _ = keep_heads(self.base, self.tokenizer, self.text, config, context=self.context, progress=self.progress)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text_whole(path, json.dumps(selection.to_json(), indent=1) + "\n")
         return selection
@@ -94,7 +95,7 @@ class Students:
         """Scores of all heads, and what slots are spread by."""
         weights, facts = self.folder / "scores.safetensors", self.folder / "memory_fit.json"
         if not facts.is_file():
-            rows = fit_rows(self.tokenizer, self.text, self.fit, context_of(self.base.config))
+            rows = fit_rows(self.tokenizer, self.text, self.fit, self.context)
             settings = FitSettings(recall_share=self.fit.recall_share, steps=self.fit.steps, seed=self.fit.seed)
             fitted = fit_memory(self.base, self.teacher, rows, settings, progress=self.progress)
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +113,7 @@ class Students:
         """The student of a configuration, its linear branch started if `fit` says so."""
         model = self.with_memories_of(item)
         if self.fit.linear_branch:
-            rows = fit_rows(self.tokenizer, self.text, self.fit, context_of(self.base.config))
+            rows = fit_rows(self.tokenizer, self.text, self.fit, self.context)
             start_branches(model, self.teacher, rows[0].input_ids)
         return model
 

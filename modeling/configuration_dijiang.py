@@ -229,6 +229,12 @@ class DiJiangConfig(PretrainedConfig):
             )
         if any(map(any, slots)) and not self.attention_window:
             raise ValueError(f"attention_memory={self.attention_memory} needs attention_window of at least 1")
+        score_divides = self.memory_score == "self_recall" and any(map(any, slots))
+        if score_divides and FEATURE_MAPS and not FEATURE_MAPS[self.feature_map].positive:
+            raise ValueError(
+                f"memory_score=self_recall divides by sums of features, and feature_map={self.feature_map} has features with "
+                "signs; choose another score or map"
+            )
         if self.memory_score_dim < 1:
             raise ValueError(f"memory_score_dim={self.memory_score_dim} must be at least 1")
         if MEMORY_SCORES and self.memory_score not in MEMORY_SCORES:

@@ -175,8 +175,9 @@ class WindowAttentionScore(MemoryScore):
 @register_memory_score("self_recall")
 class SelfRecallScore(MemoryScore):
     """
-    How badly the linear state of all tokens that left the window before predicts a token's value from its key:
-    ||phi(k)^T S / phi(k)^T z - v||^2 (LoLA, arXiv 2505.23666, which scores its store anew at every block). The carry is S, z.
+    How badly the sums S, z over all tokens that left the window before predict a token's value from its key:
+    ||phi(k)^T S / phi(k)^T z - v||^2 (LoLA, arXiv 2505.23666, which scores its store anew at every block). The carry is S, z,
+    whatever the layer's own state is; features must be positive.
     """
 
     def carry_size(self, features: int) -> int:

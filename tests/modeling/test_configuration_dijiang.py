@@ -32,6 +32,18 @@ def test_config_round_trip_and_equality(tmp_path):
         ({"decay_spans": [1, 64]}, r"decay_spans=\[1, 64\] must be two"),
         ({"decay_spans": [4, float("inf")]}, "must be two finite"),
         ({"feature_dim": 0}, "feature_dim=0 must be at least 1"),
+        ({"state_update": "gated"}, "state_update='gated' is unknown; choose one of sum, delta"),
+        (
+            {
+                "feature_map": "identity",
+                "state_update": "delta",
+                "normalize": True,
+                "attention_memory": 2,
+                "attention_window": 3,
+            }
+            | {"memory_score": "self_recall"},
+            "memory_score=self_recall divides by sums of features, and feature_map=identity has features with signs",
+        ),
     ],
     ids=str,
 )

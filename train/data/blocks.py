@@ -137,7 +137,7 @@ class TrainingBlocks(Dataset):
     def fingerprint(self) -> str:
         """
         Hash of the number of tokens, a thousand stretches of them and the starts of documents, whatever file holds them, and
-        of some samples of recall.
+        of the first sequence of samples of recall.
         """
         digest = hashlib.sha256()
         if self.recall is not None:
@@ -150,7 +150,10 @@ class TrainingBlocks(Dataset):
         return digest.hexdigest()
 
     def facts(self) -> dict:
-        """Description of the text for provenance: for each source its size, how much of it is used and how often."""
+        """
+        Description of the text for provenance: for each source its size, how much of it is used and how often, sequences
+        included in whose place samples of recall were read.
+        """
         counts = self.mixture.counts(self.total_blocks)
         sources = [
             {

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from math import floor
+from math import ceil, floor
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ..recipe.schema import RecallConfig, StageConfig
 from .mixture import random_below
 from .synthetic_recall import KINDS, recall_samples
 
-SEEDS = 1 << 32  # of first draws; later draws and held-out samples have seeds beyond them
+SEEDS = 1 << 32  # the seeds of first draws are below it, those of others and of held-out samples above
 DRAWS = 8  # of a sample, until one fits
 
 
@@ -37,9 +37,21 @@ class RecallSequences:
         for kind in self.kinds:
             self.sample(kind, torch.zeros(shortest), shortest, seed=0)
 
+    def place(self, number: int) -> tuple[int, int]:
+        """
+        The stretch of sequences that has one of samples, this one, begins at, and its index: anywhere in the stretch, since
+        with a regular pattern a source that has one of its own would lose all of its text, or none.
+        """
+        first, end = (ceil(n / self.config.share - 1e-9) for n in (number, number + 1))
+        return first, first + random_below(end - first, self.seed + self.config.seed + 1, number)
+
     def count(self, sequences: int) -> int:
-        """How many of the first `sequences` are samples: their share, rounded down."""
-        return floor(sequences * self.config.share + 1e-9)
+        """How many of the first `sequences` are of samples."""
+        if not self.config.share:
+            return 0
+        number = floor(sequences * self.config.share + 1e-9)
+        number -= self.place(number)[0] > sequences
+        return number + (self.place(number)[1] < sequences)
 
     def takes(self, index: int) -> bool:
         """Whether sequence `index` is one of samples."""
@@ -87,10 +99,11 @@ class RecallSequences:
     def sizes(self, length: int, rng: random.Random) -> list[int]:
         """Tokens of the samples that fill `length` tokens, drawn from `lengths`; the last one takes what is left."""
         choices = self.choices(length)
-        sizes = []
-        while length - sum(sizes) >= 2 * min(choices):
-            sizes.append(rng.choice([size for size in choices if size <= length - sum(sizes) - min(choices)]))
-        return [*sizes, length - sum(sizes)]
+        sizes, rest = [], length
+        while rest >= 2 * min(choices):
+            sizes.append(rng.choice([size for size in choices if size == rest or size <= rest - min(choices)]))
+            rest -= sizes[-1]
+        return [*sizes, rest] if rest else sizes
 
 
 def numbered_answers(samples: Sequence[RecallSample]) -> torch.Tensor:
@@ -118,7 +131,7 @@ def held_out_recall(config: RecallConfig, text: torch.Tensor, length: int, token
     length = max((size for size in config.lengths if size <= length), default=length)
     kinds = config.kinds or tuple(KINDS)
     samples = recall_samples(
-        tokenizer, text, kinds=kinds, length=length, samples=config.held_out_samples, seed=config.seed - SEEDS
+        tokenizer, text, kinds=kinds, length=length, samples=config.held_out_samples, seed=config.seed + (DRAWS + 1) * SEEDS
     )
     return [
         {

@@ -63,9 +63,9 @@ def selection_samples(tokenizer: Any, text: torch.Tensor, config: SelectConfig) 
     return samples
 
 
-def context_of(model: DiJiangConfig) -> int:
-    """Tokens that the source reads with all of them in sight, as it was trained to."""
-    return min(model.max_position_embeddings, model.sliding_window or model.max_position_embeddings)
+def context_of(teacher: DiJiangConfig) -> int:
+    """Tokens that a softmax model reads with all of them in sight, as it was trained to."""
+    return min(teacher.max_position_embeddings, teacher.sliding_window or teacher.max_position_embeddings)
 
 
 def fit_rows(tokenizer: Any, text: torch.Tensor, config: FitConfig, context: int) -> list[RecallSample]:

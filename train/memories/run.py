@@ -78,12 +78,13 @@ def add_memories(
         student.config.dtype = source.config.dtype  # of the stored weights, in which others will load the result
         teacher_model, _ = load_source(teacher, dtype=torch.float32)
         refuse_misfit(student, teacher_model, teacher)
+        context = context_of(teacher_model.config)
         text, names = texts if isinstance(texts, Text) else read_texts(tokenizer, texts)
         if fit is not None:
-            rows = rows_to_fit(student, tokenizer, text, fit)  # before the selection, which takes minutes
+            rows = rows_to_fit(student, tokenizer, text, fit, context)  # before the selection, which takes minutes
         model = student
         if select is not None:
-            selection, model = keep_heads(model, tokenizer, text, select, progress=progress)
+            selection, model = keep_heads(model, tokenizer, text, select, context=context, progress=progress)
             write_json(folder / SELECTION_FILE, selection.to_json())
             facts = {"config": asdict(select), "full_heads": model.config.full_heads, "seconds": selection.seconds}
             provenance = add_stage(provenance, "select", teacher=public_name(teacher), texts=names, **facts)
@@ -103,18 +104,21 @@ def keep_heads(
     text: torch.Tensor,
     config: SelectConfig,
     *,
+    context: int,
     progress: bool = True,
 ) -> tuple[Selection, DiJiangForCausalLM]:
-    """Rank the heads of `student`; the ranking, and the model in which the first of them keep every token."""
+    """
+    Rank the heads of `student`, whose source reads `context` tokens; the ranking, and the model in which the first of them
+    keep every token.
+    """
     if any(student.config.full_heads):
         raise ValueError("the checkpoint keeps heads already; select heads on the one that it was made from")
     if not linear_layers(student):
         raise ValueError("the checkpoint has no linear layer; convert with linear layers to select heads or fit a memory")
     window = student.config.attention_window
-    if config.reads_samples and max(config.lengths) > context_of(student.config):
+    if config.reads_samples and max(config.lengths) > context:
         raise ValueError(
-            f"the source was made for {context_of(student.config)} tokens, and samples have {max(config.lengths)}; "
-            "give shorter `lengths`"
+            f"the source was made for {context} tokens, and samples have {max(config.lengths)}; give shorter `lengths`"
         )
     if config.reads_samples and min(config.lengths) <= window:
         raise ValueError(
@@ -143,17 +147,18 @@ def keep_heads(
     return selection, with_memories(student, full_heads=full_heads_of(selection, count))
 
 
-def rows_to_fit(student: DiJiangForCausalLM, tokenizer: Any, text: torch.Tensor, config: FitConfig) -> list[RecallSample]:
+def rows_to_fit(
+    student: DiJiangForCausalLM, tokenizer: Any, text: torch.Tensor, config: FitConfig, context: int
+) -> list[RecallSample]:
     """What to fit on. ValueError if the student has no window, or the sequences are too short for it."""
     window = student.config.attention_window
     if not window:
         raise ValueError("an exact memory needs a window; convert with attention_window of at least 1")
-    rows = fit_rows(tokenizer, text, config, context_of(student.config))
+    rows = fit_rows(tokenizer, text, config, context)
     if len(rows[0].input_ids) < 3 * window:
         raise ValueError(
-            f"text_tokens={config.text_tokens}, block_size={config.block_size} and the source's context of "
-            f"{context_of(student.config)} make sequences shorter than three windows of {window}; raise the first two, or "
-            "convert with a narrower window"
+            f"text_tokens={config.text_tokens}, block_size={config.block_size} and the source's context of {context} make "
+            f"sequences shorter than three windows of {window}; raise the first two, or convert with a narrower window"
         )
     return rows
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from dijiang.common.conditions import require
 from dijiang.common.device import dtype_named
 from dijiang.common.errors import unknown
 from dijiang.common.settings import apply_words, build, join, parse_yaml, refuse_idle, written_keys
@@ -18,8 +19,18 @@ from dijiang.convert import PRESETS
 from dijiang.convert.layer_settings import check_keys
 
 from ..memories.config import FitConfig, SelectConfig
-from .idle import without_effect
-from .schema import AlignConfig, ConvertConfig, DataConfig, DistillConfig, RecallConfig, Recipe, RunConfig, SourceConfig
+from .idle import keeps_heads, without_effect
+from .schema import (
+    SHRINKS_KEPT_HEADS,
+    AlignConfig,
+    ConvertConfig,
+    DataConfig,
+    DistillConfig,
+    RecallConfig,
+    Recipe,
+    RunConfig,
+    SourceConfig,
+)
 
 SECTIONS = {
     "convert": ConvertConfig,
@@ -120,7 +131,7 @@ def read_recipe(path_or_name: str | Path) -> str:
 
 
 def check_choices(recipe: Recipe) -> None:
-    """Raise ValueError on a recipe without a stage, or with a conversion that `convert_model` would refuse."""
+    """Raise ValueError on a recipe without a stage, or with settings that conversion or a stage would refuse."""
     if not recipe.stages:
         raise ValueError("it names no stage; add align, distill or both")
     section = "convert"
@@ -130,6 +141,10 @@ def check_choices(recipe: Recipe) -> None:
         dtype_named(recipe.convert.dtype)
         section = "convert.settings"
         check_keys(recipe.convert.settings)
+        section, distill = "distill", recipe.distill
+        if distill is not None and distill.weight_decay and not (distill.lora_rank or distill.train_kept_heads):
+            decays = distill.trains != "kernel" and keeps_heads(recipe)
+            require(not decays, f"weight_decay={distill.weight_decay} {SHRINKS_KEPT_HEADS}")
     except ValueError as error:
         raise ValueError(f"{section}: {error}") from None
 

@@ -55,6 +55,9 @@ class SourceConfig:
         require(math.isfinite(self.weight), f"weight={self.weight} must be finite")
 
 
+RecallKind = Literal["passkey", "records", "table", "positions", "span", "repeats", "codes"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecallConfig:
     """
@@ -64,15 +67,15 @@ class RecallConfig:
     Attributes:
         share: of the training sequences.
         kinds: of samples, in turn: passkey, records, table, positions, span, repeats, codes; empty: all.
-        lengths: tokens of a sample, drawn at random; several fill a longer sequence, each a document of its own. Empty: a
-            sample is as long as the sequence.
+        lengths: tokens of a sample, drawn at random; several fill a longer sequence, as documents that see each other only
+            where `respect_documents` is false. Empty: a sample is as long as the sequence.
         answer_weight: how many times the tokens of answers count in the loss of distill.
         held_out_samples: samples with held-out text as filler, on which recall is measured where perplexity is.
         seed: of the samples, added to that of the stage.
     """
 
     share: float = 0.15
-    kinds: tuple[str, ...] = ()
+    kinds: tuple[RecallKind, ...] = ()
     lengths: tuple[int, ...] = ()
     answer_weight: float = 1.0
     held_out_samples: int = 14
@@ -244,6 +247,12 @@ class StageConfig:
         return self.tokens_after(self.steps)
 
 
+SHRINKS_KEPT_HEADS = (
+    "would shrink the queries and keys of heads that keep every token, which do not train; set weight_decay=0 or "
+    "train_kept_heads=true"
+)
+
+
 @accepts_former_names
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AlignConfig(StageConfig):
@@ -304,7 +313,7 @@ class DistillConfig(StageConfig):
             that the teacher need not be in memory; 0: the teacher runs next to the student.
         chunk_tokens: tokens whose logits are in memory at a time.
         least_memory: each step draws a share between this one and 1, and the layers have that share of their window and slots
-            alone, so that what lies beyond learns to do without; 1: they always have all.
+            alone, so that what lies beyond learns to do without; 1: they always have all. Below 1 nothing is compiled.
         train_kept_heads: also train the queries and keys of heads that keep every token. They are the teacher's own, and
             training them was seen to cost recall (arXiv 2606.11052).
         memory_temperature: train the learned scores of the exact memory too, through a soft gate of this temperature, in units

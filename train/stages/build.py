@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from dataclasses import asdict
 
 import torch
 from torch import nn
@@ -86,7 +85,7 @@ def with_teacher_logits(
         [source["fingerprint"] for source in blocks.facts()["sources"]],
         [source.weight for source in data.train],
         data.respect_documents,
-        *([asdict(data.recall)] if data.recall else []),
+        *([data.recall.share, data.recall.kinds, data.recall.lengths, data.recall.seed] if data.recall else []),
         [config.seed, config.tokens, config.block_size, config.start_block_size, config.position_range, config.batch_size],
         str(dtype),
     ]

@@ -23,7 +23,7 @@ from ..recipe.load import NOT_LEARNED, differences, dump_recipe, load_recipe
 from ..recipe.schema import Recipe, StageConfig
 
 RECIPE_FILE = "recipe.yaml"
-UNUSED = {"align": ("distill",), "distill": ()}  # by stage: sections that have no part in it
+UNUSED = {"align": ("distill", "data.recall.answer_weight"), "distill": ()}  # by stage: what has no part in it
 
 
 class StageFolder:

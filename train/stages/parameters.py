@@ -7,7 +7,7 @@ import torch
 from dijiang.modeling import DiJiangForCausalLM
 from dijiang.modeling.linear_attention_layer import ADDED_PARTS, OUTPUT_PARTS, linear_layers
 
-from ..recipe.schema import DistillConfig
+from ..recipe.schema import SHRINKS_KEPT_HEADS, DistillConfig
 from .adapters import add_adapters
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -78,21 +78,19 @@ def freeze_kept_heads(student: DiJiangForCausalLM, config: DistillConfig) -> Non
     Raises:
         ValueError: if weight decay would change them all the same.
     """
-    for attention in linear_layers(student).values():
-        if not attention.full_heads:
+    for layer, full_heads in zip(student.model.layers, student.config.full_heads, strict=True):
+        if not full_heads:
             continue
+        attention = layer.self_attn
         for module, repeats in ((attention.q_proj, attention.num_key_value_groups), (attention.k_proj, 1)):
             heads = torch.ones(attention.num_key_value_heads, repeats * attention.head_dim)
-            heads[attention.full_heads] = 0.0
+            heads[full_heads] = 0.0
             rows = heads.flatten()
             for name, parameter in module.named_parameters():
                 if not parameter.requires_grad or ".lora_A." in f".{name}":  # the other half of an adapter has the rows
                     continue
                 if config.weight_decay and not config.lora_rank:
-                    raise ValueError(
-                        f"weight_decay={config.weight_decay} would shrink the queries and keys of heads that keep every "
-                        "token, which do not train; set weight_decay=0 or train_kept_heads=true"
-                    )
+                    raise ValueError(f"weight_decay={config.weight_decay} {SHRINKS_KEPT_HEADS}")
                 parameter.register_hook(partial(times_rows, rows))
 
 

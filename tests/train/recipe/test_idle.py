@@ -126,7 +126,12 @@ def test_settings_of_recall_and_memories_that_nothing_reads(complains, recipe):
     complains(window + distill % "least_memory: 0.5", r"distill\.least_memory has no effect with attention_window: 0")
     loaded = load_recipe(recipe(recall % "share: 0.5, kinds: [codes], lengths: [512, 1024]" + ALIGN)).data.recall
     assert (loaded.share, loaded.kinds, loaded.lengths) == (0.5, ("codes",), (512, 1024))
-    kept = distill % "train_kept_heads: true" + "select: {heads: 1}\n"
+    complains(recall % "kinds: [poem]" + ALIGN, r"data\.recall\.kinds\.0 is 'poem'; choose passkey")
+    complains(
+        distill % "weight_decay: 0.1" + "select: {heads: 1}\n",
+        r"distill: weight_decay=0\.1 would shrink the queries and keys of",
+    )
+    kept = distill % "train_kept_heads: true, weight_decay: 0.1" + "select: {heads: 1}\n"
     assert load_recipe(recipe(kept)).distill.train_kept_heads
 
 

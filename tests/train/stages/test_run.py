@@ -104,7 +104,7 @@ def test_samples_of_recall_train_both_stages_and_are_gone_on_with_to_the_bit(rec
         sets += [f"{stage}.tokens=2048", f"{stage}.block_size=256", f"{stage}.batch_size=1"]
     whole = recover(recipe(*sets, "run.log_every=1"), progress=False)
     lines = [json.loads(line) for line in (whole.parent / "metrics.jsonl").read_text().splitlines()]
-    assert ["answer_kl" in line for line in lines if "loss" in line] == [False, True] * 4  # every other sequence
+    assert sum("answer_kl" in line for line in lines if "loss" in line) == 4  # one of two sequences
     assert 0 <= lines[-1]["eval_recall"] <= 1 and "eval_teacher_recall" in lines[-1]
     for stage in read_provenance(whole)["stages"][1:]:
         recall = stage["data"]["recall"]
