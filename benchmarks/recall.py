@@ -24,6 +24,7 @@ from dijiang.recall_benchmark import run_recall_benchmark
 from dijiang.train.memories.config import FitConfig, SelectConfig
 
 KEPT = Configuration(name="7 heads + 128 slots", full_heads=7, attention_memory=128)
+SILENT = replace(KEPT, name="7 heads + 128 slots, no linear branch", linear_branch=False)
 CONSTANT = replace(KEPT, name="7 heads of 2048 slots + 192 slots", large_slots=2048, attention_memory=192)
 FRONTIER = {"recall_lengths": (1024,), "recall_samples": 8, "text_tokens": 4096}
 
@@ -38,7 +39,7 @@ STUDIES: dict[str, tuple[dict, list[Configuration]]] = {
         FRONTIER,
         [
             KEPT,
-            replace(KEPT, name="7 heads + 128 slots, no linear branch", linear_branch=False),
+            SILENT,
             CONSTANT,
             Configuration(name="7 heads", full_heads=7),
             Configuration(name="window 64", linear_branch=False),
@@ -69,11 +70,11 @@ STUDIES: dict[str, tuple[dict, list[Configuration]]] = {
             "recall_samples": 48,
             "text_tokens": 4096,
         },
-        [KEPT, CONSTANT],
+        [KEPT, SILENT, CONSTANT],
     ),
     "far": (
         {"recall_kinds": ("needle",), "recall_lengths": (4096, 8192), "recall_samples": 8, "text_tokens": 4096},
-        [KEPT, CONSTANT],
+        [KEPT],
     ),
 }
 

@@ -1,5 +1,6 @@
 """The commands that make checkpoints: convert, select, fit and refresh-code."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,10 +11,12 @@ from dijiang.train.memories.config import FitConfig, SelectConfig
 
 from .options import with_settings
 
+# the chosen heads hold that many tokens instead of all: what SmolLM2-135M needs 12 MiB a sequence for
+CONSTANT = FitConfig(slots=192, large_slots=2048)
 Source = Annotated[str, typer.Argument(help="Hub id, checkpoint folder or GGUF file of the softmax model.")]
 
 
-def convert(
+def convert(  # noqa: PLR0913 - an option each
     source: Source,
     output: Annotated[Path, typer.Argument(help="New folder for the DiJiang checkpoint.")],
     preset: Annotated[
@@ -26,16 +29,15 @@ def convert(
             "--set", metavar="KEY=VALUE", help="Setting on top of the preset, e.g. attention_window=128. Repeatable."
         ),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Type of the stored weights: auto (the source's), float32, bfloat16, float16.")
-    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="Type of the weights: auto, float32, bfloat16, float16.")] = "auto",
     fit: Annotated[
         list[Path] | None, typer.Option("--fit", metavar="TEXT", help="Also run select and fit, on this text. Repeatable.")
     ] = None,
     heads: Annotated[int | None, typer.Option(min=0, help="With --fit: heads that keep every token.  [default: 7]")] = None,
-    slots: Annotated[
-        int | None, typer.Option(min=1, help="With --fit: tokens that each other head holds, the mean.  [default: 128]")
-    ] = None,
+    slots: Annotated[int | None, typer.Option(min=1, help="With --fit: slots of each other head.  [default: 128]")] = None,
+    constant: Annotated[
+        bool, typer.Option("--constant", help="With --fit: constant memory; 2,048 slots, not every token; 192 in other heads.")
+    ] = False,
 ) -> None:
     """
     Turn a GPT-NeoX- or LLaMA-type model into a DiJiang checkpoint.
@@ -53,11 +55,12 @@ def convert(
 
         settings: dict[str, Any] = {"texts": fit}
         settings["select"] = None if heads == 0 else SelectConfig(heads=heads or 7)
-        slots = 128 if slots is None else slots
-        settings["fit"] = FitConfig(slots=slots, least_slots=min(FitConfig().least_slots, slots))
+        usual = CONSTANT if constant else FitConfig()
+        slots = usual.slots if slots is None else slots
+        settings["fit"] = replace(usual, slots=slots, least_slots=min(usual.least_slots, slots))
         folder = convert_with_memories(source, output, preset, dtype=dtype, **settings, **overrides)
-    elif heads is not None or slots is not None:
-        raise ValueError("--heads and --slots have no effect without --fit TEXT")
+    elif heads is not None or slots is not None or constant:
+        raise ValueError("--heads, --slots and --constant have no effect without --fit TEXT")
     else:
         folder = convert_model(source, output, preset, dtype=dtype, **overrides)
     typer.echo(f"wrote {folder}")

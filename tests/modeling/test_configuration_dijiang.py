@@ -41,7 +41,7 @@ def test_config_round_trip_and_equality(tmp_path):
                 "attention_memory": 2,
                 "attention_window": 3,
             }
-            | {"memory_score": "self_recall"},
+            | {"memory_score": "self_recall", "attention_memory": 2},
             "memory_score=self_recall divides by sums of features, and feature_map=identity has features with signs",
         ),
     ],

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dijiang.checkpoint.provenance import read_provenance
+from dijiang.train.memories.config import FitConfig, SelectConfig
 
 SELECT = ("--heads", 1, "--set", "samples=1", "--set", "lengths=[900]")
 FIT = (
@@ -33,10 +34,25 @@ def test_select_and_fit(command, pair, tmp_path, text):
     assert [stage["stage"] for stage in read_provenance(tmp_path / "ready")["stages"]] == ["convert", "select", "fit"]
 
 
+def test_constant_memory_is_one_word(command, pair, tmp_path, text, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        "dijiang.train.memories.run.convert_with_memories", lambda *_, **given: asked.update(given) or tmp_path
+    )
+    for words, expected in (
+        ((), FitConfig()),
+        (("--constant",), FitConfig(slots=192, large_slots=2048)),
+        (("--constant", "--slots", 20), FitConfig(slots=20, least_slots=20, large_slots=2048)),
+    ):
+        code, _, err = command("convert", pair.teacher, tmp_path / "new", "--fit", text, *words)
+        assert code == 0, err
+        assert asked["fit"] == expected and asked["select"] == SelectConfig()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("convert", "{teacher}", "{new}", "--heads", 3), "--heads and --slots have no effect without --fit"),
+        (("convert", "{teacher}", "{new}", "--heads", 3), "--heads, --slots and --constant have no effect without --fit"),
         (
             ("convert", "{teacher}", "{new}", "--set", "memory_score=random"),
             "memory_score",
