@@ -93,8 +93,17 @@ class Pair(NamedTuple):
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory, tokenizer) -> Pair:
     """A LLaMA with grouped heads, and its conversion with a short window, of which a block of 20 tokens sees the end."""
-    folder = tmp_path_factory.mktemp("pair")
-    write_source(folder / "teacher", tokenizer, num_key_value_heads=2, max_position_embeddings=1024)
+    return write_pair(tmp_path_factory.mktemp("pair"), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def long_pair(tmp_path_factory, tokenizer) -> Pair:
+    """The same, made for 1,024 tokens, which samples of recall need."""
+    return write_pair(tmp_path_factory.mktemp("long_pair"), tokenizer, max_position_embeddings=1024)
+
+
+def write_pair(folder: Path, tokenizer, **shape) -> Pair:
+    write_source(folder / "teacher", tokenizer, num_key_value_heads=2, **shape)
     settings = {"attention_window": 4, "attention_sinks": 2, "branch_scale_init": 0.5}
     convert_model(folder / "teacher", folder / "checkpoint", progress=False, **settings)
     return Pair(folder / "teacher", folder / "checkpoint")

@@ -21,9 +21,9 @@ def text(tmp_path):
     return path
 
 
-def test_select_and_fit(command, pair, tmp_path, text):
-    options = ("--teacher", pair.teacher, "--data", text)
-    code, out, err = command("select", pair.checkpoint, tmp_path / "heads", *options, *SELECT)
+def test_select_and_fit(command, long_pair, tmp_path, text):
+    options = ("--teacher", long_pair.teacher, "--data", text)
+    code, out, err = command("select", long_pair.checkpoint, tmp_path / "heads", *options, *SELECT)
     assert (code, out) == (0, f"wrote {tmp_path / 'heads'}\n"), err
     assert len(json.loads((tmp_path / "heads" / "selection.json").read_text())["order"]) == 4
     assert (tmp_path / "heads" / "selection.png").read_bytes().startswith(b"\x89PNG")
@@ -34,7 +34,7 @@ def test_select_and_fit(command, pair, tmp_path, text):
     assert [stage["stage"] for stage in read_provenance(tmp_path / "ready")["stages"]] == ["convert", "select", "fit"]
 
 
-def test_constant_memory_is_one_word(command, pair, tmp_path, text, monkeypatch):
+def test_constant_memory_is_one_word(command, long_pair, tmp_path, text, monkeypatch):
     asked = {}
     monkeypatch.setattr(
         "dijiang.train.memories.run.convert_with_memories", lambda *_, **given: asked.update(given) or tmp_path
@@ -44,7 +44,7 @@ def test_constant_memory_is_one_word(command, pair, tmp_path, text, monkeypatch)
         (("--constant",), FitConfig(slots=192, large_slots=2048)),
         (("--constant", "--slots", 20), FitConfig(slots=20, least_slots=20, large_slots=2048)),
     ):
-        code, _, err = command("convert", pair.teacher, tmp_path / "new", "--fit", text, *words)
+        code, _, err = command("convert", long_pair.teacher, tmp_path / "new", "--fit", text, *words)
         assert code == 0, err
         assert asked["fit"] == expected and asked["select"] == SelectConfig()
 
@@ -64,8 +64,8 @@ def test_constant_memory_is_one_word(command, pair, tmp_path, text, monkeypatch)
         (("fit", "{checkpoint}", "{new}", "--teacher", "{teacher}", "--slots", 8), "least_slots=32 is more than slots=8"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(command, pair, tmp_path, words, message):
-    names = {"teacher": pair.teacher, "checkpoint": pair.checkpoint, "new": tmp_path / "new"}
+def test_what_cannot_be_done_is_one_line(command, long_pair, tmp_path, words, message):
+    names = {"teacher": long_pair.teacher, "checkpoint": long_pair.checkpoint, "new": tmp_path / "new"}
     code, out, err = command(*(str(word).format(**names) for word in words))
     assert code == 1 and not out and message in err and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "new").exists()

@@ -26,13 +26,15 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, pair, text):
+def made(tmp_path_factory, long_pair, text):
     """A checkpoint with a kept head and slots."""
     folder = tmp_path_factory.mktemp("made") / "memories"
-    return add_memories(pair.checkpoint, folder, teacher=pair.teacher, select=SELECT, fit=FIT, texts=[text], progress=False)
+    return add_memories(
+        long_pair.checkpoint, folder, teacher=long_pair.teacher, select=SELECT, fit=FIT, texts=[text], progress=False
+    )
 
 
-def test_checkpoint_has_the_memories_and_says_how_it_got_them(made, pair):
+def test_checkpoint_has_the_memories_and_says_how_it_got_them(made, long_pair):
     model, _ = load_source(made)
     kept = model.config.full_heads
     selection = json.loads((made / "selection.json").read_text())
@@ -48,16 +50,16 @@ def test_checkpoint_has_the_memories_and_says_how_it_got_them(made, pair):
     assert stages[1]["teacher"] == stages[2]["teacher"] == "teacher" and stages[1]["texts"] == ["text.txt"]
     assert json.loads((made / "memory_fit.json").read_text())["slots"] == slots
     # nothing of the model's own weights has changed
-    before, _ = load_source(pair.checkpoint)
+    before, _ = load_source(long_pair.checkpoint)
     for name, x in before.named_parameters():
         if "_proj" in name or "norm" in name or "embed" in name:
             assert torch.equal(model.get_parameter(name), x), name
 
 
-def test_one_command_makes_the_same_as_three(tmp_path, made, pair, text):
+def test_one_command_makes_the_same_as_three(tmp_path, made, long_pair, text):
     settings = {"attention_window": 4, "attention_sinks": 2, "branch_scale_init": 0.5}
     options = {"select": SELECT, "fit": FIT, "texts": [text], "progress": False}
-    folder = convert_with_memories(pair.teacher, tmp_path / "at-once", **options, **settings)
+    folder = convert_with_memories(long_pair.teacher, tmp_path / "at-once", **options, **settings)
     ids = torch.randint(0, 300, (1, 120), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         first, second = (load_source(path)[0](ids).logits for path in (folder, made))
@@ -65,9 +67,9 @@ def test_one_command_makes_the_same_as_three(tmp_path, made, pair, text):
     assert {path.name for path in folder.iterdir()} == {path.name for path in made.iterdir()}
 
 
-def test_large_slots_make_memory_constant(tmp_path, made, pair, text):
+def test_large_slots_make_memory_constant(tmp_path, made, long_pair, text):
     fit = FitConfig(**{name: getattr(FIT, name) for name in FIT.__slots__} | {"large_slots": 50})
-    folder = add_memories(made, tmp_path / "constant", teacher=pair.teacher, fit=fit, texts=[text], progress=False)
+    folder = add_memories(made, tmp_path / "constant", teacher=long_pair.teacher, fit=fit, texts=[text], progress=False)
     kept, constant = (load_source(path)[0] for path in (made, folder))
     assert kept.config.bytes_per_token(4) > 0 and constant.config.bytes_per_token(4) == 0
     layer = next(i for i, heads in enumerate(kept.config.full_heads) if heads)
@@ -105,26 +107,30 @@ def test_material_has_the_sizes_that_were_asked_for(tokenizer, text):
         read_texts(tokenizer, [])
 
 
-def test_what_does_not_fit_is_refused_in_one_line_and_leaves_nothing(tmp_path, made, pair, text, make_source):
+def test_what_does_not_fit_is_refused_in_one_line_and_leaves_nothing(tmp_path, made, long_pair, text, make_source):
     other, _ = make_source("llama", seed=5, num_key_value_heads=2)
-    no_window = convert_model(pair.teacher, tmp_path / "none", "paper", progress=False)
-    wide = convert_model(pair.teacher, tmp_path / "wide", progress=False, attention_window=100)
-    softmax = convert_model(pair.teacher, tmp_path / "softmax", progress=False, layer_types="full_attention")
-    trained = convert_model(pair.teacher, tmp_path / "trained", progress=False, attention_window=4)
+    no_window = convert_model(long_pair.teacher, tmp_path / "none", "paper", progress=False)
+    wide = convert_model(long_pair.teacher, tmp_path / "wide", progress=False, attention_window=100)
+    softmax = convert_model(long_pair.teacher, tmp_path / "softmax", progress=False, layer_types="full_attention")
+    trained = convert_model(long_pair.teacher, tmp_path / "trained", progress=False, attention_window=4)
     write_provenance(trained, add_stage(read_provenance(trained), "distill"))
-    options = {"teacher": pair.teacher, "texts": [text], "progress": False}
+    options = {"teacher": long_pair.teacher, "texts": [text], "progress": False}
     for checkpoint, changes, message in (
-        (pair.teacher, {"select": SELECT}, "is no DiJiang checkpoint"),
-        (pair.checkpoint, {"select": SELECT, "teacher": other}, "their weights differ"),
+        (long_pair.teacher, {"select": SELECT}, "is no DiJiang checkpoint"),
+        (long_pair.checkpoint, {"select": SELECT, "teacher": other}, "their weights differ"),
         (made, {"select": SELECT}, "keeps heads already"),
         (no_window, {"select": SELECT, "fit": FIT}, "needs a window"),  # before the selection begins
-        (pair.checkpoint, {"select": SelectConfig(bytes_per_token=1)}, "bytes_per_token=1 is less than the 64 that one head"),
+        (
+            long_pair.checkpoint,
+            {"select": SelectConfig(bytes_per_token=1)},
+            "bytes_per_token=1 is less than the 64 that one head",
+        ),
         (wide, {"select": SelectConfig(lengths=(80,))}, "samples of 80 tokens show no loss with a window of 100"),
-        (pair.checkpoint, {"select": SelectConfig(lengths=(256, 1100))}, "made for 1024 tokens, and samples have 1100"),
+        (long_pair.checkpoint, {"select": SelectConfig(lengths=(256, 1100))}, "made for 1024 tokens, and samples have 1100"),
         (softmax, {"select": SELECT}, "has no linear layer"),
         (softmax, {"fit": FIT}, "no head is left to hold a memory"),
-        (pair.checkpoint, {"fit": replace(FIT, large_slots=50)}, "there are none; select some first"),
-        (pair.checkpoint, {"fit": replace(FIT, text_tokens=10)}, "shorter than three windows of 4"),
+        (long_pair.checkpoint, {"fit": replace(FIT, large_slots=50)}, "there are none; select some first"),
+        (long_pair.checkpoint, {"fit": replace(FIT, text_tokens=10)}, "shorter than three windows of 4"),
         (trained, {"fit": FIT}, "distill has trained the linear branch already; keep it with `linear_branch=false`"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -139,12 +145,12 @@ def test_what_does_not_fit_is_refused_in_one_line_and_leaves_nothing(tmp_path, m
             FitConfig(**settings)
 
 
-def test_stored_weights_keep_their_dtype_and_bytes_are_counted_in_it(tmp_path, pair, text):
+def test_stored_weights_keep_their_dtype_and_bytes_are_counted_in_it(tmp_path, long_pair, text):
     """One head of a bfloat16 checkpoint takes half of what it takes in float32."""
     settings = {"attention_window": 4, "attention_sinks": 2, "dtype": "bfloat16"}
     select = SelectConfig(bytes_per_token=2 * 8 * 2, samples=1, lengths=(900,))
     options = {"select": select, "fit": FIT, "texts": [text], "progress": False}
-    folder = convert_with_memories(pair.teacher, tmp_path / "halves", **options, **settings)
+    folder = convert_with_memories(long_pair.teacher, tmp_path / "halves", **options, **settings)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == model.config.dtype == torch.bfloat16
     assert model.config.bytes_per_token(2) == 2 * 8 * 2 and sum(map(len, model.config.full_heads)) == 1
