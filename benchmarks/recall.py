@@ -4,11 +4,11 @@ What SmolLM2-135M recalls with memories of several sizes, none of it trained: th
     python benchmarks/recall.py STUDY --text HELD_OUT [--text ...] [--output RESULT.json] [--plot RESULT.png] [--part I/N]
 
 Studies: `frontier`, all kinds of recall and perplexity of several configurations; `controls`, the same of other ways to choose
-heads and tokens, all with a silent linear branch; `lengths`, needle and associative recall with 48 samples a cell; `far`,
-needles at 4,096 and 8,192 tokens. Heads are selected and scores fitted on the package's own training text. Every cell is kept
-in the cache of `dijiang benchmark recall` as it comes, so the same command continues after an interruption; --part measures
-every N-th configuration, so that N processes share the work. The recorded runs used the held-out sides of the Jargon File (in
-the package) and of debian-handbook and anarchism by scripts/make_recovery_text.py.
+heads and tokens, all with a silent linear branch; `lengths`, needle and associative recall with 48 samples a cell. Heads are
+selected and scores fitted on the package's own training text. Every cell is kept in the cache of `dijiang benchmark recall` as
+it comes, so the same command continues after an interruption; --part measures every N-th configuration, so that N processes
+share the work. The recorded runs used the held-out sides of the Jargon File (in the package) and of debian-handbook and
+anarchism by scripts/make_recovery_text.py.
 """
 
 import argparse
@@ -71,10 +71,6 @@ STUDIES: dict[str, tuple[dict, list[Configuration]]] = {
             "text_tokens": 4096,
         },
         [KEPT, SILENT, CONSTANT],
-    ),
-    "far": (
-        {"recall_kinds": ("needle",), "recall_lengths": (4096, 8192), "recall_samples": 8, "text_tokens": 4096},
-        [KEPT],
     ),
 }
 

@@ -20,7 +20,7 @@ from dijiang.train import load_recipe
 from dijiang.train.__main__ import parse_arguments
 
 # options that make the commands train and measure less; everything else is as written
-STAGE = {"tokens": 1024, "block_size": 256, "start_block_size": "null"}
+STAGE = {"tokens": 1024, "block_size": 512, "start_block_size": "null"}  # twice the widest window and more
 BUDGET = [f"{stage}.{key}={value}" for stage in ("align", "distill") for key, value in STAGE.items()]
 BUDGET.append("data.held_out_tokens=1024")
 SMALLER = {
