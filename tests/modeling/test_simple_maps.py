@@ -107,5 +107,5 @@ def test_identity_has_no_denominator(settings):
     message = str(caught.value.__cause__ or caught.value)
     assert message == (
         "feature_map=identity has negative features, whose sum is no denominator; "
-        "set normalize=false attention_window=0 attention_sinks=0"
+        "set normalize=false attention_window=0 attention_sinks=0, or state_update=delta"
     )
