@@ -37,7 +37,7 @@ DECODE_GOALS = {1024: 0.85, 32768: 0.75}  # tokens per second over those of the 
 
 
 def build(shape: dict, kept: Sequence[tuple[int, int]], slots: int, dtype: torch.dtype) -> DiJiangForCausalLM:
-    """A model whose scores rank tokens at random, as no score does that has not been fitted."""
+    """A model with a random score, since the start of a learned one ranks all tokens alike."""
     full_heads = [[head for layer, head in kept if layer == i] for i in range(shape["num_hidden_layers"])]
     memory = {"full_heads": full_heads, "attention_memory": slots, "memory_score": "learned"} if slots else {}
     model = AutoModelForCausalLM.from_config(DiJiangConfig(**shape, branch_scale_init=0.0, **memory), dtype=dtype).eval()

@@ -139,6 +139,26 @@ def test_model_runs(quick):
     assert result["backend"]["float32"].keys() == {"prefill", "decode", "training"}
 
 
+def test_memories_run(quick):
+    result = quick("memories")
+    (read,), (decode,) = result["read"], result["decode"]
+    assert read["timings"].keys() == {"sdpa", "memories"} and read["ratio"] > 0
+    assert decode["timings"].keys() == decode["tokens_per_s"].keys() == {"window", "memories"}
+    assert decode["cache_bytes"]["memories"] > decode["cache_bytes"]["window"]
+
+
+def test_memories_mix_what_their_layers_do(measure):
+    """`mix`, projected by hand, against the layer's own forward pass."""
+    import memories
+
+    model = memories.build(memories.TINY, ((0, 1), (1, 0)), 5, torch.float32)
+    layer, hidden = model.model.layers[0].self_attn, torch.randn(1, 90, memories.TINY["hidden_size"])
+    positions = model.model.rotary_emb(hidden, torch.arange(90)[None])
+    with torch.no_grad():
+        mixed = memories.mix(layer, layer.project(hidden, positions))
+        torch.testing.assert_close(layer.o_proj(mixed.flatten(2)), layer(hidden, positions)[0])
+
+
 def test_training_runs(quick):
     result = quick("training")
     (row,) = result["steps"]

@@ -11,7 +11,7 @@ from dijiang.train.memories.config import FitConfig, SelectConfig
 
 from .options import with_settings
 
-# the chosen heads hold that many tokens instead of all: what SmolLM2-135M needs 12 MiB a sequence for
+# slots of the chosen heads, which would keep all tokens, and of the others: 12 MiB a sequence of SmolLM2-135M
 CONSTANT = FitConfig(slots=192, large_slots=2048)
 Source = Annotated[str, typer.Argument(help="Hub id, checkpoint folder or GGUF file of the softmax model.")]
 
