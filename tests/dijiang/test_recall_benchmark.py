@@ -13,10 +13,10 @@ FIT = FitConfig(least_slots=16, text_tokens=400, block_size=200, recall_samples=
 
 
 @pytest.fixture
-def make(pair, tmp_path):
+def make(long_pair, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The cat sat on the mat, and a rat that sat near saw it. " * 60, encoding="utf-8")
-    teacher, tokenizer = load_source(pair.teacher)
+    teacher, tokenizer = load_source(long_pair.teacher)
     teacher.requires_grad_(False)
     return lambda: Students(teacher, tokenizer, [text], SELECT, FIT, tmp_path / "kept", progress=False)
 
