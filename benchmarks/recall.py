@@ -3,12 +3,13 @@ What SmolLM2-135M recalls with memories of several sizes, none of it trained: th
 
     python benchmarks/recall.py STUDY --text HELD_OUT [--text ...] [--output RESULT.json] [--plot RESULT.png] [--part I/N]
 
-Studies: `frontier`, all kinds of recall and perplexity of several configurations; `controls`, the same of other ways to choose
-heads and tokens, all with a silent linear branch; `lengths`, needle and associative recall with 48 samples a cell. Heads are
-selected and scores fitted on the package's own training text. Every cell is kept in the cache of `dijiang benchmark recall` as
-it comes, so the same command continues after an interruption; --part measures every N-th configuration, so that N processes
-share the work. The recorded runs used the held-out sides of the Jargon File (in the package) and of debian-handbook and
-anarchism by scripts/make_recovery_text.py.
+Studies: `frontier`, all kinds of recall and perplexity of several configurations; `controls`, the same of other ways to
+choose heads and tokens, all with a silent linear branch; `lengths`, needle and associative recall with 48 samples a cell;
+`far`, needle and perplexity to 8,192 tokens, which is as far as the source was made for. Heads are selected and scores
+fitted on the package's own training text. Every cell is kept in the cache of `dijiang benchmark recall` as it comes, so the
+same command continues after an interruption; --part measures every N-th configuration, so that N processes share the work.
+The recorded runs used the held-out sides of the Jargon File (in the package) and of debian-handbook and anarchism by
+scripts/make_recovery_text.py.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from dijiang.train.memories.config import FitConfig, SelectConfig
 
 KEPT = Configuration(name="7 heads + 128 slots", full_heads=7, attention_memory=128)
 SILENT = replace(KEPT, name="7 heads + 128 slots, no linear branch", linear_branch=False)
-CONSTANT = replace(KEPT, name="7 heads of 2048 slots + 192 slots", large_slots=2048, attention_memory=192)
+CONSTANT = replace(KEPT, name="7 heads of 2000 slots + 192 slots", large_slots=2000, attention_memory=192)
 FRONTIER = {"recall_lengths": (1024,), "recall_samples": 8, "text_tokens": 4096}
 
 
@@ -71,6 +72,16 @@ STUDIES: dict[str, tuple[dict, list[Configuration]]] = {
             "text_tokens": 4096,
         },
         [KEPT, SILENT, CONSTANT],
+    ),
+    "far": (
+        {
+            "recall_kinds": ("needle",),
+            "recall_lengths": (4096, 8192),
+            "recall_samples": 8,
+            "text_tokens": 8192,
+            "lengths": (8192,),
+        },
+        [KEPT, CONSTANT],
     ),
 }
 

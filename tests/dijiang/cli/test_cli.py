@@ -245,16 +245,19 @@ def test_estimate_of_what_there_is_not(fails, recipe):
 # --- demo ---
 
 
-def test_demo_passes_its_words_on(command, monkeypatch, tmp_path):
-    import dijiang.demo
-
+def test_demo_passes_its_words_on(command, fails, monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(dijiang.demo, "run_demo", lambda output, **settings: calls.append((output, settings)))
-    assert command("demo", "--output", tmp_path / "x", "--source", "s", "--contexts", 64, "--contexts", 128)[0] == 0
-    assert command("demo")[0] == 0
-    (output, settings), (_, defaults) = calls
-    assert output == tmp_path / "x" and settings == {"source": "s", "recipe": None, "contexts": [64, 128]}
-    assert defaults == {"source": None, "recipe": None, "contexts": None}
+    for name in ("dijiang.demo.run_demo", "dijiang.quick_demo.run_quick_demo"):
+        monkeypatch.setattr(name, lambda output, *, name=name, **settings: calls.append((name, output, settings)))
+    words = ("--output", tmp_path / "x", "--source", "s")
+    assert command("demo", "--full", *words, "--contexts", 64, "--contexts", 128)[0] == 0
+    assert command("demo", "--full")[0] == 0 and command("demo", *words)[0] == 0 and command("demo")[0] == 0
+    full, defaults, quick, quick_defaults = calls
+    assert full == ("dijiang.demo.run_demo", tmp_path / "x", {"source": "s", "recipe": None, "contexts": [64, 128]})
+    assert defaults[2] == {"source": None, "recipe": None, "contexts": None}
+    assert quick == ("dijiang.quick_demo.run_quick_demo", tmp_path / "x", {"source": "s"})
+    assert quick_defaults[2] == {"source": None}
+    fails("--recipe and --contexts have no effect without --full", "demo", "--contexts", 64)
 
 
 def test_demo_on_an_output_that_is_taken(fails, tmp_path):
@@ -312,7 +315,7 @@ def test_interrupted_while_it_works(command, monkeypatch, words):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dijiang.convert.convert_model", interrupted)
-    monkeypatch.setattr("dijiang.demo.run_demo", interrupted)
+    monkeypatch.setattr("dijiang.quick_demo.run_quick_demo", interrupted)
     code, out, err = command(*words)
     assert (code, out) == (130, "") and err == "dijiang: interrupted; nothing half-written was left\n"
 

@@ -41,8 +41,8 @@ def test_constant_memory_is_one_word(command, long_pair, tmp_path, text, monkeyp
     )
     for words, expected in (
         ((), FitConfig()),
-        (("--constant",), FitConfig(slots=192, large_slots=2048)),
-        (("--constant", "--slots", 20), FitConfig(slots=20, least_slots=20, large_slots=2048)),
+        (("--constant",), FitConfig(slots=192, large_slots=2000)),
+        (("--constant", "--slots", 20), FitConfig(slots=20, least_slots=20, large_slots=2000)),
     ):
         code, _, err = command("convert", long_pair.teacher, tmp_path / "new", "--fit", text, *words)
         assert code == 0, err
