@@ -1,4 +1,4 @@
-"""The demo: convert a small real model, recover it on a small text, and measure the result next to its teacher."""
+"""The full demo: a small real model gets memories and trains on a small text, and all of it is measured beside its teacher."""
 
 import json
 import os
@@ -27,7 +27,6 @@ from dijiang.evaluate.report.style import refuse_missing_packages
 from dijiang.train import Recipe, load_recipe, run_stage
 from dijiang.train.recipe.load import bundled_recipes
 
-STAGES = ("align", "distill")
 # tokens and samples of the evaluation, chosen to take a few minutes
 MEASURED = {"text_tokens": 16384, "recall_samples": 12, "prompts": 12}
 CONTEXTS = (1024, 4096, 8192)  # of decoding
@@ -76,7 +75,7 @@ def run_demo(
 
     say(f"Converting {Path(source).name}")
     with removed_afterwards(work):
-        for stage in STAGES:  # the first one converts the source
+        for stage in recipe.stages:  # the first one converts the source
             say(f"{stage}: {getattr(recipe, stage).total_tokens:,} tokens")
             checkpoint = run_stage(recipe, stage)
         results, peak = measure(checkpoint, source, recipe, contexts, say)
@@ -125,16 +124,22 @@ def demo_recipe(recipe: str | Path | None, source: str | Path, work: Path) -> Re
     `recipe`, by default the bundled one, with the demo's own source, output and text.
 
     Raises:
-        ValueError: if it does not load or lacks a stage.
+        ValueError: if it does not load or does not distill.
     """
     recipe = bundled_recipes()["demo"] if recipe is None else recipe  # a file of the current folder may have its name
-    data = {"train": [str(TRAIN_TEXT)], "held_out": [str(HELD_OUT_TEXT)], "held_out_tokens": MEASURED["text_tokens"]}
-    data["cache"] = str(work / "tokens")
-    own = {"source": str(source), "output": str(work), "data": data, "run.evaluate_every": EVALUATE_EVERY}
+    own = {
+        "source": str(source),
+        "output": str(work),
+        "data.train": [str(TRAIN_TEXT)],
+        "data.held_out": [str(HELD_OUT_TEXT)],
+        "data.held_out_tokens": MEASURED["text_tokens"],
+        "data.streaming": False,
+        "data.cache": str(work / "tokens"),
+        "run.evaluate_every": EVALUATE_EVERY,
+    }
     demo = load_recipe(recipe, [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in own.items()])
-    for stage in STAGES:
-        if stage not in demo.stages:
-            raise ValueError(f"recipe {recipe} has no section {stage}, and the demo runs {' and '.join(STAGES)}; add it")
+    if "distill" not in demo.stages:
+        raise ValueError(f"recipe {recipe} has no section distill, which the demo ends with; add it")
     return demo
 
 

@@ -69,26 +69,37 @@ print(estimate(dijiang.load_recipe("smollm2-135m")).gpu)
     assert python(code, tmp_path) == "h100"
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import dijiang, transformers",
-        "import transformers, dijiang",
-        "import dijiang; from transformers import AutoModelForCausalLM",  # modeling_auto is the outermost import
-        "import dijiang; from transformers import LlamaForCausalLM",  # the auto classes are loaded in passing
-        "from transformers import AutoConfig; import dijiang",  # they are loaded already
-        "import dijiang.modeling",  # our own import loads them
-        "from dijiang import DiJiangConfig",
-    ],
-)
-def test_auto_classes_know_dijiang(imports, tmp_path):
-    code = f"""{imports}
-import sys, transformers
-config = transformers.AutoConfig.for_model("dijiang")
-print(type(config).__name__, transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)
-assert not any(type(finder).__module__ == "dijiang._register" for finder in sys.meta_path)
+ORDERS_OF_IMPORT = [
+    "import dijiang, transformers",
+    "import transformers, dijiang",
+    "import dijiang; from transformers import AutoModelForCausalLM",  # modeling_auto is the outermost import
+    "import dijiang; from transformers import LlamaForCausalLM",  # the auto classes are loaded in passing
+    "from transformers import AutoConfig; import dijiang",  # they are loaded already
+    "import dijiang.modeling",  # our own import loads them
+    "from dijiang import DiJiangConfig",
+]
+
+
+def test_auto_classes_know_dijiang(tmp_path):
+    """In a process for each order, forked from one that has imported torch, which takes longest, and nothing else."""
+    code = f"""
+import os, sys, torch
+for imports in {ORDERS_OF_IMPORT!r}:
+    child = os.fork()
+    if not child:
+        try:
+            exec(imports)
+            import transformers
+            config = transformers.AutoConfig.for_model("dijiang")
+            found = type(config).__name__, transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+            assert found == ("DiJiangConfig", "DiJiangForCausalLM"), found
+            assert not any(type(finder).__module__ == "dijiang._register" for finder in sys.meta_path)
+            print(imports, flush=True)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
 """
-    assert python(code, tmp_path) == "DiJiangConfig DiJiangForCausalLM"
+    assert python(code, tmp_path).splitlines() == ORDERS_OF_IMPORT
 
 
 def test_transformers_alone_stays_light(tmp_path):

@@ -1,7 +1,9 @@
 """The demo from end to end: on a tiny model here, on the real one where minutes do not matter (pytest -m slow)."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import re
@@ -57,12 +59,14 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(long_teacher, short_texts, recipe, tmp_path_factory):
-    """One run on the tiny model: its output folder and what it returned."""
-    output = tmp_path_factory.mktemp("demo") / "output"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["/somewhere/bin/dijiang", "demo", "--output", "my demo"])
-        result = run_demo(output, source=long_teacher, recipe=recipe, contexts=CONTEXTS)
-    return SimpleNamespace(output=output, result=result)
+    """One run on the tiny model, whose name might be taken for markup: its output folder, what it returned and printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "[red]").symlink_to(long_teacher)
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", ["/somewhere/bin/dijiang", "demo", "--full", "--output", "my demo"])
+        result = run_demo(folder / "output", source=folder / "[red]", recipe=recipe, contexts=CONTEXTS)
+    return SimpleNamespace(output=folder / "output", result=result, printed=printed.getvalue())
 
 
 def check_output(output, result, contexts) -> None:
@@ -92,7 +96,7 @@ def test_the_output_holds_all_that_was_measured(done):
     check_output(done.output, done.result, CONTEXTS)
     evaluation = done.result["evaluation"]
     assert evaluation["student"]["tokens"] == 6 * BLOCK + 8 * BLOCK and evaluation["student"]["name"] == "model"
-    assert evaluation["command"] == "dijiang demo --output 'my demo'" and evaluation["teacher"]["is_source"]
+    assert evaluation["command"] == "dijiang demo --full --output 'my demo'" and evaluation["teacher"]["is_source"]
     assert done.result["demo"]["reload_max_abs_diff"] < 1e-5
 
 
@@ -152,17 +156,11 @@ def test_the_checkpoint_is_a_standard_one(done, long_teacher, tokens):
     }
 
 
-def test_what_is_printed_has_the_tables_and_takes_no_text_for_markup(
-    long_teacher, short_texts, recipe, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(dijiang.demo, "reload_difference", lambda *args: 0.0)
-    (tmp_path / "[red]").symlink_to(long_teacher)
-    result = run_demo(tmp_path / "out", source=tmp_path / "[red]", recipe=recipe, contexts=[9])
-    out = capsys.readouterr().out
-    assert "Converting [red]" in out
-    for _, rows in (tables.score_table(result["evaluation"]), tables.decode_table(result["latency"])):
+def test_what_is_printed_has_the_tables_and_takes_no_text_for_markup(done):
+    assert "Converting [red]" in done.printed
+    for _, rows in (tables.score_table(done.result["evaluation"]), tables.decode_table(done.result["latency"])):
         for cells in rows:
-            assert re.search(".*".join(map(re.escape, cells)), out), cells
+            assert re.search(".*".join(map(re.escape, cells)), done.printed), cells
 
 
 # --- what it refuses ---
@@ -206,8 +204,7 @@ def test_the_packaged_model_is_found_without_importing_its_package(tmp_path, mon
     ("content", "message"),
     [
         ({"token": 5}, r"recipe\.yaml: unknown key token; known are "),
-        ({"align": ALIGN}, r"recipe\.yaml has no section distill, and the demo runs align and distill; add it$"),
-        ({"distill": DISTILL}, r"recipe\.yaml has no section align, and the demo runs align and distill; add it$"),
+        ({"align": ALIGN}, r"recipe\.yaml has no section distill, which the demo ends with; add it$"),
         ({"run": RUN}, r"recipe\.yaml: it names no stage; add align, distill or both$"),
     ],
 )
@@ -246,26 +243,22 @@ def test_the_bundled_recipe_is_the_default_even_beside_a_file_of_its_name(tmp_pa
     ("where", "error"),
     [("align", ValueError), ("distill", KeyboardInterrupt), ("report", OSError)],
 )
-def test_a_demo_that_fails_half_way_can_be_run_again(long_teacher, short_texts, recipe, tmp_path, monkeypatch, where, error):
+def test_a_demo_that_fails_half_way_leaves_nothing(long_teacher, short_texts, recipe, tmp_path, monkeypatch, where, error):
     def fail(*args, **kwargs):
         raise error("half-way")
 
     def stage(recipe, name):
         return fail() if name == where else run_stage(recipe, name, progress=False)
 
-    def run():
-        return run_demo(tmp_path / "out", source=long_teacher, recipe=recipe, contexts=[8])
-
+    measured = {"evaluation": {}, "latency": {}}
     monkeypatch.setattr(dijiang.demo, "reload_difference", lambda *args: 0.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(dijiang.demo, "run_stage", stage)
-        if where == "report":
-            patch.setattr(dijiang.demo, "write_results", fail)
-        with pytest.raises(error):
-            run()
-    assert list(tmp_path.rglob("*")) in ([], [tmp_path / "out"])
-    if where == "distill":
-        check_output(tmp_path / "out", run(), [8])
+    monkeypatch.setattr(dijiang.demo, "measure", lambda *args: (measured, 0))
+    monkeypatch.setattr(dijiang.demo, "write_model_card", lambda *args: None)
+    monkeypatch.setattr(dijiang.demo, "run_stage", stage)
+    monkeypatch.setattr(dijiang.demo, "write_results", fail)
+    with pytest.raises(error):
+        run_demo(tmp_path / "out", source=long_teacher, recipe=recipe, contexts=[8])
+    assert list(tmp_path.rglob("*")) in ([], [tmp_path / "out"])  # so another run begins anew
 
 
 @pytest.mark.slow

@@ -320,9 +320,7 @@ def test_a_linear_layer_is_one_graph_with_masks_and_in_decoding(feature_map):
     positions = model.model.rotary_emb(x, torch.arange(21)[None])
     for valid in (None, mask):
         arguments = {"position_embeddings": positions, "attention_mask": LinearMasks(valid)}
-        explained = torch._dynamo.explain(layer)(x, **arguments)
-        assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
-        result = torch.compile(layer, backend="eager", fullgraph=True)(x, **arguments)
+        result = torch.compile(layer, backend="eager", fullgraph=True)(x, **arguments)  # refuses a second graph
         assert_close(result, layer(x, **arguments), "prompt")
 
         attend = layer.self_attn.attend

@@ -145,7 +145,7 @@ def test_an_interrupted_evaluation_continues_to_the_same_numbers(evaluated, tmp_
 def test_a_killed_command_continues_to_the_same_numbers(pair, text_file, tmp_path):
     def command(output: str, cache: str) -> list[str]:
         options = {"against": pair.teacher, "output": tmp_path / output, "cache": tmp_path / cache, "text": text_file}
-        options |= {"text-tokens": 1500, "length": 60, "stride": 2, "recall-length": 0, "dtype": "float32"}
+        options |= {"text-tokens": 1500, "length": 60, "stride": 6, "recall-length": 0, "dtype": "float32"}
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         return [str(Path(sys.executable).with_name("dijiang")), "evaluate", str(pair.checkpoint), *words]
 
