@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import partial
 from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
@@ -31,6 +32,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dijiang import cli
 from dijiang.convert import convert_model
+from dijiang.evaluate.latency.timing import machine_limits
 from dijiang.train import load_recipe
 from dijiang.train.__main__ import parse_arguments
 
@@ -119,6 +121,7 @@ def stand_ins(make_source, tmp_path):
 @pytest.fixture
 def command(monkeypatch):
     """command(words): run `dijiang ...` in this process, offline; it must succeed."""
+    monkeypatch.setattr("dijiang.evaluate.latency.measure.machine_limits", partial(machine_limits, quick=True))
 
     def call(words: list[str]) -> None:
         assert not exit_code(words, monkeypatch), words

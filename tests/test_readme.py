@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from functools import partial
 
 from dijiang_testing.doc_commands import (
     LAUNCHERS,
@@ -15,6 +16,7 @@ from dijiang_testing.doc_commands import (
     write_text,
 )
 
+from dijiang.evaluate.latency.timing import machine_limits
 from dijiang.evaluate.report import tables
 from dijiang.train import load_recipe
 from dijiang.train.__main__ import parse_arguments
@@ -41,6 +43,7 @@ def test_commands_and_snippets_work_as_written(make_source, tmp_path, monkeypatc
     for seed, name in enumerate(("book.txt", "other.txt")):
         write_text(tmp_path / name, seed)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dijiang.evaluate.latency.measure.machine_limits", partial(machine_limits, quick=True))
 
     commands = [words for words in shell_lines(README) if words[0] == "dijiang"]
     assert [command[1] for command in commands] == COMMANDS

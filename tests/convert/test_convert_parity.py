@@ -1,5 +1,6 @@
 """With softmax layers a converted model computes what its source does: every family, shape, RoPE type and file format."""
 
+import functools
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -223,8 +224,10 @@ def smollm2() -> Path:
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def test_smollm2_from_gguf(tmp_path):
+def test_smollm2_from_gguf(tmp_path, monkeypatch):
     path = smollm2()
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))  # which takes seconds each of five times
     convert_model(path, tmp_path / "out", progress=False, **SOFTMAX)
     ours = DiJiangForCausalLM.from_pretrained(tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)

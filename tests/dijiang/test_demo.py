@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import io
 import json
@@ -23,6 +24,7 @@ from dijiang.checkpoint.provenance import read_provenance
 from dijiang.convert import load_source
 from dijiang.demo import demo_recipe, packaged_model, run_demo
 from dijiang.evaluate import linear_only, window_only
+from dijiang.evaluate.latency.timing import machine_limits
 from dijiang.evaluate.quality.perplexity import perplexity_scores
 from dijiang.evaluate.report import tables
 from dijiang.train import AlignConfig, DistillConfig, load_recipe, run_stage
@@ -46,6 +48,8 @@ def short_texts(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, path in vars(cut).items():
             patch.setattr(dijiang.demo, name, path)
+        patch.setattr(dijiang.demo, "run_latency", functools.partial(dijiang.demo.run_latency, seconds=0.2, rounds=3))
+        patch.setattr("dijiang.evaluate.latency.measure.machine_limits", functools.partial(machine_limits, quick=True))
         patch.setattr(dijiang.demo, "MEASURED", {"text_tokens": 700, "recall_samples": 2, "prompts": 3, "map_tokens": 40})
         yield cut
 
