@@ -18,9 +18,9 @@ help:
 demo: $(INSTALLED)
 	$(BIN)/dijiang demo $(ARGS)
 
-# one thread per worker: two workers on two cores must not fight
+# one thread per worker: two workers on two cores must not fight; worksteal: neither waits while the other has tests left
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 # ARGS: what to test (oldest, newest, a version of transformers) and options of scripts/test_versions.py,
 # for example ARGS='oldest newest --python 3.12 --python 3.13'

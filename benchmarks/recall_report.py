@@ -20,7 +20,7 @@ SHOWN = {
     "7 heads": "window, 7 kept heads, linear state",
     "7 heads + 128 slots, no linear branch": "window, 7 kept heads, 128 slots",
     "7 heads + 128 slots": "all of it: what `convert --fit` makes",
-    "7 heads of 2048 slots + 192 slots": "constant memory: 2,048 slots in place of every token",
+    "7 heads of 2000 slots + 192 slots": "constant memory: 2,000 slots in place of every token",
 }
 
 

@@ -17,8 +17,10 @@ from dijiang.common.memory import peak_bytes
 from dijiang.common.outputs import new_folder
 from dijiang.common.text import read_tokens
 from dijiang.convert import PRESETS, load_source
+from dijiang.convert.families import open_convertible
 from dijiang.convert.memories import with_memories
 from dijiang.demo import reload_difference
+from dijiang.evaluate.quality.config import refuse_long
 from dijiang.evaluate.quality.recall_samples import needle_samples
 from dijiang.evaluate.recall_frontier.config import FrontierConfig
 from dijiang.evaluate.recall_frontier.configurations import Configuration
@@ -85,6 +87,7 @@ def run_quick_demo(
 
     with new_folder(output) as folder:
         source = packaged_model() if source is None else source
+        refuse_long([settings.length], open_convertible(source).config.max_position_embeddings, "the demo's recall in samples")
         say(f"Converting {Path(source).name}: choosing heads that keep every token, and what the others hold")
         model = folder / "model"
         convert_with_memories(source, model, select=settings.select, fit=settings.fit, texts=[TRAIN_TEXT])

@@ -73,3 +73,9 @@ def test_an_output_that_is_taken_is_refused_before_any_work(tmp_path, refused, m
         monkeypatch.setattr(dijiang.quick_demo, name, lambda *args, **kwargs: pytest.fail("began to work"))
     (tmp_path / "theirs").write_text("1")
     refused(tmp_path, lambda: run_quick_demo(tmp_path), r"^output folder .* is not empty; choose a new one or empty it$")
+
+
+def test_a_model_made_for_less_is_refused_before_any_work(pair, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(dijiang.quick_demo, "convert_with_memories", lambda *args, **kwargs: pytest.fail("began to work"))
+    message = r"^the demo's recall in samples of 1,024 tokens exceeds the 64 that these models were made for"
+    refused(tmp_path, lambda: run_quick_demo(tmp_path / "out", source=pair.teacher), message)
