@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help demo test test-versions lint docs
 
 help:
-	@echo "make demo   convert, align, distill and evaluate a small model; results in demo-output/"
+	@echo "make demo   give a small model memories and show what it recalls; results in demo-output/"
 	@echo "make test   run the tests (more options: make test ARGS='-k wdcf -x')"
 	@echo "make test-versions   test the model with the oldest and the newest versions allowed (gigabytes, on Linux)"
 	@echo "make lint   check style, formatting, spelling and types"

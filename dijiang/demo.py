@@ -1,4 +1,4 @@
-"""The full demo: a small real model gets memories and trains on a small text, and all of it is measured beside its teacher."""
+"""The full demo: a small real model is converted, trained on a small text and measured beside its teacher."""
 
 import json
 import os

@@ -34,8 +34,8 @@ from dijiang.train.memories.run import convert_with_memories
 
 WINDOW = Configuration(name="window alone", linear_branch=False, control=True)
 SOFTMAX, MEMORIES = "the softmax model", "window and memories"
-QUICK_SELECT = SelectConfig(samples=7, lengths=(256, 512))
-QUICK_FIT = FitConfig(text_tokens=4096, block_size=1024, recall_length=512, steps=200)
+QUICK_SELECT = SelectConfig(samples=14, lengths=(256, 512), per_step=4, held_aside=0)
+QUICK_FIT = FitConfig(text_tokens=3072, block_size=512, recall_length=384, steps=200)
 ASKED_SEED = 11  # of the question that the models answer
 
 
@@ -55,7 +55,7 @@ class QuickSettings:
     select: SelectConfig = QUICK_SELECT
     fit: FitConfig = QUICK_FIT
     length: int = 1024
-    samples: int = 5
+    samples: int = 3
     text_tokens: int = 2048
 
 

@@ -78,13 +78,15 @@ class Students:
             "code": code_fingerprint(*MAKING_CODE),
         }
 
-    def ranking(self, method: str, draw: int = 0) -> Selection:
-        """All heads in the order in which `method` keeps them."""
-        path = self.folder / f"selection-{method}-{draw}.json"
+    def ranking(self, method: str, draw: int = 0, heads: int | None = None) -> Selection:
+        """All heads in the order in which `method` keeps them; `uniform` spreads its layers for a number of heads."""
+        own = method == "uniform" and heads is not None
+        path = self.folder / f"selection-{method}-{heads if own else draw}.json"
         if path.is_file():
             return Selection.from_json(json.loads(path.read_text(encoding="utf-8")))
         chosen = self.select.method if method == RECALL else method
         config = replace(self.select, method=chosen, seed=self.select.seed + draw)
+        config = replace(config, heads=heads) if own else config
         selection, _ = keep_heads(self.base, self.tokenizer, self.text, config, context=self.context, progress=self.progress)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text_whole(path, json.dumps(selection.to_json(), indent=1) + "\n")
@@ -121,7 +123,7 @@ class Students:
         """The student of a configuration, its linear branch silent."""
         full = [[] for _ in range(self.base.config.num_hidden_layers)]
         if item.full_heads:
-            full = full_heads_of(self.ranking(item.selection, item.draw), item.full_heads)
+            full = full_heads_of(self.ranking(item.selection, item.draw, item.full_heads), item.full_heads)
         window = {"attention_window": item.attention_window, "attention_sinks": item.attention_sinks}
         if not item.attention_memory:
             return with_memories(self.base, full_heads=full, **window)
@@ -177,8 +179,9 @@ def run_recall_benchmark(  # noqa: PLR0913
     teacher.requires_grad_(False)
     hashes = file_hashes(opened)
     folder = cache or cache_folder("recall-frontier")
-    most = max(config.heads + (config.control_heads if config.controls else ()))
-    select, fit = select or SelectConfig(heads=min(max(most, 1), PURSUED)), fit or FitConfig()
+    there = teacher.config.num_hidden_layers * teacher.config.num_key_value_heads
+    # the number does not depend on what is asked for, so that more configurations later find the cells of earlier ones
+    select, fit = select or SelectConfig(heads=min(there, PURSUED)), fit or FitConfig()
     students = Students(teacher, tokenizer, fit_texts, select, fit, folder, progress=progress)
     identity = students.identity()
     facts = {"teacher": hashes, **identity}

@@ -32,7 +32,8 @@ class GrowingRows:
         if self.buffer is None:
             # a view of what all heads share would keep that alive
             self.buffer = x if torch.compiler.is_compiling() else x.clone(memory_format=torch.contiguous_format)
-        elif x.requires_grad or self.buffer.requires_grad or torch.compiler.is_compiling():
+        elif torch.is_grad_enabled() or torch.compiler.is_compiling() or self.buffer.is_inference() > x.is_inference():
+            # what a backward pass may ask for, or inference mode has closed, is not written to
             self.buffer = torch.cat((self.buffer[:, :, :start], x), dim=2)
         else:
             if self.buffer.shape[2] < self.length:

@@ -95,7 +95,10 @@ def test_tables_are_those_of_the_recorded_demo_run():
     for header, rows in (tables.score_table(evaluation), tables.decode_table(latency)):
         assert tables.markdown_table(header, rows) in README
     words = " ".join(README.split())
-    assert f"by `make demo ARGS=--full` in {demo['seconds']:.0f} s with a peak of {demo['peak_memory_bytes'] / 2**30:.1f} GiB" in words
+    assert (
+        f"by `make demo ARGS=--full` in {demo['seconds']:.0f} s with a peak of {demo['peak_memory_bytes'] / 2**30:.1f} GiB"
+        in words
+    )
     stages = {stage["stage"]: stage for stage in evaluation["student"]["stages"]}
     for stage in ("align", "distill"):
         assert f"{stages[stage]['tokens']:,} tokens in {stages[stage]['seconds']:.0f} s" in words

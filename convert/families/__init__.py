@@ -69,6 +69,11 @@ def dijiang_config(source: PretrainedConfig, settings: dict[str, Any]) -> DiJian
             f"layer_types holds full_attention, but the source attends to its last sliding_window="
             f"{arguments['sliding_window']} tokens only; use sliding_attention"
         )
+    if own_type == "sliding_attention" and any(settings.get("full_heads") or ()):
+        raise ValueError(
+            f"full_heads would keep every token, but the source attends to its last sliding_window="
+            f"{arguments['sliding_window']} tokens only; leave them out"
+        )
     try:
         config = DiJiangConfig(**(arguments | settings))
     except Exception as error:  # huggingface_hub's strict dataclasses wrap our errors

@@ -37,7 +37,7 @@ def layer_weights(model: DiJiangForCausalLM, input_ids: Tensor, seed: int = 0) -
             yield layer.self_attn.register_forward_hook(offset_output)
 
     with hooks(handles()):
-        logits = model(input_ids=input_ids[None], use_cache=False).logits[0].float()
+        logits = model(input_ids=input_ids[None].to(model.device), use_cache=False).logits[0].float()
     generator = torch.Generator(device=logits.device).manual_seed(seed)
     tokens = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(-1)
     gradients = torch.autograd.grad(F.cross_entropy(logits, tokens, reduction="sum"), offsets)

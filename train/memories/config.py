@@ -34,6 +34,8 @@ class SelectConfig:
             comparison `random`, `perplexity`, `uniform` and `layers`.
         samples: made-up samples of recall to rank heads by.
         lengths: tokens of a sample, in turn.
+        per_step: samples that `greedy` and `layers` look at before they choose the next head: the next ones, in turn.
+        held_aside: further samples, on which recall is measured after each choice; 0: it is not measured.
         seed: of the samples, and of `random`.
     """
 
@@ -42,6 +44,8 @@ class SelectConfig:
     method: Method = "greedy"
     samples: int = 28
     lengths: tuple[int, ...] = (256, 512, 768)
+    per_step: int = 8
+    held_aside: int = 7
     seed: int = 0
 
     @property
@@ -50,8 +54,8 @@ class SelectConfig:
         return self.method in ("greedy", "gates", "teacher_gradient", "layers")
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "heads", "samples")
-        require_at_least(0, self, "bytes_per_token")
+        require_at_least(1, self, "heads", "samples", "per_step")
+        require_at_least(0, self, "bytes_per_token", "held_aside")
         require(bool(self.lengths) and min(self.lengths) >= 64, f"lengths={self.lengths} must be 64 tokens or more each")
 
 

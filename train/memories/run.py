@@ -13,11 +13,12 @@ import torch
 from dijiang.checkpoint.code_files import with_newest_code
 from dijiang.checkpoint.lineage import refuse_misfit, refuse_other_source
 from dijiang.checkpoint.provenance import add_stage, public_name, read_provenance, write_provenance
-from dijiang.checkpoint.source import open_source
+from dijiang.checkpoint.source import load_tokenizer, open_source
 from dijiang.common.outputs import new_folder
 from dijiang.common.progress import progress_bar
 from dijiang.common.recall import RecallSample
 from dijiang.convert import convert_model, load_source
+from dijiang.convert.families import open_convertible
 from dijiang.convert.fitting.fit import FitSettings, fit_memory
 from dijiang.convert.memories import with_memories, write_with_memories
 from dijiang.convert.selection.job import SelectionJob
@@ -32,7 +33,8 @@ from .material import Text, context_of, fit_rows, read_texts, selection_samples
 
 SELECTION_FILE = "selection.json"
 FIT_FILE = "memory_fit.json"
-HELD_ASIDE = 7  # samples, one of each kind, on which recall is measured after each step
+STEPPED = ("greedy", "layers")  # methods that look at some samples in each step
+PURSUITS = (*STEPPED, "perplexity")  # that choose one head, or layer, after another
 TEXT_ROWS, TEXT_LENGTH = 4, 512  # of plain text, for the methods that rank heads by it
 
 
@@ -78,6 +80,8 @@ def add_memories(
         student.config.dtype = source.config.dtype  # of the stored weights, in which others will load the result
         teacher_model, _ = load_source(teacher, dtype=torch.float32)
         refuse_misfit(student, teacher_model, teacher)
+        if select is not None:
+            refuse_memories(teacher_model.config, select, fit)
         context = context_of(teacher_model.config)
         text, names = texts if isinstance(texts, Text) else read_texts(tokenizer, texts)
         if fit is not None:
@@ -91,11 +95,26 @@ def add_memories(
         if fit is not None:
             model, found = fit_slots(model, teacher_model, rows, fit, progress=progress)
             write_json(folder / FIT_FILE, found)
-            facts = {"config": asdict(fit), "tokens": found["tokens"], "seconds": found["seconds"]["all"]}
+            facts = {"config": asdict(fit), "fitted_tokens": found["tokens"], "seconds": found["seconds"]["all"]}
             provenance = add_stage(provenance, "fit", teacher=public_name(teacher), texts=names, **facts)
         write_with_memories(source.folder, folder, model)
         write_provenance(folder, with_newest_code(folder, provenance))
     return Path(output)
+
+
+def refuse_memories(source: Any, select: SelectConfig | None, fit: FitConfig | None) -> None:
+    """Raise ValueError if a source of this config cannot have these memories."""
+    heads = getattr(source, "num_key_value_heads", None) or source.num_attention_heads
+    if select is not None and select.bytes_per_token is None and select.heads > (there := source.num_hidden_layers * heads):
+        raise ValueError(f"heads={select.heads} is more than the {there} key/value heads of the model")
+    if select is None and fit is not None and fit.large_slots is not None:
+        raise ValueError("constant memory gives its slots to chosen heads, and none is chosen; keep at least one")
+    sliding, kept = getattr(source, "sliding_window", None), fit is None or fit.large_slots is None
+    if select is not None and kept and sliding and sliding < source.max_position_embeddings:
+        raise ValueError(
+            f"heads that keep every token would see more than the source's last sliding_window={sliding:,} tokens; give them "
+            "slots instead (`--constant` of `dijiang convert`, or large_slots)"
+        )
 
 
 def keep_heads(
@@ -131,19 +150,20 @@ def keep_heads(
         if not count:
             needed = 2 * student.config.head_dim * size
             raise ValueError(f"bytes_per_token={config.bytes_per_token} is less than the {needed} that one head needs")
-    samples = selection_samples(tokenizer, text, config)
-    aside = replace(config, samples=min(HELD_ASIDE, config.samples), seed=config.seed + 1)
+    samples = selection_samples(tokenizer, text, config) if config.reads_samples else []
+    aside = replace(config, samples=max(min(config.held_aside, config.samples), 1), seed=config.seed + 1)
     rows = text[: TEXT_ROWS * TEXT_LENGTH]
     job = SelectionJob(
         model=student,
         samples=samples,
-        held_aside=selection_samples(tokenizer, text, aside),
-        text=rows[: len(rows) // TEXT_LENGTH * TEXT_LENGTH].view(-1, min(TEXT_LENGTH, len(rows))),
+        held_aside=selection_samples(tokenizer, text, aside) if config.held_aside and config.method in PURSUITS else (),
+        text=rows[: len(rows) // TEXT_LENGTH * TEXT_LENGTH].view(-1, TEXT_LENGTH) if len(rows) >= TEXT_LENGTH else None,
         heads=count,
         seed=config.seed,
         progress=progress,
     )
-    selection = select_heads(job, config.method)
+    options = {"per_step": config.per_step} if config.method in STEPPED else {}
+    selection = select_heads(job, config.method, **options)
     return selection, with_memories(student, full_heads=full_heads_of(selection, count))
 
 
@@ -216,6 +236,9 @@ def convert_with_memories(
     """
     with ExitStack() as stack:
         folder = stack.enter_context(new_folder(output))
+        opened = open_convertible(source)  # what is wrong is said before the source is converted, which may take minutes
+        refuse_memories(opened.config, select, fit)
+        text = read_texts(load_tokenizer(opened), texts)
         converted = folder / "converted"
         convert_model(source, converted, preset, dtype=dtype, progress=progress, **config_overrides)
         finished = add_memories(
@@ -224,7 +247,7 @@ def convert_with_memories(
             teacher=source,
             select=select,
             fit=fit,
-            texts=texts,
+            texts=text,
             progress=progress,
         )
         shutil.rmtree(converted)

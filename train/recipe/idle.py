@@ -14,8 +14,10 @@ IDLE = (
     ("convert", ["settings.decay_spans"], lambda r, s: student_settings(r).get("decay") == "none", "decay: none"),
     ("select", ["heads"], lambda r, s: s.bytes_per_token is not None, "select.bytes_per_token"),
     ("select", ["samples", "lengths"], lambda r, s: not s.reads_samples, "a select.method that reads no samples"),
+    ("select", ["per_step"], lambda r, s: s.method not in ("greedy", "layers"), "a select.method without steps"),
     ("fit", ["least_slots"], lambda r, s: not s.spread, "fit.spread: false"),
-    ("fit", ["large_slots"], lambda r, s: r.select is None, "no select"),
+    ("fit", ["large_slots"], lambda r, s: not keeps_heads(r), "no select"),
+    ("fit", ["linear_branch"], lambda r, s: sets_branches(r), "align, which sets the branches unless calibrate_blocks is 0"),
     ("fit", ["recall_length", "recall_share"], lambda r, s: not s.recall_samples, "fit.recall_samples: 0"),
     ("align", ["weight_decay", "attention_learning_rate"], lambda r, s: s.trains == "kernel", "align.trains: kernel"),
     ("align", ["branch_scale_offset"], lambda r, s: s.calibrate_blocks == 0, "align.calibrate_blocks: 0"),
@@ -78,6 +80,11 @@ def has_learned_memory(recipe: Recipe) -> bool:
     """Whether the student has an exact memory whose scores can train."""
     settings = student_settings(recipe)
     return recipe.fit is not None or bool(settings.get("attention_memory") and settings.get("memory_score") == "learned")
+
+
+def sets_branches(recipe: Recipe) -> bool:
+    """Whether align begins with a closed form that sets the linear branches anew."""
+    return recipe.align is not None and recipe.align.calibrate_blocks > 0
 
 
 def keeps_heads(recipe: Recipe) -> bool:

@@ -3,9 +3,11 @@
 import errno
 import hashlib
 import itertools
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -136,6 +138,15 @@ class StageFolder:
                 raise ValueError(
                     f"{self.source} was converted with {key} {conversion.get(key)}, the recipe's is {value}; "
                     f"name another output, or delete {self.output}"
+                )
+        for name in ("select", "fit"):
+            section = getattr(self.recipe, name)
+            expected = None if section is None else json.loads(json.dumps(asdict(section)))
+            found = next((stage["config"] for stage in provenance["stages"] if stage["stage"] == name), None)
+            if found != expected:
+                raise ValueError(
+                    f"{self.source} was made with other settings of {name} than the recipe's; name another output, or delete "
+                    f"{self.output}"
                 )
 
     def fingerprint(self) -> str:

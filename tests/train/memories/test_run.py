@@ -11,8 +11,8 @@ from dijiang.checkpoint.provenance import add_stage, read_provenance, write_prov
 from dijiang.convert import convert_model, load_source
 from dijiang.convert.fitting.fit import SIZES
 from dijiang.train.memories.config import FitConfig, SelectConfig
-from dijiang.train.memories.material import fit_rows, read_texts, selection_samples
-from dijiang.train.memories.run import add_memories, convert_with_memories
+from dijiang.train.memories.material import Text, fit_rows, read_texts, selection_samples
+from dijiang.train.memories.run import add_memories, convert_with_memories, keep_heads
 
 SELECT = SelectConfig(heads=1, samples=2, lengths=(900,))  # a byte or two per token, so that samples are long
 FIT = FitConfig(slots=20, least_slots=16, text_tokens=400, block_size=200, recall_samples=1, recall_length=900, steps=20)
@@ -107,7 +107,9 @@ def test_material_has_the_sizes_that_were_asked_for(tokenizer, text):
         read_texts(tokenizer, [])
 
 
-def test_what_does_not_fit_is_refused_in_one_line_and_leaves_nothing(tmp_path, made, long_pair, text, make_source):
+def test_what_does_not_fit_is_refused_in_one_line_and_leaves_nothing(
+    tmp_path, made, long_pair, text, make_source, monkeypatch
+):
     other, _ = make_source("llama", seed=5, num_key_value_heads=2)
     no_window = convert_model(long_pair.teacher, tmp_path / "none", "paper", progress=False)
     wide = convert_model(long_pair.teacher, tmp_path / "wide", progress=False, attention_window=100)
@@ -125,17 +127,38 @@ def test_what_does_not_fit_is_refused_in_one_line_and_leaves_nothing(tmp_path, m
             {"select": SelectConfig(bytes_per_token=1)},
             "bytes_per_token=1 is less than the 64 that one head",
         ),
-        (wide, {"select": SelectConfig(lengths=(80,))}, "samples of 80 tokens show no loss with a window of 100"),
-        (long_pair.checkpoint, {"select": SelectConfig(lengths=(256, 1100))}, "made for 1024 tokens, and samples have 1100"),
+        (wide, {"select": SelectConfig(heads=1, lengths=(80,))}, "samples of 80 tokens show no loss with a window of 100"),
+        (
+            long_pair.checkpoint,
+            {"select": SelectConfig(heads=1, lengths=(256, 1100))},
+            "made for 1024 tokens, and samples have 1100",
+        ),
         (softmax, {"select": SELECT}, "has no linear layer"),
         (softmax, {"fit": FIT}, "no head is left to hold a memory"),
         (long_pair.checkpoint, {"fit": replace(FIT, large_slots=50)}, "there are none; select some first"),
+        (
+            long_pair.checkpoint,
+            {"select": SelectConfig(heads=1, method="content_free"), "texts": Text(torch.arange(300), ["short.txt"])},
+            "content_free selects heads by a text, and there is none",
+        ),
         (long_pair.checkpoint, {"fit": replace(FIT, text_tokens=10)}, "shorter than three windows of 4"),
         (trained, {"fit": FIT}, "distill has trained the linear branch already; keep it with `linear_branch=false`"),
     ):
         with pytest.raises(ValueError, match=message):
             add_memories(checkpoint, tmp_path / "out", **options | changes)
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    monkeypatch.setattr("dijiang.train.memories.run.convert_model", lambda *args, **kwargs: pytest.fail("converted first"))
+    sliding, _ = make_source("mistral", name="sliding", sliding_window=8)
+    for source, changes, message in (
+        (long_pair.teacher, {"select": SelectConfig(heads=5)}, "heads=5 is more than the 4 key/value heads"),
+        (long_pair.teacher, {"fit": replace(FIT, large_slots=50)}, "none is chosen; keep at least one"),
+        (long_pair.teacher, {"fit": FIT, "texts": [tmp_path / "none.txt"]}, "cannot read .*none.txt"),
+        (sliding, {"select": SELECT, "fit": FIT}, "more than the source's last sliding_window=8 tokens"),
+    ):
+        settings = {name: value for name, value in (options | changes).items() if name != "teacher"}
+        with pytest.raises(ValueError, match=message):
+            convert_with_memories(source, tmp_path / "out", **settings)
+        assert not (tmp_path / "out").exists()
     for settings, message in (
         ({"slots": 16}, "least_slots=32 is more than slots=16"),
         ({"slots": SIZES[-1] + 1}, "slots=513: slots are spread up to 512 a head"),
@@ -143,6 +166,14 @@ def test_what_does_not_fit_is_refused_in_one_line_and_leaves_nothing(tmp_path, m
     ):
         with pytest.raises(ValueError, match=message):
             FitConfig(**settings)
+
+
+def test_recall_is_measured_aside_only_if_asked_for_and_steps_look_at_as_many_samples_as_asked_for(long_pair, text):
+    model, tokenizer = load_source(long_pair.checkpoint)
+    tokens = read_texts(tokenizer, [text]).tokens
+    config = replace(SELECT, samples=3, per_step=1, held_aside=0)
+    selection, _ = keep_heads(model, tokenizer, tokens, config, context=1024, progress=False)
+    assert "recall" not in selection.steps[0] and selection.settings["per_step"] == 1
 
 
 def test_stored_weights_keep_their_dtype_and_bytes_are_counted_in_it(tmp_path, long_pair, text):

@@ -122,6 +122,13 @@ def test_settings_of_recall_and_memories_that_nothing_reads(complains, recipe):
     complains(recall % "answer_weight: 3" + ALIGN, r"data\.recall\.answer_weight has no effect with no distill")
     distill = HEAD + "data: {train: [a, b]}\ndistill: {tokens: 4096, %s}\n"
     complains(distill % "train_kept_heads: true", r"distill\.train_kept_heads has no effect with no select")
+    complains(distill % "seed: 1" + "fit: {large_slots: 99}\n", r"fit\.large_slots has no effect with no select")
+    kept = "convert: {settings: {full_heads: [[0], [1]]}}\nfit: {large_slots: 99}\n"
+    assert load_recipe(recipe(distill % "seed: 1" + kept)).fit.large_slots == 99
+    align = HEAD + "data: {train: [a, b]}\n" + ALIGN
+    complains(align + "fit: {linear_branch: true}\n", r"fit\.linear_branch has no effect with align, which sets the branches")
+    methods = "select: {method: random, per_step: 3}\n"
+    complains(distill % "seed: 1" + methods, r"select\.per_step has no effect with a select\.method without steps")
     window = "convert: {preset: paper}\n"
     complains(window + distill % "least_memory: 0.5", r"distill\.least_memory has no effect with attention_window: 0")
     loaded = load_recipe(recipe(recall % "share: 0.5, kinds: [codes], lengths: [512, 1024]" + ALIGN)).data.recall

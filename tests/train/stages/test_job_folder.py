@@ -2,13 +2,16 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from dijiang.train.recipe.schema import AlignConfig, DataConfig, Recipe, SourceConfig
+from dijiang.train.memories.config import FitConfig, SelectConfig
+from dijiang.train.recipe.schema import AlignConfig, ConvertConfig, DataConfig, DistillConfig, Recipe, SourceConfig
 from dijiang.train.stages.job_folder import StageFolder
 
 HOLD = """
@@ -64,3 +67,27 @@ def test_drafts_of_killed_runs_are_removed(tmp_path):
     assert {path.name for path in tmp_path.rglob("*")} == {
         *("download.partial", "converted", "align", "teacher_logits", "recipe.yaml"),
     }
+
+
+def test_memories_made_by_other_settings_are_not_taken_for_the_recipes(tmp_path, long_pair):
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat, and a rat that sat near saw it. " * 60, encoding="utf-8")
+    select = SelectConfig(heads=1, samples=1, lengths=(900,), held_aside=0)
+
+    def folder(**sections) -> StageFolder:
+        data = DataConfig(train=[SourceConfig(path=str(text))], cache=str(tmp_path / "tokens"))
+        convert = ConvertConfig(settings={"attention_window": 4, "attention_sinks": 2})
+        recipe = {"output": str(tmp_path / "out"), "data": data, "convert": convert, "distill": DistillConfig()}
+        return StageFolder(Recipe(source=str(long_pair.teacher), **recipe, **sections), "distill")
+
+    made = folder(select=select)
+    made.path.mkdir(parents=True)
+    made.prepare(progress=False)
+    made.refuse_other_lineage()
+    shutil.rmtree(made.path)  # as the refusal of another recipe advises
+    made.path.mkdir()
+    with pytest.raises(ValueError, match="memories was made with other settings of select than the recipe's; name another"):
+        folder(select=replace(select, heads=2)).refuse_other_lineage()
+    fit = FitConfig(slots=20, least_slots=16)
+    with pytest.raises(ValueError, match="memories was made with other settings of fit than the recipe's; name another"):
+        folder(select=select, fit=fit).refuse_other_lineage()
