@@ -7,9 +7,9 @@ Studies: `frontier`, all kinds of recall and perplexity of several configuration
 choose heads and tokens, all with a silent linear branch; `lengths`, needle and associative recall with 48 samples a cell;
 `far`, needle and perplexity to 8,192 tokens, which is as far as the source was made for. Heads are selected and scores
 fitted on the package's own training text. Every cell is kept in the cache of `dijiang benchmark recall` as it comes, so the
-same command continues after an interruption; --part measures every N-th configuration, so that N processes share the work.
-The recorded runs used the held-out sides of the Jargon File (in the package) and of debian-handbook and anarchism by
-scripts/make_recovery_text.py.
+same command continues after an interruption; --checkpoint measures a checkpoint, for example a trained one, in place of a
+study's configurations; --part measures every N-th configuration, so that N processes share the work. The recorded runs used
+the held-out sides of the Jargon File (in the package) and of debian-handbook and anarchism by scripts/make_recovery_text.py.
 """
 
 import argparse
@@ -17,10 +17,18 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from dijiang.bundled import TRAIN_TEXT, packaged_model
+from dijiang.checkpoint.provenance import public_name
+from dijiang.checkpoint.source import open_source
+from dijiang.convert import load_source
+from dijiang.convert.families import open_convertible
+from dijiang.evaluate.quality.variants import file_hashes
 from dijiang.evaluate.recall_frontier.config import FrontierConfig
 from dijiang.evaluate.recall_frontier.configurations import Configuration
 from dijiang.evaluate.recall_frontier.report import frontier_page
+from dijiang.evaluate.recall_frontier.run import Teacher, run_frontier
 from dijiang.recall_benchmark import run_recall_benchmark
 from dijiang.train.memories.config import FitConfig, SelectConfig
 
@@ -86,6 +94,21 @@ STUDIES: dict[str, tuple[dict, list[Configuration]]] = {
 }
 
 
+def run_of_checkpoint(folder: Path, config: FrontierConfig, **options) -> dict:
+    """The same measurements of a checkpoint of the same source, trained or not, beside the source."""
+    source = packaged_model()
+    teacher, tokenizer = load_source(source, dtype=torch.float32)
+    student, _ = load_source(folder, dtype=torch.float32)
+    hashes = {"teacher": file_hashes(open_convertible(source)), "student": file_hashes(open_source(folder))}
+    facts = student.config
+    slots = [x for i in range(facts.num_hidden_layers) for x in facts.memory_slots(i) if x]
+    item = Configuration(
+        name="trained", full_heads=sum(map(len, facts.full_heads)), attention_memory=round(sum(slots) / max(len(slots), 1))
+    )
+    named = Teacher(model=teacher, tokenizer=tokenizer, name=public_name(source), identity=hashes)
+    return run_frontier(named, lambda _: student, config, only=[item], **options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
@@ -93,22 +116,25 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="new JSON file")
     parser.add_argument("--plot", type=Path, help="new PNG file")
     parser.add_argument("--cache", type=Path, help="folder of partial results")
+    parser.add_argument("--checkpoint", type=Path, help="measure this folder in place of the study's configurations")
     parser.add_argument("--part", default="1/1", help="I/N: the I-th of N parts of the configurations")
     arguments = parser.parse_args()
     settings, chosen = STUDIES[arguments.study]
     part, parts = map(int, arguments.part.split("/"))
-    result = run_recall_benchmark(
-        packaged_model(),
-        FrontierConfig(texts=tuple(arguments.text), **settings),
-        fit_texts=[TRAIN_TEXT],
-        select=SelectConfig(),
-        fit=FitConfig(linear_branch=arguments.study != "controls"),
-        only=chosen[part - 1 :: parts],
-        output=arguments.output,
-        plot=arguments.plot,
-        cache=arguments.cache,
-        progress=os.isatty(2),
-    )
+    config = FrontierConfig(texts=tuple(arguments.text), **settings)
+    names = {"output": arguments.output, "plot": arguments.plot, "cache": arguments.cache, "progress": os.isatty(2)}
+    if arguments.checkpoint:
+        result = run_of_checkpoint(arguments.checkpoint, config, **names)
+    else:
+        result = run_recall_benchmark(
+            packaged_model(),
+            config,
+            fit_texts=[TRAIN_TEXT],
+            select=SelectConfig(),
+            fit=FitConfig(linear_branch=arguments.study != "controls"),
+            only=chosen[part - 1 :: parts],
+            **names,
+        )
     print(frontier_page(result))
 
 

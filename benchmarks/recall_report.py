@@ -11,7 +11,7 @@ from pages import ROOT, between_marks, read_result, redraw
 from dijiang.evaluate.recall_frontier.report import bytes_of, frontier_page, value_only
 from dijiang.evaluate.report.tables import CONSTANT, markdown_table, mib, number, percent, with_interval
 
-STUDIES = ("frontier", "controls", "lengths", "far")
+STUDIES = ("frontier", "controls", "lengths", "far", "trained", "trained-lengths")
 
 # configurations of README's table, and what it calls them
 SHOWN = {
@@ -68,7 +68,8 @@ def speed_table(result: dict) -> str:
 
 def fill_memory(page: str, results: dict[str, dict]) -> str:
     """docs/memory.md with its tables."""
-    tables = {name: frontier_page(results[name]).strip() for name in ("frontier", "controls", "far")}
+    tables = {name: frontier_page(results[name]).strip() for name in ("frontier", "controls", "far", "trained")}
+    tables["trained_lengths"] = length_table(results["trained-lengths"])
     tables |= {"lengths": length_table(results["lengths"]), "memories": speed_table(results["memories"])}
     return between_marks(page, tables)
 

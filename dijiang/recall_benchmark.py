@@ -23,11 +23,12 @@ from dijiang.convert.memories import with_memories
 from dijiang.convert.selection.selection import Selection, full_heads_of
 from dijiang.evaluate.quality.variants import file_hashes
 from dijiang.evaluate.recall_frontier.config import FrontierConfig
-from dijiang.evaluate.recall_frontier.configurations import RECALL, Configuration
+from dijiang.evaluate.recall_frontier.configurations import RECALL, Configuration, configurations
 from dijiang.evaluate.recall_frontier.run import Teacher, run_frontier
 from dijiang.modeling import DiJiangForCausalLM
+from dijiang.modeling.memory_scores import MEMORY_SCORES
 from dijiang.train.memories.branch import start_branches
-from dijiang.train.memories.config import FitConfig, SelectConfig
+from dijiang.train.memories.config import MOST_SLOTS, FitConfig, SelectConfig
 from dijiang.train.memories.material import context_of, fit_rows, read_texts
 from dijiang.train.memories.run import keep_heads
 
@@ -139,6 +140,17 @@ class Students:
         return with_memories(model, memory_score=item.memory_score, **window)
 
 
+def refuse_impossible(chosen: Sequence[Configuration], there: int) -> None:
+    """Raise ValueError if a model with `there` key/value heads cannot have one of these; nothing has been measured yet."""
+    for item in chosen:
+        if item.full_heads > there:
+            raise ValueError(f"{item.name!r} keeps more than the {there} key/value heads of the model; give fewer heads")
+        if item.memory_score not in MEMORY_SCORES:
+            raise ValueError(f"scores holds {item.memory_score!r}; choose from {', '.join(MEMORY_SCORES)}")
+        if item.spread and item.attention_memory > MOST_SLOTS:
+            raise ValueError(f"{item.name!r} spreads more than {MOST_SLOTS} slots a head; give fewer slots")
+
+
 def run_recall_benchmark(  # noqa: PLR0913
     source: str | Path,
     config: FrontierConfig,
@@ -180,6 +192,7 @@ def run_recall_benchmark(  # noqa: PLR0913
     hashes = file_hashes(opened)
     folder = cache or cache_folder("recall-frontier")
     there = teacher.config.num_hidden_layers * teacher.config.num_key_value_heads
+    refuse_impossible(configurations(config) if only is None else only, there)
     # the number does not depend on what is asked for, so that more configurations later find the cells of earlier ones
     select, fit = select or SelectConfig(heads=min(there, PURSUED)), fit or FitConfig()
     students = Students(teacher, tokenizer, fit_texts, select, fit, folder, progress=progress)

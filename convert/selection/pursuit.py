@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .gates import head_gates
@@ -16,11 +15,8 @@ from .job import (
     Sample,
     SelectionJob,
     answer_loss,
-    answer_positions,
     gate_gradient,
-    logits_before,
     recall,
-    right_answers,
     text_loss,
 )
 from .selection import Head, Ranking
@@ -30,52 +26,25 @@ CARRY = 0.5
 Loss = Callable[[], tuple[Tensor, list[bool]]]
 
 
-def greedy(job: SelectionJob, *, per_step: int = PER_STEP, carry: float = CARRY, loss: str = "answers") -> Ranking:
+def greedy(job: SelectionJob, *, per_step: int = PER_STEP, carry: float = CARRY) -> Ranking:
     """
-    Heads by greedy pursuit of a loss on answers, the mean of the samples' means.
+    Heads by greedy pursuit of the cross-entropy of answers, the mean of the samples' means.
 
     Args:
         job: with samples.
         per_step: samples that each step looks at: the next ones, around the list.
         carry: weight of the score of the step before, which saw other samples.
-        loss: `answers`, the cross-entropy of the answers' tokens, or `teacher`, KL(teacher, student) there, which asks for
-            no answer that the teacher does not give; the teacher is the model with all gates open.
 
     Raises:
-        ValueError: on another loss, or no samples.
+        ValueError: if the job has no samples.
     """
-    if loss not in LOSSES:
-        raise ValueError(f"loss={loss!r} is unknown; choose from {', '.join(LOSSES)}")
-    losses = LOSSES[loss](job, job.needed_samples("greedy"))
+    losses = answer_losses(job, job.needed_samples("greedy"))
     return pursue(job, "greedy", [[head] for head in job.candidates], losses, per_step=per_step, carry=carry)
 
 
 def answer_losses(job: SelectionJob, samples: Sequence[Sample]) -> list[Loss]:
     """The cross-entropy of each sample's answers."""
     return [partial(answer_loss, job.model, sample) for sample in samples]
-
-
-def teacher_losses(job: SelectionJob, samples: Sequence[Sample]) -> list[Loss]:
-    """KL(teacher, student) on each sample's answers; the teacher reads a sample when it is first looked at."""
-    cache: dict[int, Tensor] = {}
-
-    def loss_of(i: int) -> tuple[Tensor, list[bool]]:
-        positions = answer_positions(samples[i])
-        # inside the block of the student's gates these replace them
-        if i not in cache:
-            with torch.no_grad(), head_gates(job.model, job.gates(1.0)):
-                cache[i] = logits_before(job.model, samples[i].input_ids, positions).log_softmax(-1)
-        logits = logits_before(job.model, samples[i].input_ids, positions)
-        distance = F.kl_div(logits.log_softmax(-1), cache[i], log_target=True, reduction="batchmean")
-        return distance, right_answers(samples[i], logits)
-
-    return [partial(loss_of, i) for i in range(len(samples))]
-
-
-LOSSES: dict[str, Callable[[SelectionJob, Sequence[Sample]], list[Loss]]] = {
-    "answers": answer_losses,
-    "teacher": teacher_losses,
-}
 
 
 def layers(job: SelectionJob, *, per_step: int = PER_STEP, carry: float = CARRY) -> Ranking:

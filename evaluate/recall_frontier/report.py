@@ -13,6 +13,7 @@ POINTS = {
     (True, True): ("o", ABLATION_COLOR, "control, constant memory"),
     (False, True): ("^", ABLATION_COLOR, "control, memory grows"),
 }
+FEW_NAMES = 8
 TEACHER_POINT = ("*", TEACHER_COLOR, "teacher")
 
 
@@ -83,11 +84,14 @@ def frontier_page(result: dict) -> str:
 def draw_frontier(result: dict, path: Path) -> Path:
     """
     Draw recall (left) and perplexity (right) against the memory of a sequence: circles for constant memory, triangles where it
-    grows, a star for the teacher, controls gray. Names stand at the proposals that no smaller one beats in recall.
+    grows, a star for the teacher, controls gray. Names stand at the proposals that no smaller one beats in recall, or at all
+    of them if they are few.
     """
     reference = result["settings"]["reference_length"]
     longest = max(result["rows"][0]["perplexity_ratio"], key=int, default=None)
     named = [row["name"] for constant in (True, False) for row in best_rows(result, constant=constant)]
+    proposals = [row["name"] for row in result["rows"][1:] if not row["control"]]
+    named = proposals if len(proposals) <= FEW_NAMES else named
     with drawn(path, 1, 2, size=(13.0, 5.6)) as (figure, (recall, perplexity)):
         for axes, score_of in ((recall, recall_of), (perplexity, lambda row: perplexity_of(row, result))):
             draw_points(axes, result, score_of)
@@ -95,7 +99,8 @@ def draw_frontier(result: dict, path: Path) -> Path:
                 score = score_of(row)
                 if row["name"] in named and score:
                     at = (bytes_of(row, result) / 2**20, score["value"])
-                    axes.annotate(label(row["name"]), at, (4, 4), textcoords="offset points", fontsize=7)
+                    place = (4, 5 + 8 * (named.index(row["name"]) % 3))  # neighbors at different heights
+                    axes.annotate(label(row["name"]), at, place, textcoords="offset points", fontsize=7)
             axes.axhline(1, color=TEACHER_COLOR, lw=0.8, zorder=0)
             axes.set_xscale("log")
         memory = f"MiB of a sequence of {reference:,} tokens ({result['settings']['dtype']}, log scale)"
@@ -103,6 +108,8 @@ def draw_frontier(result: dict, path: Path) -> Path:
         at_length = "" if longest is None else f" at {int(longest):,} tokens"
         plain(perplexity, x=memory, y=f"perplexity{at_length} / the teacher's (log scale)", legend=False)
         perplexity.set_yscale("log")
+        for set_formatter in (perplexity.yaxis.set_major_formatter, perplexity.yaxis.set_minor_formatter):
+            set_formatter("{x:.2f}")
         handles, labels = recall.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     return path

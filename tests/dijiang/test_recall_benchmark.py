@@ -5,7 +5,7 @@ import torch
 
 from dijiang.convert import load_source
 from dijiang.evaluate.recall_frontier.configurations import Configuration
-from dijiang.recall_benchmark import Students
+from dijiang.recall_benchmark import Students, refuse_impossible
 from dijiang.train.memories.config import FitConfig, SelectConfig
 
 SELECT = SelectConfig(heads=1, samples=1, lengths=(900,))
@@ -54,3 +54,16 @@ def test_rankings_and_scores_are_made_once(make, monkeypatch):
         for name in ("keep_heads", "fit_memory"):
             monkeypatch.setattr(f"dijiang.recall_benchmark.{name}", lambda *args, **kwargs: pytest.fail("made again"))
         assert torch.equal(make().build(item)(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"full_heads": 5}, "'it' keeps more than the 4 key/value heads of the model; give fewer heads"),
+        ({"memory_score": "lerned"}, "scores holds 'lerned'; choose from learned"),
+        ({"attention_memory": 600}, "'it' spreads more than 512 slots a head; give fewer slots"),
+    ],
+)
+def test_what_the_model_cannot_have_is_refused_before_anything_is_measured(item, message):
+    with pytest.raises(ValueError, match=message):
+        refuse_impossible([Configuration(name="window"), Configuration(name="it", **item)], 4)

@@ -64,12 +64,6 @@ def test_a_planted_head_is_found(planted, method):
         assert step["heads"] == [[1, 1]] and step["recall"] == 1.0 > step["recall_before"]
 
 
-def test_the_loss_against_the_teacher_reads_each_sample_once_with_open_gates(planted):
-    assert select_heads(planted, "greedy", loss="teacher").order[0] == (1, 1)
-    with pytest.raises(ValueError, match="loss='other' is unknown; choose from answers, teacher"):
-        select_heads(planted, "greedy", loss="other")
-
-
 def test_the_best_whole_layer_is_found(planted):
     assert {layer for layer, _ in select_heads(planted, "layers").order[:2]} == {1}
 
