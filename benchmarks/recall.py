@@ -37,6 +37,8 @@ SILENT = replace(KEPT, name="7 heads + 128 slots, no linear branch", linear_bran
 CONSTANT = replace(KEPT, name="7 heads of 2000 slots + 192 slots", large_slots=2000, attention_memory=192)
 FRONTIER = {"recall_lengths": (1024,), "recall_samples": 8, "text_tokens": 4096}
 
+CONSTANT_SILENT = replace(CONSTANT, name=f"{CONSTANT.name}, no linear branch", linear_branch=False)
+
 
 def control(name: str, **facts) -> Configuration:
     """A configuration that is there to compare with."""
@@ -50,6 +52,7 @@ STUDIES: dict[str, tuple[dict, list[Configuration]]] = {
             KEPT,
             SILENT,
             CONSTANT,
+            CONSTANT_SILENT,
             Configuration(name="7 heads", full_heads=7),
             Configuration(name="window 64", linear_branch=False),
         ],

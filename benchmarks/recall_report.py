@@ -8,19 +8,19 @@ import argparse
 
 from pages import ROOT, between_marks, read_result, redraw
 
-from dijiang.evaluate.recall_frontier.report import bytes_of, frontier_page, value_only
+from dijiang.evaluate.recall_frontier.report import frontier_page, value_only
 from dijiang.evaluate.report.tables import CONSTANT, markdown_table, mib, number, percent, with_interval
 
-STUDIES = ("frontier", "controls", "lengths", "far", "trained", "trained-lengths")
+STUDIES = ("frontier", "controls", "lengths", "trained", "trained-lengths")
 
 # configurations of README's table, and what it calls them
 SHOWN = {
     "teacher": "the softmax model",
     "window 64": "window of 64 tokens, 4 sinks",
     "7 heads": "window, 7 kept heads, linear state",
-    "7 heads + 128 slots, no linear branch": "window, 7 kept heads, 128 slots",
-    "7 heads + 128 slots": "all of it: what `convert --fit` makes",
-    "7 heads of 2000 slots + 192 slots": "constant memory: 2,000 slots in place of every token",
+    "7 heads + 128 slots, no linear branch": "window, 7 kept heads, 128 slots: what `convert --fit` makes",
+    "7 heads of 2000 slots + 192 slots, no linear branch": "constant memory: 2,000 slots in place of every token",
+    "7 heads + 128 slots": "window, 7 kept heads, 128 slots, linear state",
 }
 
 
@@ -30,16 +30,25 @@ def ratio(score: dict | None) -> str:
 
 def readme_table(result: dict) -> str:
     """What is remembered and what it costs."""
+    reference = result["settings"]["reference_length"]
     rows = []
     for name, title in SHOWN.items():
         row = next(row for row in result["rows"] if row["name"] == name)
         shares = [with_interval(value_only(row["recall_share"].get(kind)), percent) for kind in ("needle", "all")]
         perplexity = [ratio(row["perplexity_ratio"][length]) for length in ("1024", "4096")]
-        memory = row["memory"]
+        # a checkpoint has its linear state even where the branch is silent
+        memory = next((other for other in result["rows"] if f"{other['name']}, no linear branch" == name), row)["memory"]
         growth = CONSTANT if memory["constant"] else f"+{memory['bytes_per_token']:,}"
-        rows.append([title, *shares, *perplexity, mib(bytes_of(row, result)), growth])
-    reference = f"memory at {result['settings']['reference_length']:,} tokens"
-    header = ["", "needle", "all kinds of recall", "perplexity at 1,024", "at 4,096", reference, "bytes per token"]
+        rows.append([title, *shares, *perplexity, mib(memory["bytes_per_sequence"][str(reference)]), growth])
+    header = [
+        "",
+        "needle",
+        "all kinds of recall",
+        "perplexity at 1,024",
+        "at 4,096",
+        f"memory at {reference:,} tokens",
+        "bytes per token",
+    ]
     return markdown_table(header, rows)
 
 
@@ -68,7 +77,7 @@ def speed_table(result: dict) -> str:
 
 def fill_memory(page: str, results: dict[str, dict]) -> str:
     """docs/memory.md with its tables."""
-    tables = {name: frontier_page(results[name]).strip() for name in ("frontier", "controls", "far", "trained")}
+    tables = {name: frontier_page(results[name]).strip() for name in ("frontier", "controls", "trained")}
     tables["trained_lengths"] = length_table(results["trained-lengths"])
     tables |= {"lengths": length_table(results["lengths"]), "memories": speed_table(results["memories"])}
     return between_marks(page, tables)

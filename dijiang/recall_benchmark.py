@@ -173,7 +173,7 @@ def run_recall_benchmark(  # noqa: PLR0913
         fit_texts: UTF-8 files to select heads and fit scores on.
         select: how heads are ranked; by default one after another, up to the most heads that are asked for or `PURSUED`. The
             heads behind these follow by the score that they have then.
-        fit: how scores are fitted; default `FitConfig()`.
+        fit: how scores are fitted; by default with a start of the linear branch.
         only: the configurations to measure; default `configurations(config)`.
         output: new JSON file for the result.
         plot: new PNG file for its plot.
@@ -194,7 +194,7 @@ def run_recall_benchmark(  # noqa: PLR0913
     there = teacher.config.num_hidden_layers * teacher.config.num_key_value_heads
     refuse_impossible(configurations(config) if only is None else only, there)
     # the number does not depend on what is asked for, so that more configurations later find the cells of earlier ones
-    select, fit = select or SelectConfig(heads=min(there, PURSUED)), fit or FitConfig()
+    select, fit = select or SelectConfig(heads=min(there, PURSUED)), fit or FitConfig(linear_branch=True)
     students = Students(teacher, tokenizer, fit_texts, select, fit, folder, progress=progress)
     identity = students.identity()
     facts = {"teacher": hashes, **identity}

@@ -75,8 +75,9 @@ class FitConfig:
         recall_samples: made-up samples of recall to fit on besides.
         recall_length: tokens of such a sample.
         recall_share: of what is learned from that comes from recall samples.
-        linear_branch: give the linear branch the weight at which it helps each head most; false: it stays as it is, which
-            after conversion means silent.
+        linear_branch: give the linear branch the weight at which it helps each head most on the longest sequence of the fit;
+            beyond that length it does harm, up to making the model useless. False: it stays as it is, which after conversion
+            means silent.
         steps: of the fit.
         seed: of samples and fit.
     """
@@ -90,7 +91,7 @@ class FitConfig:
     recall_samples: int = 7
     recall_length: int = 1024
     recall_share: float = 0.5
-    linear_branch: bool = True
+    linear_branch: bool = False
     steps: int = 300
     seed: int = 0
 

@@ -14,6 +14,7 @@ from dijiang.checkpoint.code_files import with_newest_code
 from dijiang.checkpoint.lineage import refuse_misfit, refuse_other_source
 from dijiang.checkpoint.provenance import add_stage, public_name, read_provenance, write_provenance
 from dijiang.checkpoint.source import load_tokenizer, open_source
+from dijiang.common.errors import print_line
 from dijiang.common.outputs import new_folder
 from dijiang.common.progress import progress_bar
 from dijiang.common.recall import RecallSample
@@ -87,17 +88,20 @@ def add_memories(
         if fit is not None:
             rows = rows_to_fit(student, tokenizer, text, fit, context)  # before the selection, which takes minutes
         model = student
+        records: dict[str, Any] = {}
         if select is not None:
             selection, model = keep_heads(model, tokenizer, text, select, context=context, progress=progress)
-            write_json(folder / SELECTION_FILE, selection.to_json())
+            records[SELECTION_FILE] = selection.to_json()
             facts = {"config": asdict(select), "full_heads": model.config.full_heads, "seconds": selection.seconds}
             provenance = add_stage(provenance, "select", teacher=public_name(teacher), texts=names, **facts)
         if fit is not None:
             model, found = fit_slots(model, teacher_model, rows, fit, progress=progress)
-            write_json(folder / FIT_FILE, found)
+            records[FIT_FILE] = found
             facts = {"config": asdict(fit), "fitted_tokens": found["tokens"], "seconds": found["seconds"]["all"]}
             provenance = add_stage(provenance, "fit", teacher=public_name(teacher), texts=names, **facts)
-        write_with_memories(source.folder, folder, model)
+        write_with_memories(source.folder, folder, model)  # and what accompanies it, an earlier fit's record perhaps
+        for name, record in records.items():
+            write_json(folder / name, record)
         write_provenance(folder, with_newest_code(folder, provenance))
     return Path(output)
 
@@ -212,6 +216,9 @@ def fit_slots(
     model = fitted.with_slots(settings)
     facts = fitted.facts | {"slots": model.config.attention_memory}
     if config.linear_branch:
+        read, context = len(rows[0].input_ids), context_of(teacher.config)
+        if read < context:
+            print_line(f"the linear branch is fitted to {read:,} tokens and does harm beyond; the source reads {context:,}")
         layers = len(linear_layers(model))
         with progress_bar("Starting the linear branch", layers, shown=progress, unit="items") as advance:
             facts["branch_errors"] = start_branches(model, teacher, rows[0].input_ids, advance)

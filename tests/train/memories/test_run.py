@@ -67,6 +67,18 @@ def test_one_command_makes_the_same_as_three(tmp_path, made, long_pair, text):
     assert {path.name for path in folder.iterdir()} == {path.name for path in made.iterdir()}
 
 
+def test_a_branch_starts_only_if_asked_for_and_says_how_far_it_reaches(tmp_path, made, long_pair, text, capsys):
+    fit = replace(FIT, linear_branch=True)
+    options = {"teacher": long_pair.teacher, "texts": [text], "progress": False}
+    folder = add_memories(made, tmp_path / "started", fit=fit, **options)
+    said = "dijiang: the linear branch is fitted to 400 tokens and does harm beyond; the source reads 1,024"
+    assert said in capsys.readouterr().err
+    before, after = (load_source(path)[0].model.layers[0].self_attn.branch_scale.bias for path in (made, folder))
+    assert not torch.equal(before, after)
+    assert "branch_errors" not in json.loads((made / "memory_fit.json").read_text())
+    assert len(json.loads((folder / "memory_fit.json").read_text())["branch_errors"]) == 2
+
+
 def test_large_slots_make_memory_constant(tmp_path, made, long_pair, text):
     fit = FitConfig(**{name: getattr(FIT, name) for name in FIT.__slots__} | {"large_slots": 50})
     folder = add_memories(made, tmp_path / "constant", teacher=long_pair.teacher, fit=fit, texts=[text], progress=False)
@@ -142,7 +154,11 @@ def test_what_does_not_fit_is_refused_in_one_line_and_leaves_nothing(
             "content_free selects heads by a text, and there is none",
         ),
         (long_pair.checkpoint, {"fit": replace(FIT, text_tokens=10)}, "shorter than three windows of 4"),
-        (trained, {"fit": FIT}, "distill has trained the linear branch already; keep it with `linear_branch=false`"),
+        (
+            trained,
+            {"fit": replace(FIT, linear_branch=True)},
+            "distill has trained the linear branch already; keep it with `linear_branch=false`",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             add_memories(checkpoint, tmp_path / "out", **options | changes)
