@@ -95,12 +95,12 @@ def draw_frontier(result: dict, path: Path) -> Path:
     with drawn(path, 1, 2, size=(13.0, 5.6)) as (figure, (recall, perplexity)):
         for axes, score_of in ((recall, recall_of), (perplexity, lambda row: perplexity_of(row, result))):
             draw_points(axes, result, score_of)
-            for row in result["rows"]:
-                score = score_of(row)
-                if row["name"] in named and score:
-                    at = (bytes_of(row, result) / 2**20, score["value"])
-                    place = (4, 5 + 8 * (named.index(row["name"]) % 3))  # neighbors at different heights
-                    axes.annotate(label(row["name"]), at, place, textcoords="offset points", fontsize=7)
+            shown = [row for row in result["rows"] if row["name"] in named and score_of(row)]
+            for i, row in enumerate(sorted(shown, key=lambda row: score_of(row)["value"])):
+                at = (bytes_of(row, result) / 2**20, score_of(row)["value"])
+                place = (14, 12 * (i - len(shown) / 2))  # in the order of the scores, so that names do not cover each other
+                line = {"arrowstyle": "-", "lw": 0.5, "color": "gray"}
+                axes.annotate(label(row["name"]), at, place, textcoords="offset points", fontsize=7, arrowprops=line)
             axes.axhline(1, color=TEACHER_COLOR, lw=0.8, zorder=0)
             axes.set_xscale("log")
         memory = f"MiB of a sequence of {reference:,} tokens ({result['settings']['dtype']}, log scale)"
