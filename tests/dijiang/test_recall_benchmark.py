@@ -60,7 +60,7 @@ def test_rankings_and_scores_are_made_once(make, monkeypatch):
     ("item", "message"),
     [
         ({"full_heads": 5}, "'it' keeps more than the 4 key/value heads of the model; give fewer heads"),
-        ({"memory_score": "lerned"}, "scores holds 'lerned'; choose from learned"),
+        ({"memory_score": "learning"}, "scores holds 'learning'; choose from learned"),
         ({"attention_memory": 600}, "'it' spreads more than 512 slots a head; give fewer slots"),
     ],
 )
