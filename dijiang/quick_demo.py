@@ -1,4 +1,4 @@
-"""The quick demo: a small real model gets memories, without training, and is measured beside its source. Five minutes."""
+"""The quick demo: a small real model gets memories, without training, and is measured beside its source. Six minutes."""
 
 import json
 import time

@@ -23,7 +23,7 @@ def demo(
     ] = None,
 ) -> None:
     """
-    Convert a small model and show what it recalls, here, without a GPU, in five minutes.
+    Convert a small model and show what it recalls, here, without a GPU, in six minutes.
 
     No weight of the model is trained, unless with --full. Writes `model/` (a standard checkpoint), a report and the results
     behind it into the output folder.
